@@ -1,0 +1,90 @@
+"""The plain data that flows through unift, and the errors it raises. No torch here.
+
+Row -> (hints.reveal) -> Prompt -> (engine.generate) -> Group of Samples -> (rewards) -> scored Group -> (batch.pack)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class UniftError(Exception):
+    """A mistake a person can mend: says what was found, what was expected and what to do. The CLI prints it alone."""
+
+
+class DataError(UniftError):
+    """A row or a file is not usable. Names file, row number (from 1) and column."""
+
+
+class ConfigError(UniftError):
+    """A setting is unknown, of the wrong type, or does not fit the others."""
+
+
+class RewardError(UniftError):
+    """The scorer failed too often, or cannot be loaded."""
+
+
+class NonFiniteError(UniftError):
+    """A loss or gradient is NaN or infinite. The batch is on disk; the message names it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem with its worked solution.
+
+    The full demonstration is ``prompt + "".join(steps) + ending`` (+ EOS). A hint is a prefix of ``steps``; ``ending``
+    (closing tag and final answer) is never part of a hint. ``answer`` is what the verifier needs (any JSON value).
+    """
+
+    id: str  # stable over runs: a hash of the content unless the data names one
+    prompt: str | tuple[Mapping[str, str], ...]  # text, or chat messages rendered with the tokenizer's template
+    steps: tuple[str, ...]
+    ending: str
+    answer: Any
+    task: str = ""  # name of a built-in task ("countdown", ...) or the data_source of the file
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def solution(self) -> str:
+        return "".join(self.steps) + self.ending
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a completion is worth. ``value`` trains; ``correct`` (value of the verifier, no format credit) is accuracy."""
+
+    value: float
+    correct: bool | None = None  # None: take value >= 1.0
+    parts: Mapping[str, float] = field(default_factory=dict)  # e.g. {"format": 0.1, "correct": 0.0}
+    note: str = ""  # why, for people
+
+    @property
+    def right(self) -> bool:
+        return self.value >= 1.0 if self.correct is None else self.correct
+
+
+@dataclass
+class Sample:
+    """One completion: token ids and their log-probs under the sampling policy, then text and score."""
+
+    tokens: list[int]
+    logps: list[float]
+    finished: bool  # ended with EOS (kept as the last token) rather than at the length limit
+    text: str = ""  # decoded without special tokens, for scorers and people only
+    score: Score | None = None
+    error: str = ""  # "timeout", "crash", "exception: ...", "bad value: ..." when the scorer failed
+
+
+@dataclass
+class Group:
+    """All completions of one prompt+hint. The hint is drawn once for the group."""
+
+    row: int  # index into the dataset
+    row_id: str
+    prompt: list[int]  # token ids, without the hint
+    hint: list[int]  # token ids, a slice of the tokenised solution
+    cuts: int  # k: how many cuts of the solution are shown
+    cuts_total: int  # min(L, number of steps)
+    samples: list[Sample] = field(default_factory=list)
