@@ -69,7 +69,7 @@ class Policy(Section):
 class Likelihood(Section):
     """How the solution's tokens push their log-probs."""
 
-    on: Literal["none", "hint", "demo"] = Field("none", description="the revealed steps, or the whole solution + EOS")
+    tokens: Literal["none", "hint", "demo"] = Field("none", description="the revealed steps, or the whole solution + EOS")
     rule: Literal["nll"] = "nll"
     weight: float = Field(0.0, ge=0)
     norm: Norm = "token_mean"
@@ -370,9 +370,9 @@ def check(config: Config) -> None:
                 f"sample.completions=1 leaves baseline {phase.credit.baseline!r} nothing to compare with: every "
                 "advantage would be 0. Use 2 or more, or credit.baseline=none"
             )
-        if sample.completions == 0 and (phase.likelihood.on == "none" or phase.likelihood.weight == 0):
+        if sample.completions == 0 and (phase.likelihood.tokens == "none" or phase.likelihood.weight == 0):
             raise ConfigError(
-                "nothing to learn from: sample.completions=0 and no likelihood. Set likelihood.on and "
+                "nothing to learn from: sample.completions=0 and no likelihood. Set likelihood.tokens and "
                 "likelihood.weight, or sample completions"
             )
         if phase.show.low > phase.show.high:

@@ -1,0 +1,1 @@
+"""Where completions come from. ``native`` samples in the process of the trainer."""

@@ -1,0 +1,175 @@
+"""Sampling in-process: each prompt+hint is prefilled once for its group, keys and values lie in preallocated caches,
+finished rows are dropped, and every sample draws from its own addressed random numbers.
+
+The same attention, trunk and head as training, so a sampled token's log-prob is the trainer's up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unift.attention import DecodeLayout
+from unift.batch import make_layout
+from unift.policy import Policy
+from unift.types import Sample
+
+ROWS = 256  # rows decoded side by side
+BLOCK = 64  # cached member positions added at a time
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt (with its hint) and the uniforms [G, max_tokens] of its samples; G rows of None mean greedy."""
+
+    prompt: list[int]
+    uniforms_GL: np.ndarray | None  # float64; None: one greedy completion
+
+
+def generate(
+    policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float = 1.0, rows: int = ROWS
+) -> list[list[Sample]]:
+    """Samples of every request, in order: token ids (EOS kept as the last), log-probs under softmax(logits/T)."""
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt), i))  # little padding in a batch
+    results: list[list[Sample]] = [[] for _ in requests]
+    batch: list[int] = []
+    width = 0
+    for i in order:
+        g = _members(requests[i])
+        if batch and (len(batch) + 1) * max(width, g) > rows:
+            _run(policy, requests, batch, max_tokens, temperature, results)
+            batch, width = [], 0
+        batch.append(i)
+        width = max(width, g)
+    if batch:
+        _run(policy, requests, batch, max_tokens, temperature, results)
+    return results
+
+
+def _members(request: Request) -> int:
+    return 1 if request.uniforms_GL is None else len(request.uniforms_GL)
+
+
+def _chooser(requests: Sequence[Request], g: int, max_tokens: int, temperature: float, device: torch.device) -> Callable:
+    """f(logits [N, V], slots [N], t) -> (tokens [N], logps [N]): inverse-CDF sampling, or argmax for greedy requests."""
+    u_BGL = np.full((len(requests), g, max_tokens), -1.0)
+    for b, request in enumerate(requests):
+        if request.uniforms_GL is not None:
+            u_BGL[b, : len(request.uniforms_GL)] = request.uniforms_GL[:, :max_tokens]
+    u_NL = torch.from_numpy(u_BGL.reshape(-1, max_tokens)).to(device)
+    greedy_N = u_NL[:, 0] < 0
+    all_greedy, any_greedy = bool(greedy_N.all()), bool(greedy_N.any())
+
+    def choose(logits_NV: Tensor, slot_N: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+        logp_NV = torch.log_softmax(wide / temperature, dim=-1)
+        if all_greedy:
+            token_N = logp_NV.argmax(-1)
+        else:
+            cdf_NV = logp_NV.double().exp_().cumsum(-1)
+            u_N1 = u_NL[slot_N, t, None] * cdf_NV[:, -1:]
+            token_N = torch.searchsorted(cdf_NV, u_N1, right=True)[:, 0].clamp_(max=logp_NV.shape[1] - 1)
+            if any_greedy:
+                token_N = torch.where(greedy_N[slot_N], logp_NV.argmax(-1), token_N)
+        return token_N, logp_NV.gather(1, token_N[:, None])[:, 0]
+
+    return choose
+
+
+@torch.no_grad()
+def _run(
+    policy: Policy,
+    requests: Sequence[Request],
+    batch: Sequence[int],
+    max_tokens: int,
+    temperature: float,
+    results: list[list[Sample]],
+) -> None:
+    device, eos = policy.device, _eos_ids(policy)
+    picked = [requests[i] for i in batch]
+    counts = [_members(r) for r in picked]
+    b, g = len(picked), max(counts)
+    choose = _chooser(picked, g, max_tokens, temperature, device)
+
+    # Prefill: every prefix once, no padding in the linear layers.
+    flat = [t for r in picked for t in r.prompt]
+    ends = np.cumsum([len(r.prompt) for r in picked])
+    spans = [range(int(e) - len(r.prompt), int(e)) for e, r in zip(ends, picked, strict=True)]
+    layout = make_layout(spans, [[] for _ in picked], len(flat)).to(device)
+    layout.keep = True
+    positions = torch.tensor([p for r in picked for p in range(len(r.prompt))], device=device)
+    hidden = policy.hidden(torch.tensor(flat, device=device), positions, layout)
+    last_BV = policy.logits(hidden[torch.from_numpy(ends - 1).to(device)])
+
+    p = layout.prefix_BP.shape[1]
+    hidden_at = torch.arange(p, device=device) >= layout.prefix_len_B[:, None]
+    some = next(iter(layout.cache.values()))[0]
+    mask = torch.zeros(b, 1, 1, p, dtype=some.dtype, device=device).masked_fill_(hidden_at[:, None, None], -torch.inf)
+    capacity = min(BLOCK, max_tokens)
+    members = {
+        n: (k.new_empty(b, k.shape[1], g, capacity, k.shape[3]), v.new_empty(b, v.shape[1], g, capacity, v.shape[3]))
+        for n, (k, v) in layout.cache.items()
+    }
+    state = DecodeLayout(layout.cache, mask, members, (b, g))
+
+    # Decode. slot_N: each live row's place in the original B*G grid. A slot without a sample counts as done.
+    grid = np.arange(b * g).reshape(b, g)
+    done_N = torch.tensor([j >= counts[i] for i in range(b) for j in range(g)], device=device)
+    slot_N = torch.arange(b * g, device=device)
+    start_N = layout.prefix_len_B.repeat_interleave(g)
+    tokens: list[list[int]] = [[] for _ in range(b * g)]
+    logps: list[list[float]] = [[] for _ in range(b * g)]
+    ended = [False] * (b * g)
+    logits_NV = last_BV.repeat_interleave(g, 0)
+    for t in range(max_tokens):
+        token_N, logp_N = choose(logits_NV, slot_N, t)
+        stop_N = torch.isin(token_N, eos)
+        for slot, live, token, logp, stop in zip(
+            slot_N.tolist(), (~done_N).tolist(), token_N.tolist(), logp_N.tolist(), stop_N.tolist(), strict=True
+        ):
+            if live:
+                tokens[slot].append(token)
+                logps[slot].append(logp)
+                ended[slot] = stop
+        done_N = done_N | stop_N
+        live = ~done_N.view(state.shape).cpu().numpy()
+        if t + 1 == max_tokens or not live.any():
+            break
+        kept = _compact(live)
+        if kept is not None:
+            groups, slots = (torch.from_numpy(x).to(device) for x in kept)
+            old_g = state.shape[1]
+            flat_N = (groups[:, None] * old_g + slots).flatten()
+            state = state.select(groups, slots)
+            token_N, slot_N, start_N, done_N = (x[flat_N] for x in (token_N, slot_N, start_N, done_N))
+        if state.filled == capacity:
+            capacity = min(max(2 * capacity, BLOCK), max_tokens)
+            state.grow(capacity)
+        logits_NV = policy.logits(policy.hidden(token_N, start_N + t, state))
+        state.filled += 1
+    for i, index in enumerate(batch):
+        results[index] = [Sample(tokens[s], logps[s], ended[s]) for s in grid[i, : counts[i]]]
+
+
+def _compact(live_BG: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Groups and, in each, slots to keep; None while too little would be saved. Ragged groups keep some done slots."""
+    b, g = live_BG.shape
+    groups = np.flatnonzero(live_BG.any(1))
+    width = int(live_BG.sum(1).max())
+    if len(groups) * width > 0.8 * b * g:
+        return None
+    slots = np.argsort(~live_BG[groups], axis=1, kind="stable")[:, :width]
+    return groups, slots
+
+
+def _eos_ids(policy: Policy) -> Tensor:
+    """End tokens: the tokenizer's EOS, and those of the model's generation config (instruct models have several)."""
+    ids = {policy.tokenizer.eos_token_id}
+    more = getattr(getattr(policy.base, "generation_config", None), "eos_token_id", None)
+    if more is not None:
+        ids |= set(more if isinstance(more, list) else [more])
+    return torch.tensor(sorted(ids), device=policy.device)

@@ -1,0 +1,100 @@
+"""Exact value of an arithmetic expression written by a model: + - * / ( ), unary minus, whole numbers, nothing else.
+
+No ``eval`` and no sympy: the text comes from a model and is never trusted. Every size is capped, so the work is bounded
+whatever the text holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+MAX_TEXT = 512  # characters
+MAX_DEPTH = 40  # brackets and unary minus signs inside one another
+MAX_DIGITS = 12  # of one literal
+_DIGITS = "0123456789"  # str.isdigit would let other scripts and superscripts through
+_SPACE = " \t\r\n"
+
+
+class ExpressionError(ValueError):
+    """The text is not an expression of this grammar, or is over a size cap."""
+
+
+@dataclass(frozen=True)
+class Expression:
+    numbers: tuple[int, ...]  # literals from left to right, as written (a unary minus is not part of a literal)
+    value: Fraction | None  # None: division by zero
+
+
+def parse_expression(text: str) -> Expression:
+    """Parse and evaluate; ``*`` and ``/`` bind tighter than ``+`` and ``-``, all group from the left.
+
+    Raises ExpressionError for anything else: other characters (``**`` and ``//`` included), a missing operand or
+    bracket, a literal with leading zeros or more than MAX_DIGITS digits, too long or too deep a text.
+    """
+    if len(text) > MAX_TEXT:
+        raise ExpressionError(f"{len(text)} characters, at most {MAX_TEXT} are read")
+    tokens = _tokens(text)
+    value, end = _sum(tokens, 0, 0)
+    if end != len(tokens):
+        raise ExpressionError(f"unexpected {tokens[end]!r}")
+    return Expression(tuple(int(token) for token in tokens if token[0] in _DIGITS), value)
+
+
+def _tokens(text: str) -> list[str]:
+    tokens, i = [], 0
+    while i < len(text):
+        char, j = text[i], i + 1
+        if char in _DIGITS:
+            while j < len(text) and text[j] in _DIGITS:
+                j += 1
+            if j - i > MAX_DIGITS:
+                raise ExpressionError(f"a number of {j - i} digits, at most {MAX_DIGITS} are read")
+            if char == "0" and j - i > 1:
+                raise ExpressionError(f"leading zero in {text[i:j]!r}")
+        elif char not in "+-*/()" and char not in _SPACE:
+            raise ExpressionError(f"unexpected {char!r}")
+        if char not in _SPACE:
+            tokens.append(text[i:j])
+        i = j
+    return tokens
+
+
+def _sum(tokens: list[str], i: int, depth: int) -> tuple[Fraction | None, int]:
+    left, i = _product(tokens, i, depth)
+    while i < len(tokens) and tokens[i] in "+-":
+        sign = tokens[i]
+        right, i = _product(tokens, i + 1, depth)
+        left = None if left is None or right is None else left + right if sign == "+" else left - right
+    return left, i
+
+
+def _product(tokens: list[str], i: int, depth: int) -> tuple[Fraction | None, int]:
+    left, i = _atom(tokens, i, depth)
+    while i < len(tokens) and tokens[i] in "*/":
+        sign = tokens[i]
+        right, i = _atom(tokens, i + 1, depth)
+        if left is None or right is None or (sign == "/" and right == 0):
+            left = None
+        else:
+            left = left * right if sign == "*" else left / right
+    return left, i
+
+
+def _atom(tokens: list[str], i: int, depth: int) -> tuple[Fraction | None, int]:
+    if depth > MAX_DEPTH:
+        raise ExpressionError(f"nested deeper than {MAX_DEPTH}")
+    if i == len(tokens):
+        raise ExpressionError("a number is missing at the end")
+    token = tokens[i]
+    if token == "-":
+        value, i = _atom(tokens, i + 1, depth + 1)
+        return (None if value is None else -value), i
+    if token == "(":
+        value, i = _sum(tokens, i + 1, depth + 1)
+        if i == len(tokens) or tokens[i] != ")":
+            raise ExpressionError("a closing bracket is missing")
+        return value, i + 1
+    if token[0] in _DIGITS:
+        return Fraction(int(token)), i + 1
+    raise ExpressionError(f"unexpected {token!r}")
