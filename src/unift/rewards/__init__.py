@@ -1,6 +1,13 @@
 """Scoring in worker processes that can be killed: a scorer is never trusted, and an exception is never a reward."""
 
-from unift.rewards.adapters import ACCEPTED, BadValue, Reward, adapt, as_score, load_reward
+from unift.rewards.adapters import (
+    ACCEPTED,
+    BadValue,
+    Reward,
+    adapt,
+    as_score,
+    load_reward,
+)
 from unift.rewards.pool import Check, ScoreError, Scorer, score_groups
 
 __all__ = [

@@ -1,0 +1,61 @@
+"""The rows of a run: read or generated, checked for overlap, tokenised once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from unift.config import Config
+from unift.encode import Encoded, encode_rows
+from unift.types import DataError, Row
+
+
+@dataclass(frozen=True)
+class Dataset:
+    train: list[Row]
+    test: list[Row]
+
+    @property
+    def fingerprint(self) -> str:
+        """Content of the training rows; a checkpoint refuses another one."""
+        digest = hashlib.sha256()
+        for row in self.train:
+            digest.update(json.dumps([row.id, row.prompt, row.steps, row.ending, row.answer], default=str).encode())
+        return digest.hexdigest()[:16]
+
+
+def load(config: Config) -> Dataset:
+    """Rows of both splits. Raises DataError or ConfigError before any model is loaded."""
+    data = config.data
+    if data.task:
+        from unift.tasks import make_rows
+
+        train = make_rows(data.task, data.train_rows or 1000, data.seed, "train", **data.options)
+        test = make_rows(data.task, data.test_rows or 200, data.seed, "test", **data.options)
+    else:
+        from unift.data import overlap, read_rows
+
+        assert data.train is not None
+        needs_steps = any(
+            s.show.schedule != "none" or s.likelihood.tokens != "none" for s in (config, *config.phases)
+        )
+        train = read_rows(data.train, format=data.format, limit=data.train_rows, need_steps=needs_steps)
+        test = (
+            read_rows(data.test, format=data.format, limit=data.test_rows, need_steps=False) if data.test else []
+        )
+        shared = overlap(train, test)
+        if shared:
+            raise DataError(
+                f"{len(shared)} problems of data.test={data.test!r} also stand in data.train={data.train!r}, "
+                f"for example {shared[0]!r}: accuracy on them would not be held-out. Remove them from one side"
+            )
+    if not train:
+        raise DataError("no training rows")
+    return Dataset(train, test[: config.eval.rows] if config.eval.rows else test)
+
+
+def encode(tokenizer: Any, dataset: Dataset, config: Config) -> tuple[list[Encoded], list[Encoded]]:
+    limit = config.data.max_prompt
+    return encode_rows(tokenizer, dataset.train, limit), encode_rows(tokenizer, dataset.test, limit)

@@ -1,0 +1,33 @@
+"""``unift eval``: accuracy of any model on a split, in one paragraph."""
+
+from __future__ import annotations
+
+from unift import dataset, evaluate, policy as policies
+from unift.config import Config
+from unift.rewards import Scorer
+from unift.types import ConfigError
+
+
+def evaluate_split(config: Config, split: str, samples: int) -> str:
+    """Greedy accuracy, and pass@k from ``samples`` completions a row, as text. Nothing is written."""
+    if split not in ("train", "test"):
+        raise ConfigError(f"--split: found {split!r}, expected train or test")
+    tokenizer = policies.load_tokenizer(config.model)
+    data = dataset.load(config)
+    rows = data.test if split == "test" else data.train
+    if not rows:
+        raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")
+    encoded = dataset.encode(tokenizer, data, config)[1 if split == "test" else 0]
+    r = config.reward
+    max_tokens = config.eval.max_tokens or max([config.sample.max_tokens, *(p.sample.max_tokens for p in config.phases)])
+    with Scorer(r.function, workers=r.workers, timeout=r.timeout, error_rate=r.error_rate, rule=r.rule) as scorer:
+        policy = policies.load(config.model, tokenizer)
+        a = evaluate.greedy(policy, scorer, rows, encoded, max_tokens)
+        lines = [f"{split}, greedy, no hint: {100 * a.accuracy:.2f} % [{100 * a.low:.2f}, {100 * a.high:.2f}] of {a.n} rows"]
+        if samples:
+            curve = evaluate.pass_curve(policy, scorer, rows, encoded, max_tokens, samples, config.seed)
+            lines += [
+                f"{name}: {100 * v['accuracy']:.2f} % [{100 * v['low']:.2f}, {100 * v['high']:.2f}]"
+                for name, v in curve.items()
+            ]
+    return "\n".join(lines)

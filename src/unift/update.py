@@ -1,0 +1,158 @@
+"""One optimizer batch: packs in, one step of the optimizer out. The gradient is a plain sum over micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unift import objectives
+from unift.batch import COMPLETION, Item, PackedBatch, cut, pack, weigh
+from unift.config import Config, Phase, Train
+from unift.policy import Policy, logprobs
+from unift.types import NonFiniteError
+
+Settings = Config | Phase
+
+
+def learning_rate(train: Train, step: int, steps: int) -> float:
+    """Linear warm-up, then constant, cosine or linear decay to 0 over the phase. ``step`` counts from 0."""
+    if step < train.warmup:
+        return train.lr * (step + 1) / train.warmup
+    done = (step - train.warmup) / max(steps - train.warmup, 1)
+    return train.lr * {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[train.decay]
+
+
+def make_optimizer(policy: Policy, train: Train) -> torch.optim.Optimizer:
+    fused = policy.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(
+        policy.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=fused
+    )
+
+
+@torch.no_grad()
+def reference_logprobs(score: Callable[[PackedBatch], Tensor], packs: Sequence[PackedBatch]) -> list[PackedBatch]:
+    return [replace(p, ref_S=score(p).double()) for p in packs]
+
+
+def prepare(
+    policy: Policy, items: Sequence[Item], settings: Settings, reference: Callable[[PackedBatch], Tensor] | None
+) -> list[list[PackedBatch]]:
+    """Packs of every update of a step. Log-probs under the reference and, from the second update on, under the policy
+    at the start of the step are attached here, without gradient and only where they are used."""
+    size = len(items) // settings.train.updates
+    updates: list[list[PackedBatch]] = []
+    for first in range(0, len(items), size):
+        part = items[first : first + size]
+        weights = weigh(part, settings)
+        packs = [pack(part, which, weights, settings) for which in cut(part, settings.train.token_budget)]
+        updates.append([p.to(policy.device) for p in packs if p is not None])
+    for number, packs in enumerate(updates):
+        with torch.no_grad():
+            if number > 0:
+                packs[:] = [replace(p, old_S=logprobs(policy, p, settings.sample.temperature)[0].double()) for p in packs]
+            if reference is not None:
+                packs[:] = reference_logprobs(reference, packs)
+    return updates
+
+
+def apply(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    packs: Sequence[PackedBatch],
+    settings: Settings,
+    lr: float,
+    measure: bool,
+    dump: Path,
+) -> dict[str, float]:
+    """One optimizer step. ``measure``: take both streams' gradients apart and log their norms and cosine.
+
+    Raises NonFiniteError, with the packs saved under ``dump``, before anything non-finite reaches the weights.
+    """
+    parameters = policy.parameters()
+    optimizer.zero_grad(set_to_none=True)
+    streams: dict[str, list[Tensor]] = {
+        name: [torch.zeros_like(p) for p in parameters] for name in (("policy", "likelihood") if measure else ())
+    }
+    totals = dict.fromkeys(("policy", "likelihood", "kl"), 0.0)
+    entropy = tokens = clipped_low = clipped_high = gap = 0.0
+    worst_gap = 0.0
+    for batch in packs:
+        l_S, entropy_S = logprobs(policy, batch, settings.sample.temperature)
+        with_entropy = entropy_S if settings.policy.entropy else None
+        losses = objectives.losses(l_S, with_entropy, batch, settings.policy, settings.reference.estimator)
+        loss = losses["policy"] + losses["likelihood"]
+        if not torch.isfinite(loss):
+            _stop(f"the loss is {loss.item()}", packs, dump)
+        if measure:
+            for name, buffers in streams.items():
+                parts = torch.autograd.grad(losses[name], parameters, retain_graph=name == "policy", allow_unused=True)
+                for buffer, part in zip(buffers, parts, strict=True):
+                    if part is not None:
+                        buffer += part
+        else:
+            loss.backward()
+        for name in totals:
+            totals[name] += float(losses[name].detach()) if name in losses else 0.0
+        with torch.no_grad():
+            own = batch.role_S == COMPLETION
+            n = float(own.sum())
+            if n:
+                tokens += n
+                entropy += float(entropy_S[own].sum())
+                drift = (l_S[own] - batch.sampler_S[own]).abs()
+                gap += float(drift.sum())
+                worst_gap = max(worst_gap, float(drift.max()))
+                if batch.old_S is not None:
+                    ratio, a = torch.exp(l_S[own] - batch.old_S[own]), batch.advantage_S[own]
+                    clipped_low += float(((ratio < 1 - settings.policy.low) & (a < 0)).sum())
+                    clipped_high += float(((ratio > 1 + settings.policy.high) & (a > 0)).sum())
+    if measure:
+        for p, a, b in zip(parameters, streams["policy"], streams["likelihood"], strict=True):
+            p.grad = a + b
+    for p in parameters:  # an update without any loss is still a step of the optimizer
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.train.clip_norm or math.inf))
+    if not math.isfinite(norm):
+        bad = next(n for n, p in policy.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+        _stop(f"the gradient of {bad} is not finite", packs, dump)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    seen = max(tokens, 1.0)
+    metrics = {
+        "loss": totals["policy"] + totals["likelihood"],
+        "loss/policy": totals["policy"],
+        "loss/hint": totals["likelihood"],
+        "grad/norm": norm,
+        "lr": lr,
+        "tokens/forwarded": float(sum(len(b.tokens_T) for b in packs)),
+        "tokens/supervised": float(sum(len(b.target_S) for b in packs)),
+    }
+    if settings.sample.completions:
+        metrics["entropy"] = entropy / seen
+        metrics["sampling/sampling_logp_difference/mean"] = gap / seen if len(packs) and packs[0].old_S is None else 0.0
+        metrics["sampling/sampling_logp_difference/max"] = worst_gap if len(packs) and packs[0].old_S is None else 0.0
+        metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"] = clipped_low / seen, clipped_high / seen
+        if settings.reference.kl:
+            metrics["kl"] = totals["kl"] / settings.reference.kl
+    if measure:
+        a, b = (torch.cat([x.flatten() for x in streams[n]]).double() for n in ("policy", "likelihood"))
+        metrics["grad/policy_norm"], metrics["grad/hint_norm"] = float(a.norm()), float(b.norm())
+        product = float(a.norm() * b.norm())
+        metrics["grad/cosine"] = float(a @ b) / product if product else 0.0
+    return metrics
+
+
+def _stop(what: str, packs: Sequence[PackedBatch], dump: Path) -> None:
+    dump.parent.mkdir(parents=True, exist_ok=True)
+    torch.save([{k: v for k, v in vars(p).items() if isinstance(v, Tensor)} for p in packs], dump)
+    raise NonFiniteError(
+        f"{what}. The run stops before this reaches the weights; the batch is in {dump}. The last checkpoint is good: "
+        "lower train.lr, or look at the batch"
+    )
