@@ -1,8 +1,9 @@
-"""Reward functions, well and badly behaved, imported by name in the workers of test_rewards.py. The text says what to do."""
+"""Reward functions, well and badly behaved, which the workers of test_rewards.py import by name."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sys
 import threading
@@ -26,6 +27,8 @@ def score(completion: str, row: Row, hint: str = "") -> object:
                 time.time()
             except BaseException:  # noqa: BLE001, S110 - stubborn on purpose: even an exit is swallowed
                 pass
+    if order == "native":  # a loop in C that looks at no signal and keeps the interpreter's lock
+        return sum(itertools.repeat(0))
     if order == "sleep":
         time.sleep(float(argument or 1000))
         return 0.5

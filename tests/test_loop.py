@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from unift import checkpoint, policy as policies, update
+from unift import checkpoint, update
+from unift import policy as policies
 from unift.config import parse_overrides, resolve
 from unift.loop import train
 from unift.types import ConfigError, DataError, NonFiniteError, UniftError

@@ -11,16 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import reward_zoo
 
+import reward_zoo
 from unift.rewards import BadValue, ScoreError, Scorer, adapt, load_reward, score_groups
 from unift.types import Group, RewardError, Row, Sample, Score
 
 ROW = Row("r0", "2+2?", ("think\n",), "4", "4", task="sums")
 ZOO = "reward_zoo:score"
-TIMEOUT = 1.5
+TIMEOUT = 1.2
 START = 3.0  # seconds a busy machine may take to start or refill workers; it takes 0.1 on an idle one
 
 
@@ -106,10 +107,12 @@ def test_numbers_of_other_libraries_become_plain() -> None:
     import numpy as np
 
     def score(completion: str, row: Row) -> object:
-        return Score(np.float32(0.5), np.bool_(True), {"x": np.int64(1)}) if completion else np.float64(0.25)  # type: ignore[arg-type]
+        number: Any = np.float32(0.5)
+        return Score(number, np.bool_(True), {"x": np.int64(1)}) if completion else np.float64(0.25)  # type: ignore
 
     full = adapt(score)("x", ROW)
-    assert full == Score(0.5, True, {"x": 1.0}) and type(full.value) is float and type(full.correct) is bool  # type: ignore[union-attr]
+    assert full == Score(0.5, True, {"x": 1.0})
+    assert full is not None and type(full.value) is float and type(full.correct) is bool
     assert adapt(score)("", ROW) == Score(0.25)
 
 
@@ -183,7 +186,7 @@ def test_bad_values_and_exceptions_are_counted_records(shared: Scorer) -> None:
     assert 0.0 not in values
 
 
-@pytest.mark.parametrize("order", ["spin", "sleep"])
+@pytest.mark.parametrize("order", ["spin", "sleep", "native"])
 def test_one_hang_per_chunk_costs_one_timeout(shared: Scorer, order: str) -> None:
     texts = [str(float(i)) for i in range(64)]
     texts[5] = texts[40] = order
@@ -391,7 +394,7 @@ def test_keyboard_interrupt_leaves_a_usable_scorer() -> None:
         begin = time.monotonic()
         timer.start()
         with pytest.raises(KeyboardInterrupt):
-            scorer.score([ROW] * 2, ["spin", "1"])
+            scorer.score([ROW] * 2, ["spin", "spin"])
         timer.join()
         assert scorer.score([ROW], ["1"]) == [Score(1.0)]
         assert time.monotonic() - begin < 2 * START

@@ -149,7 +149,7 @@ def fingerprint(policy: Policy) -> str:
 
     value = 0
     for p in policy.parameters():
-        value = zlib.crc32(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 

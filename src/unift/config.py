@@ -32,19 +32,19 @@ class Show(Section):
     """How much of the solution is revealed before the model speaks."""
 
     schedule: Literal["none", "all", "cosine", "constant", "uniform", "staircase"] = "none"
-    high: float = Field(0.95, ge=0, le=1, description="p at the first step (cosine), or p throughout (constant)")
-    low: float = Field(0.05, ge=0, le=1, description="p at the last hinted step (cosine)")
-    until: float = Field(0.6, ge=0, le=1, description="share of the steps with hints (cosine, staircase); then none")
-    draw: Literal["binomial", "rounded"] = Field("binomial", description="k ~ Binomial(cuts, p), or k = round(cuts * p)")
-    cuts: int = Field(5, ge=1, description="the solution is cut into at most this many pieces")
+    high: float = Field(default=0.95, ge=0, le=1, description="p at the first step (cosine), or p throughout (constant)")
+    low: float = Field(default=0.05, ge=0, le=1, description="p at the last hinted step (cosine)")
+    until: float = Field(default=0.6, ge=0, le=1, description="share of the steps with hints (cosine, staircase); then none")
+    draw: Literal["binomial", "rounded"] = Field(default="binomial", description="k ~ Binomial(cuts, p), or k = round(cuts * p)")
+    cuts: int = Field(default=5, ge=1, description="the solution is cut into at most this many pieces")
 
 
 class SampleFrom(Section):
     """How many completions of each prompt+hint the policy samples."""
 
-    completions: int = Field(8, ge=0, description="G; 0 = none (supervised)")
-    temperature: float = Field(1.0, gt=0, description="divides the logits when sampling and in every log-prob")
-    max_tokens: int = Field(64, ge=1, description="length limit of a completion, tokens")
+    completions: int = Field(default=8, ge=0, description="G; 0 = none (supervised)")
+    temperature: float = Field(default=1.0, gt=0, description="divides the logits when sampling and in every log-prob")
+    max_tokens: int = Field(default=64, ge=1, description="length limit of a completion, tokens")
 
 
 class Credit(Section):
@@ -52,48 +52,48 @@ class Credit(Section):
 
     baseline: Literal["group_mean", "leave_one_out", "none"] = "group_mean"
     scale: Literal["sample_std", "population_std", "none"] = "sample_std"
-    epsilon: float = Field(1e-6, ge=0)
+    epsilon: float = Field(default=1e-6, ge=0)
 
 
 class Policy(Section):
     """How the completions push their log-probs."""
 
     loss: Literal["clip", "reinforce"] = "clip"
-    low: float = Field(0.2, ge=0, description="ratio is clipped below 1 - low")
-    high: float = Field(0.2, ge=0, description="ratio is clipped above 1 + high")
-    dual_clip: float | None = Field(None, gt=1, description="cap of the ratio where the advantage is negative")
+    low: float = Field(default=0.2, ge=0, description="ratio is clipped below 1 - low")
+    high: float = Field(default=0.2, ge=0, description="ratio is clipped above 1 + high")
+    dual_clip: float | None = Field(default=None, gt=1, description="cap of the ratio where the advantage is negative")
     norm: Norm = "token_mean"
-    entropy: float = Field(0.0, ge=0, description="weight of the entropy bonus on completions")
+    entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus on completions")
 
 
 class Likelihood(Section):
     """How the solution's tokens push their log-probs."""
 
-    tokens: Literal["none", "hint", "demo"] = Field("none", description="the revealed steps, or the whole solution + EOS")
+    tokens: Literal["none", "hint", "demo"] = Field(default="none", description="the revealed steps, or the whole solution + EOS")
     rule: Literal["nll"] = "nll"
-    weight: float = Field(0.0, ge=0)
+    weight: float = Field(default=0.0, ge=0)
     norm: Norm = "token_mean"
 
 
 class Reference(Section):
     """The pull towards the model that the phase began with, on completions only."""
 
-    kl: float = Field(0.0, ge=0)
+    kl: float = Field(default=0.0, ge=0)
     estimator: Literal["k2", "k3"] = "k3"
 
 
 class Train(Section):
-    steps: int = Field(500, ge=1)
-    prompts: int = Field(32, ge=1, description="prompts a step (rows, not completions)")
-    updates: int = Field(1, ge=1, description="optimizer updates a step; must divide prompts")
-    lr: float = Field(1e-6, gt=0)
+    steps: int = Field(default=500, ge=1)
+    prompts: int = Field(default=32, ge=1, description="prompts a step (rows, not completions)")
+    updates: int = Field(default=1, ge=1, description="optimizer updates a step; must divide prompts")
+    lr: float = Field(default=1e-6, gt=0)
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float | None = Field(1.0, gt=0, description="of the whole gradient; null = no clipping")
-    token_budget: int = Field(16384, ge=1, description="padded tokens of one forward; changes memory, not the update")
-    micro_prompts: int | None = Field(None, ge=1, description="prompts of a micro-batch (microbatch_token_mean only)")
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0, description="of the whole gradient; null = no clipping")
+    token_budget: int = Field(default=16384, ge=1, description="padded tokens of one forward; changes memory, not the update")
+    micro_prompts: int | None = Field(default=None, ge=1, description="prompts of a micro-batch (microbatch_token_mean only)")
 
 
 class Phase(Section):
@@ -111,64 +111,64 @@ class Phase(Section):
 
 
 class Lora(Section):
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
     targets: str | list[str] = "all-linear"
 
 
 class Model(Section):
-    path: str = Field("embedded:demo", description="folder, or embedded:NAME for a base inside the package")
-    gguf: str | None = Field(None, description="GGUF file inside the folder")
+    path: str = Field(default="embedded:demo", description="folder, or embedded:NAME for a base inside the package")
+    gguf: str | None = Field(default=None, description="GGUF file inside the folder")
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     device: str = "auto"
     lora: Lora | None = None
 
 
 class Data(Section):
-    task: str | None = Field(None, description="built-in generator: countdown, knights, lock")
+    task: str | None = Field(default=None, description="built-in generator: countdown, knights, lock")
     options: dict[str, Any] = Field(default_factory=dict, description="of the generator")
-    train: str | None = Field(None, description="file of rows, or hf:owner/name")
+    train: str | None = Field(default=None, description="file of rows, or hf:owner/name")
     test: str | None = None
     format: str = "auto"
-    train_rows: int | None = Field(None, ge=1)
-    test_rows: int | None = Field(None, ge=1)
-    seed: int = Field(0, description="of the generator and of the split; apart from the run's seed")
-    max_prompt: int = Field(2048, ge=1, description="tokens of prompt + whole solution; a longer row is an error")
+    train_rows: int | None = Field(default=None, ge=1)
+    test_rows: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, description="of the generator and of the split; apart from the run's seed")
+    max_prompt: int = Field(default=2048, ge=1, description="tokens of prompt + whole solution; a longer row is an error")
 
 
 class Reward(Section):
-    function: str = Field("auto", description="auto (the row's task), a task's name, module:function or file.py:function")
-    format_score: float = Field(0.0, description="for a parsable wrong answer")
+    function: str = Field(default="auto", description="auto (the row's task), a task's name, module:function or file.py:function")
+    format_score: float = Field(default=0.0, description="for a parsable wrong answer")
     rule: Literal["unift", "paper"] = "unift"
-    workers: int = Field(1, ge=1)
-    timeout: float = Field(5.0, gt=0, description="seconds for one completion")
-    error_rate: float = Field(0.1, ge=0, le=1, description="of failed scores above which the run stops")
+    workers: int = Field(default=1, ge=1)
+    timeout: float = Field(default=5.0, gt=0, description="seconds for one completion")
+    error_rate: float = Field(default=0.1, ge=0, le=1, description="of failed scores above which the run stops")
     memory_mb: int | None = None
 
 
 class Eval(Section):
-    every: int = Field(50, ge=0, description="steps; 0 = only at the end")
-    rows: int | None = Field(None, ge=1, description="first so many rows of the test split")
-    samples: int = Field(0, ge=0, description="sampled completions a row for pass@k at the end; 0 = greedy only")
-    max_tokens: int | None = Field(None, ge=1, description="default: sample.max_tokens")
+    every: int = Field(default=50, ge=0, description="steps; 0 = only at the end")
+    rows: int | None = Field(default=None, ge=1, description="first so many rows of the test split")
+    samples: int = Field(default=0, ge=0, description="sampled completions a row for pass@k at the end; 0 = greedy only")
+    max_tokens: int | None = Field(default=None, ge=1, description="default: sample.max_tokens")
 
 
 class Save(Section):
-    every: int = Field(50, ge=0, description="steps between checkpoints; 0 = only at the end")
-    keep: int = Field(2, ge=1, description="last so many are kept, and the best")
+    every: int = Field(default=50, ge=0, description="steps between checkpoints; 0 = only at the end")
+    keep: int = Field(default=2, ge=1, description="last so many are kept, and the best")
     rollouts: bool = True
 
 
 class Log(Section):
-    gradients_every: int = Field(10, ge=0, description="steps between measurements of both streams' gradients; 0 = never")
+    gradients_every: int = Field(default=10, ge=0, description="steps between measurements of both streams' gradients; 0 = never")
     trackers: list[str] = Field(default_factory=list, description="wandb, tensorboard, trackio (through accelerate)")
 
 
 class Config(Section):
     method: str = "uft"
     seed: int = 0
-    run: str | None = Field(None, description="run folder; default runs/<method>-<hash>")
-    threads: int | None = Field(None, ge=1, description="of torch; default: all cores")
+    run: str | None = Field(default=None, description="run folder; default runs/<method>-<hash>")
+    threads: int | None = Field(default=None, ge=1, description="of torch; default: all cores")
     baselines: list[str] = Field(default_factory=list, description="methods trained beside this one for comparison")
     model: Model = Model()
     data: Data = Data()
@@ -298,7 +298,7 @@ def resolve(
 ) -> Config:
     """Merge the layers and validate. Raises ConfigError with the key, what was found and the nearest name."""
     user = _merge(file or {}, overrides or {})
-    method = method or user.get("method") or "uft"
+    method = str(method or user.get("method") or "uft")
     packaged = _yaml_mapping(recipe_text(recipe), f"recipe {recipe}") if recipe else {}
     tree = _method_layers(method, packaged, user) | {"method": method}
     phases = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from unift import config as configuration, hints
+from unift import config as configuration
+from unift import hints
 from unift.config import Config
 from unift.policy import locate
 

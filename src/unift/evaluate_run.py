@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from unift import dataset, evaluate, policy as policies
+from unift import dataset, evaluate
+from unift import policy as policies
 from unift.config import Config
 from unift.rewards import Scorer
 from unift.types import ConfigError

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unift import checkpoint, config as configuration, credit, dataset, evaluate, hints, policy as policies, rng, update
+from unift import checkpoint, credit, dataset, evaluate, hints, rng, update
+from unift import config as configuration
+from unift import policy as policies
 from unift.batch import PackedBatch, items_of
 from unift.config import Config, Phase
 from unift.encode import Encoded

@@ -188,7 +188,7 @@ def load(config: ModelConfig, tokenizer: Any = None) -> Policy:
     except (OSError, ValueError) as error:
         raise ConfigError(f"no causal language model could be read from {folder}: {error}") from error
     device = pick_device(config.device)
-    model = model.to(device).eval()  # eval: no dropout; gradients flow all the same
+    model = model.to(device=device).eval()  # type: ignore[call-arg]  # eval: no dropout; gradients flow all the same
     model.config.use_cache = False
     check_attention(model, device)
     if config.lora is not None:

@@ -12,7 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from unift import __version__, config as configuration
+from unift import __version__
+from unift import config as configuration
 from unift.checkpoint import clean_temporary, write_atomic
 from unift.config import Config
 from unift.types import ConfigError, DataError, UniftError
@@ -85,7 +86,7 @@ def trackers(config: Config, folder: Path) -> Iterator[Callable[[dict[str, Any],
         return
     from accelerate import Accelerator
 
-    accelerator = Accelerator(log_with=config.log.trackers, project_dir=str(folder))
+    accelerator = Accelerator(log_with=[*config.log.trackers], project_dir=str(folder))
     accelerator.init_trackers("unift", config={k: str(v) for k, v in configuration.numeric_settings(config).items()})
     try:
         yield lambda metrics, step: accelerator.log(

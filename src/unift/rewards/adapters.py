@@ -1,7 +1,7 @@
 """Turn a named reward function, of ours, TRL's or verl's signature, into one: (completion, row, hint) -> Score | None.
 
-A bad value is an exception here (`BadValue`), never a 0: the pool counts it. None means "does not apply" and exists only
-for TRL-style functions, where it is part of the contract.
+A bad value is an exception here (`BadValue`), never a 0: the pool counts it. None means "does not apply" and exists
+only for TRL-style functions, where it is part of the contract.
 """
 
 from __future__ import annotations
@@ -208,9 +208,10 @@ def _trl(
     """Lists of ONE element: one bad completion cannot spoil the others, and a hang has a name."""
 
     def call(completion: str, row: Row, hint: str) -> Score | None:
-        chat = not isinstance(row.prompt, str)
+        prompt = row.prompt
+        chat = not isinstance(prompt, str)
         columns = {
-            "prompts": [dict(message) for message in row.prompt] if chat else row.prompt,
+            "prompts": prompt if isinstance(prompt, str) else [dict(message) for message in prompt],
             "completions": [{"role": "assistant", "content": completion}] if chat else completion,
             "id": row.id,
             "task": row.task,

@@ -1,8 +1,8 @@
 """Score completions in worker processes that are killed at a deadline.
 
-A call is cut into one chunk per worker. The worker appends one line per scored item to the chunk's journal (a file), with
-its clock; the journal is the only way results come back. So when a worker hangs or dies, the parent knows which item it
-was at and since when: that item is the guilty one, what was scored before stays, the rest goes to other workers.
+A call is cut into one chunk per worker. The worker appends one line per scored item to the chunk's journal (a file),
+with its clock; the journal is the only way results come back. So when a worker hangs or dies, the parent knows which
+item it was at and since when: that item is the guilty one, what was scored before stays, the rest goes to others.
 
 pebble keeps the processes (start, kill, refill). Workers come from a fork server: forking the trainer is not safe
 (torch threads), spawning an interpreter for every refill is slow.
@@ -79,9 +79,9 @@ class Scorer:
     """A pool of scoring workers; use it as a context manager, from one thread.
 
     spec: what `load_reward` takes. workers: processes. timeout: seconds of wall clock for one completion.
-    error_rate: above this share of failed scores among the last ``window`` the run stops with a RewardError (while fewer
-    were scored, the missing ones count as good). memory_mb: address space, in MiB, that a worker may take on top of what
-    it holds once the reward is loaded; None = no limit. format_score, rule: handed to rewards that name them.
+    error_rate: above this share of failed scores among the last ``window`` the run stops with a RewardError (while
+    fewer were scored, the missing ones count as good). memory_mb: address space, in MiB, that a worker may take on top
+    of what it holds once the reward is loaded; None = no limit. format_score, rule: for rewards that name them.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Scorer:
             spec = f"{Path(place).expanduser().resolve()}:{function}"
         self.spec, self.workers, self.timeout, self.error_rate = spec, workers, timeout, error_rate
         self.start_seconds = START_SECONDS
-        self.counts = dict.fromkeys(("total", "timeouts", "crashes", "exceptions", "bad_values", "skipped"), 0)
+        self.counts: dict[str, int] = dict.fromkeys(("total", *_COUNT_OF.values(), "skipped"), 0)
         self._setup = Setup(spec, format_score, rule, memory_mb)
         self._window: deque[ScoreError | None] = deque(maxlen=window)
         self._pool: ProcessPool | None = None
@@ -168,7 +168,7 @@ class Scorer:
             self._folder.cleanup()
             self._folder = None
 
-    # ------------------------------------------------------------------------------------------------ chunks of one call
+    # ---------------------------------------------------------------------------------------------- chunks of one call
 
     def _run(self, items: list[Item], *, count: bool) -> list[Outcome]:
         outcomes: list[Outcome] = [None] * len(items)
@@ -318,7 +318,7 @@ class Scorer:
             f"completion {text!r}. Mend the function; if some failures are expected, raise reward.error_rate"
         )
 
-    # --------------------------------------------------------------------------------------------------------- processes
+    # ------------------------------------------------------------------------------------------------------- processes
 
     def _ready_pool(self) -> ProcessPool:
         if self._pool is not None and not self._pool.active:

@@ -1,4 +1,4 @@
-"""The worker's side of scoring: how a worker process starts, and how it scores a chunk. No torch in here, nor pebble."""
+"""The worker's side of scoring: how a worker process starts, and how it scores a chunk. Imports must stay light."""
 
 from __future__ import annotations
 
@@ -150,4 +150,5 @@ def _limit_memory(mebibytes: int) -> None:
     held = 0
     with contextlib.suppress(OSError):
         held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (held + (mebibytes << 20),) * 2)
+    limit = held + (mebibytes << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
