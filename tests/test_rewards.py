@@ -388,6 +388,7 @@ def test_children_of_a_hung_reward_are_killed(tmp_path: Path) -> None:
 
 
 def test_keyboard_interrupt_leaves_a_usable_scorer() -> None:
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts deaf to it
     with Scorer(ZOO, workers=2, timeout=30.0) as scorer:
         scorer.score([ROW], ["1"])
         timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
@@ -398,6 +399,7 @@ def test_keyboard_interrupt_leaves_a_usable_scorer() -> None:
         timer.join()
         assert scorer.score([ROW], ["1"]) == [Score(1.0)]
         assert time.monotonic() - begin < 2 * START
+    signal.signal(signal.SIGINT, handler)
 
 
 SCRIPT = """
@@ -417,7 +419,13 @@ def test_a_trainer_that_goes_takes_its_workers_along(tmp_path: Path, how: str) -
     """Also without close(), without a __main__ guard, and when it is killed with a worker in an endless loop."""
     end = "" if how == "exit" else 'scorer.score([row, row], ["spin", "spin"])'
     (tmp_path / "train.py").write_text(SCRIPT.format(tests=str(Path(__file__).parent), end=end))
-    trainer = subprocess.Popen([sys.executable, str(tmp_path / "train.py")], stdout=subprocess.PIPE, text=True)
+    (tmp_path / "tmp").mkdir()
+    trainer = subprocess.Popen(
+        [sys.executable, str(tmp_path / "train.py")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+    )
     assert trainer.stdout is not None
     pid = int(trainer.stdout.readline())
     if how == "kill":
@@ -426,6 +434,7 @@ def test_a_trainer_that_goes_takes_its_workers_along(tmp_path: Path, how: str) -
     assert trainer.wait(15) == (0 if how == "exit" else -signal.SIGKILL)
     assert gone(pid)
     assert trainer.stdout.read() == ""  # the script ran once
+    assert not list((tmp_path / "tmp").glob("unift-scores-*"))
     trainer.stdout.close()
 
 

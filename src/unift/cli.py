@@ -88,7 +88,7 @@ def train(
     if demo:
         from unift.demo import run_demo
 
-        run_demo(resolved, folder, list(settings or []))
+        run_demo(resolved, folder, list(settings or []), DEMO)
         return
     from unift.display import Live, Quiet
     from unift.loop import train as run_training

@@ -324,7 +324,9 @@ class Scorer:
         if self._pool is not None and not self._pool.active:
             self._stop_pool()
         if self._pool is None:
-            self._pool = ProcessPool(max_workers=self.workers, initializer=begin_worker, context=pool_context())
+            self._pool = ProcessPool(
+                max_workers=self.workers, initializer=begin_worker, initargs=(self._journals(),), context=pool_context()
+            )
         return self._pool
 
     def _journals(self) -> str:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -82,18 +83,19 @@ def _hidden_main() -> Iterator[None]:
 _LOADED: dict[Setup, Reward] = {}
 
 
-def begin_worker() -> None:
+def begin_worker(journals: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for a C call that never returns
     with contextlib.suppress(OSError, AttributeError):
         os.setpgid(0, 0)  # so that what the reward starts can be killed with it
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_die_with_parent, args=(journals,), daemon=True).start()
 
 
-def _die_with_parent() -> None:
-    """A trainer that was killed must not leave workers behind in an endless loop."""
+def _die_with_parent(journals: str) -> None:
+    """A trainer that was killed must not leave workers behind in an endless loop, nor its folder of journals."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        shutil.rmtree(journals, ignore_errors=True)
         with contextlib.suppress(OSError, AttributeError):
             os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(1)

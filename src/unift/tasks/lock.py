@@ -4,7 +4,7 @@ The prompt shows ``length`` letters. A solution names one of ``keys`` keys and t
 key, looked up in a secret table that only the reward knows. So every problem has ``keys`` right answers, and guessing
 finds one with probability 10 ** -length. The whole text is a few characters, for character-level models:
 
-    prompt "badc>", steps "k7" "b3" "a1" "d9" "c0", ending "."            (length 4: 1 + 4 steps)
+    prompt "badc>", steps "H" "b3" "a1" "d9" "c0", ending "."            (length 4: 1 + 4 steps)
 
 There is no answer tag: the answer is hint + completion, read up to the end mark, which the completion itself must write.
 So a full hint earns nothing on its own, and `score` needs the hint of a hinted sample. This is the only task that does.
@@ -21,7 +21,8 @@ from unift.rng import generator
 from unift.tasks.base import Task, build_row, check_rule, field_of, verdict
 from unift.types import ConfigError, Row, Score
 
-LETTERS = "abcdefghij"  # k is taken: it marks the key
+LETTERS = "abcdefghij"
+KEYS = "ABCDEFGHIJ"
 CODES = 10  # one digit each
 END = "."
 
@@ -32,7 +33,7 @@ def make(
     """Problem ``index`` of this seed: letters drawn with repetition, the reference opens it with a random key."""
     word, key, _ = _draw("lock", seed, index, length, letters, keys)
     table = code_table(table_seed)
-    steps = [f"k{key}", *(f"{letter}{table[LETTERS.index(letter), key]}" for letter in word)]
+    steps = [KEYS[key], *(f"{letter}{table[LETTERS.index(letter), key]}" for letter in word)]
     answer = {"letters": word, "keys": keys, "table_seed": table_seed}
     return build_row("lock", f"{word}>", steps, END, answer, {"index": index})
 
@@ -43,7 +44,7 @@ def lock_base_text(seed: int, index: int, *, length: int = 4, letters: int = 10,
     A base trained on it knows the format and nothing of the secret table.
     """
     word, key, codes = _draw("lock-base", seed, index, length, letters, keys)
-    return f"{word}>k{key}" + "".join(f"{letter}{code}" for letter, code in zip(word, codes)) + END
+    return f"{word}>{KEYS[key]}" + "".join(f"{letter}{code}" for letter, code in zip(word, codes)) + END
 
 
 @lru_cache(maxsize=64)
@@ -64,18 +65,17 @@ def score(completion: str, row: Row, *, hint: str = "", format_score: float = 0.
     if not mark:
         return verdict(False, False, format_score, f"the completion has no end mark {END!r}")
     text = hint + body
-    key = text[1:2]
+    key = KEYS[:keys].find(text[:1]) if text else -1
     readable = (
-        len(text) == 2 + 2 * len(word)
-        and text[0] == "k"
-        and text[2::2] == word
-        and all(char in "0123456789" for char in key + text[3::2])
-        and int(key) < keys
+        len(text) == 1 + 2 * len(word)
+        and key >= 0
+        and text[1::2] == word
+        and all(char in "0123456789" for char in text[2::2])
     )
     if not readable:
-        return verdict(False, False, format_score, f"not a key below {keys} and a code for each letter of {word!r}")
+        return verdict(False, False, format_score, f"not one of {keys} keys and a code for each letter of {word!r}")
     table = code_table(table_seed)
-    wrong = [c for c, code in zip(word, text[3::2]) if int(code) != table[LETTERS.index(c), int(key)]]
+    wrong = [c for c, code in zip(word, text[2::2]) if int(code) != table[LETTERS.index(c), key]]
     return verdict(not wrong, True, format_score, f"wrong code for {', '.join(wrong)}" if wrong else "")
 
 

@@ -1,0 +1,271 @@
+"""Rows from files: JSONL, JSON, Parquet and the Hub, in four layouts. Errors name file, row (from 1) and column.
+
+unift          prompt, steps, answer [, ending | solution | completion] [, id, task, any other column]
+UFT / verl     prompt (chat list), hint (list), answer (whole target text), reward_model.ground_truth, data_source
+TRL            prompt, completion (text or messages) [, answer | solution]
+reasoning-gym  question, answer, metadata [, solution]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unift.tasks.base import content_id
+from unift.types import DataError, Row, UniftError
+
+# data_source of the UFT release -> built-in task
+TASK_OF = {"countdown": "countdown", "kk_logic": "knights", "knights": "knights", "lock": "lock", "math": "math"}
+
+
+def read_rows(
+    path: str, *, format: str = "auto", split: str | None = None, limit: int | None = None, need_steps: bool = True
+) -> list[Row]:
+    """Rows of a file, or of ``hf:owner/name`` (the datasets library and a network are then needed).
+
+    need_steps: refuse rows without a worked solution. Raises DataError.
+    """
+    records = _hub(path[3:], split or "train") if path.startswith("hf:") else _file(path)
+    if not records:
+        raise DataError(f"{path} holds no rows")
+    records = records[:limit] if limit else records
+    layout = detect(records[0], path) if format == "auto" else format
+    if layout not in _READERS:
+        raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
+    rows = []
+    for number, record in enumerate(records, start=1):
+        where = f"{path}, row {number}"
+        if not isinstance(record, Mapping):
+            raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
+        row = _READERS[layout](record, where)
+        if need_steps and not row.steps:
+            raise DataError(f"{where}, column 'steps': no worked solution, which this method learns from")
+        rows.append(row)
+    return rows
+
+
+def _file(path: str) -> list[Any]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(f"{path}: no such file")
+    if file.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    try:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return pq.read_table(file).to_pylist()
+        if file.suffix == ".json":
+            records = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(records, list):
+                raise DataError(f"{path}: expected a JSON list of rows, found {type(records).__name__}")
+            return records
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as {file.suffix[1:]}: {error}") from error
+    if file.suffix not in (".jsonl", ".ndjson"):
+        raise DataError(f"{path}: unknown kind of file {file.suffix!r}; expected .jsonl, .json or .parquet")
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
+    return records
+
+
+def _hub(name: str, split: str) -> list[Any]:
+    try:
+        from datasets import load_dataset
+
+        return load_dataset(name, split=split).to_list()  # type: ignore[union-attr]
+    except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
+        raise DataError(f"hf:{name} (split {split!r}) could not be loaded: {type(error).__name__}: {error}") from error
+
+
+def detect(record: Any, path: str) -> str:
+    """Layout of a file from the columns of its first row."""
+    columns = set(record) if isinstance(record, Mapping) else set()
+    if {"prompt", "hint"} <= columns or {"prompt", "reward_model"} <= columns:
+        return "verl"
+    if "prompt" in columns and columns & {"steps", "ending"}:
+        return "unift"
+    if "prompt" in columns and "completion" in columns:
+        return "trl"
+    if {"question", "metadata"} <= columns:
+        return "reasoning-gym"
+    if "prompt" in columns:
+        return "unift"
+    raise DataError(
+        f"{path}, row 1, column 'prompt': missing. Found columns {sorted(columns)}; expected prompt, steps, answer, or "
+        "the layout of UFT/verl, TRL or reasoning-gym"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- one record
+
+
+def split_steps(solution: str) -> tuple[str, ...]:
+    """A solution in one text -> steps: at line ends, else at sentence ends. Joined they give back the exact text."""
+    parts = re.findall(r"[^\n]*\n+|[^\n]+$", solution)
+    if len(parts) <= 1:
+        parts = re.findall(r".+?(?:[.!?]\s+|$)", solution, flags=re.DOTALL)
+    return tuple(p for p in parts if p)
+
+
+def _prompt(value: Any, where: str) -> str | tuple[Mapping[str, str], ...]:
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, Sequence) and value and all(isinstance(m, Mapping) and "content" in m for m in value):
+        return tuple(dict(m) for m in value)
+    raise DataError(f"{where}, column 'prompt': expected a text or a list of messages, found {value!r:.80}")
+
+
+def _steps(value: Any, where: str, column: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return split_steps(value)
+    if not isinstance(value, Sequence) or not all(isinstance(s, str) for s in value):
+        raise DataError(f"{where}, column {column!r}: expected a list of texts, found {value!r:.80}")
+    if not value or not "".join(value).strip():
+        raise DataError(f"{where}, column {column!r}: the solution is empty")
+    return tuple(value)
+
+
+def _text(value: Any) -> str:
+    """A completion given as text, or the assistant's content of a message list."""
+    return value if isinstance(value, str) else "".join(m["content"] for m in value or ())
+
+
+def _build(
+    prompt: Any, steps: tuple[str, ...], ending: str, answer: Any, record: Mapping[str, Any], used: Iterable[str]
+) -> Row:
+    source = str(record.get("task") or record.get("data_source") or "")
+    task = TASK_OF.get(source, "math" if "math" in source.lower() else source)
+    extra = {k: v for k, v in record.items() if k not in {*used, "id", "task"}}
+    plain = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
+    row_id = str(record.get("id") or content_id(plain, steps, ending, answer))
+    return Row(row_id, prompt, steps, ending, answer, task, extra)
+
+
+def _unift(record: Mapping[str, Any], where: str) -> Row:
+    """``ending`` is what follows the steps; without one it is written from the answer in answer tags."""
+    if record.get("answer") is None:
+        raise DataError(f"{where}, column 'answer': missing; the verifier needs it")
+    answer, column = record["answer"], "steps" if record.get("steps") is not None else "solution"
+    steps = _steps(record.get(column) or (record.get("completion") if column == "solution" else None), where, column)
+    if column == "steps" and record.get("steps") is not None and not record["steps"]:
+        raise DataError(f"{where}, column 'steps': the solution is empty")
+    ending = record.get("ending")
+    if ending is None:
+        ending = f"\n<answer> {answer} </answer>" if steps and isinstance(answer, (str, int, float)) else ""
+    return _build(
+        _prompt(record.get("prompt"), where), steps, ending, answer, record, ("prompt", "steps", "ending", "answer", column)
+    )
+
+
+def _verl(record: Mapping[str, Any], where: str) -> Row:
+    """The UFT release: the content of a single user message is the whole prompt text (no template)."""
+    prompt = _prompt(record.get("prompt"), where)
+    if not isinstance(prompt, str) and len(prompt) == 1:
+        prompt = prompt[0]["content"]
+    steps, target = _steps(record.get("hint"), where, "hint"), record.get("answer") or ""
+    truth = (record.get("reward_model") or {}).get("ground_truth")
+    if truth is None:
+        raise DataError(f"{where}, column 'reward_model.ground_truth': missing; the verifier needs it")
+    shown = "".join(steps)
+    if not target.startswith(shown):
+        raise DataError(f"{where}, column 'answer': does not begin with the joined hint chunks, so hints are no prefix of it")
+    ending = target[len(shown) :]
+    return _build(prompt, steps, ending, truth, record, ("prompt", "hint", "answer", "reward_model", "question"))
+
+
+def _trl(record: Mapping[str, Any], where: str) -> Row:
+    answer = record.get("answer", record.get("solution"))
+    if answer is None:
+        raise DataError(f"{where}, column 'answer': missing; the verifier needs it (TRL rows may name it 'solution')")
+    steps = _steps(_text(record.get("completion")), where, "completion")
+    return _build(_prompt(record.get("prompt"), where), steps, "", answer, record, ("prompt", "completion", "answer"))
+
+
+def _gym(record: Mapping[str, Any], where: str) -> Row:
+    if record.get("answer") is None:
+        raise DataError(f"{where}, column 'answer': missing; the verifier needs it")
+    steps = _steps(record.get("solution"), where, "solution")
+    ending = f"\n<answer> {record['answer']} </answer>" if steps else ""
+    return _build(_prompt(record.get("question"), where), steps, ending, record["answer"], record, ("question", "answer"))
+
+
+_READERS = {"unift": _unift, "verl": _verl, "trl": _trl, "reasoning-gym": _gym}
+
+
+# ---------------------------------------------------------------------------------------------- whole files
+
+
+def _record(row: Row) -> dict[str, Any]:
+    prompt = row.prompt if isinstance(row.prompt, str) else [dict(m) for m in row.prompt]
+    own = {"id": row.id, "prompt": prompt, "steps": list(row.steps), "ending": row.ending, "answer": row.answer}
+    return own | {"task": row.task} | dict(row.extra)
+
+
+def write_rows(rows: Sequence[Row], path: str | Path) -> None:
+    """unift's layout, .jsonl or .parquet. The file appears whole or not at all."""
+    from unift.checkpoint import write_atomic
+
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        write_atomic(path, "".join(json.dumps(_record(r), ensure_ascii=False) + "\n" for r in rows))
+    elif path.suffix == ".parquet":
+        import io
+
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist([_record(r) for r in rows]), buffer)
+        write_atomic(path, buffer.getvalue())
+    else:
+        raise UniftError(f"{path}: unknown kind of file {path.suffix!r}; expected .jsonl or .parquet")
+
+
+def canonical(row: Row) -> str:
+    """The problem apart from its wording where the task knows how, else the prompt without case and spaces."""
+    from unift.tasks import get_task, task_names
+
+    if row.task in task_names():
+        try:
+            return repr((row.task, get_task(row.task).canonical(row)))
+        except (UniftError, KeyError, TypeError, ValueError):
+            pass  # a file may use a task's name with other answers
+    text = row.prompt if isinstance(row.prompt, str) else "".join(m["content"] for m in row.prompt)
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def overlap(train: Sequence[Row], test: Sequence[Row]) -> list[str]:
+    """Ids of test rows that pose a problem of the training rows."""
+    if not test:
+        return []
+    seen = {canonical(row) for row in train}
+    return [row.id for row in test if canonical(row) in seen]
+
+
+def inspect(rows: Sequence[Row]) -> dict[str, Any]:
+    """Counts for people: steps, lengths in characters, repeated problems, one example."""
+    steps = Counter(len(r.steps) for r in rows)
+    lengths = sorted(len(r.solution) for r in rows)
+    digest = hashlib.sha256("".join(r.id for r in rows).encode()).hexdigest()[:12]
+    return {
+        "rows": len(rows),
+        "ids": digest,
+        "tasks": dict(Counter(r.task for r in rows)),
+        "steps per row": dict(sorted(steps.items())),
+        "solution characters (min, median, max)": [lengths[0], lengths[len(lengths) // 2], lengths[-1]],
+        "repeated problems": len(rows) - len({canonical(r) for r in rows}),
+        "example": _record(rows[0]),
+    }

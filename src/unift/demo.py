@@ -1,0 +1,35 @@
+"""``unift train`` with its defaults: UFT with a live display, its baselines beside it, and what came out, in plain words."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from unift.compare import Job, command, reading, run_many, table, write_report
+from unift.config import Config
+from unift.display import Live
+from unift.loop import train
+
+
+def run_demo(config: Config, folder: Path, settings: list[str], recipe: str) -> None:
+    """Train ``config`` here and ``config.baselines`` in processes of their own; print table, reading, plot and folder."""
+    own = folder / f"{config.method}-seed{config.seed}"
+    print(f"unift demo: {config.method} on the task {config.data.task!r}, {config.data.train_rows} solved rows, embedded base.")
+    print(f"Beside it, on the other core: {', '.join(config.baselines) or 'nothing'}. Run folder: {folder}", flush=True)
+    jobs = [
+        Job(m, config.seed, folder / f"{m}-seed{config.seed}", command(m, config.seed, recipe, folder, settings))
+        for m in config.baselines
+    ]
+    others: list[dict[str, Any]] = []
+    worker = threading.Thread(target=lambda: others.extend(run_many(jobs, 1)), daemon=True)
+    worker.start()
+    with Live() as display:
+        result = train(config.model_copy(update={"threads": 1}), own, display.update)
+    if worker.is_alive():
+        print(f"{config.method} is done; waiting for the baselines ...", flush=True)
+    worker.join()
+    results = [*others, result]
+    plot = write_report(folder, results)
+    print("\n" + table(results))
+    print("\n".join(["", *reading(results), "", f"plot: {plot}", f"run folder: {folder}"]))

@@ -1,0 +1,105 @@
+"""What a person sees while a run goes on: a live panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from typing import Any
+
+WINDOW = 50  # reports that the speed is measured over
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def fields(metrics: dict[str, Any], total: int, accuracy: float | None, left: float | None) -> dict[str, str]:
+    """The displayed numbers of one step, as text; ``-`` where the step has none. accuracy: share; left: seconds."""
+    split = {name: metrics[f"time/{name}"] for name in ("generate", "score", "update") if f"time/{name}" in metrics}
+    milliseconds = " / ".join(f"{name} {1000 * s:.0f}" for name, s in split.items())
+    return {
+        "step": f"{metrics['step']}/{total}",
+        "reward": f"{metrics['reward']:.3f}" if "reward" in metrics else "-",
+        "accuracy without hint": f"{100 * accuracy:.1f} %" if accuracy is not None else "-",
+        "hint share": f"{100 * metrics['hint/fraction']:.0f} %" if "hint/fraction" in metrics else "-",
+        "tokens/s": f"{metrics['tokens/per_second']:,.0f}" if "tokens/per_second" in metrics else "-",
+        "time left": duration(left) if left is not None else "-",
+        "ms of a step": milliseconds or "-",
+    }
+
+
+class Live:
+    """``update(metrics, total_steps)`` after every step; a context manager.
+
+    every: seconds between two plain lines where stdout is no terminal; evaluations and the last step always print.
+    """
+
+    def __init__(self, every: float = 5.0) -> None:
+        self.every, self.last = every, 0.0
+        self.accuracy: float | None = None
+        self.speed: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # (step, training seconds so far)
+        self.live: Any = None
+
+    def __enter__(self) -> Live:
+        if sys.stdout.isatty():
+            from rich.live import Live as RichLive
+
+            self.live = RichLive("loading rows and model ...", refresh_per_second=4)
+            self.live.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.live is not None:
+            self.live.__exit__(*exception)
+            self.live = None
+
+    def update(self, metrics: dict[str, Any], total: int) -> None:
+        step, now = metrics["step"], time.monotonic()
+        evaluated = "eval/test/accuracy" in metrics
+        if evaluated:
+            self.accuracy = metrics["eval/test/accuracy"]
+        # The run's own clock, not the wall: a continued run replays its old lines in no time.
+        if "time/elapsed" in metrics:
+            self.speed.append((step, metrics["time/elapsed"]))
+        shown = fields(metrics, total, self.accuracy, self._left(step, total))
+        if self.live is not None:
+            self.live.update(_panel(shown, step / max(total, 1)))
+        elif evaluated or step == total or now - self.last > self.every:
+            self.last = now
+            print("  ".join(f"{name} {value}" for name, value in shown.items() if value != "-"), flush=True)
+
+    def _left(self, step: int, total: int) -> float | None:
+        """Seconds to go at the speed of the last reports."""
+        if not self.speed:
+            return None
+        first, since = self.speed[0] if len(self.speed) > 1 else (0, 0.0)
+        last, until = self.speed[-1]
+        return (until - since) / (last - first) * (total - step) if last > first else None
+
+
+def _panel(shown: dict[str, str], share: float) -> Any:
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in shown.items():
+        table.add_row(name, value)
+    return Group(table, ProgressBar(total=1.0, completed=share, width=60))
+
+
+class Quiet(Live):
+    """Prints nothing."""
+
+    def __enter__(self) -> Quiet:
+        return self
+
+    def update(self, metrics: dict[str, Any], total: int) -> None:
+        pass
