@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
-from typing import Any
 
-from unift.types import UniftError
+from unift.summary import Result, by_method, interval, reading, table, wilson
+from unift.types import ConfigError, UniftError
+
+__all__ = ["Job", "command", "compare_methods", "interval", "reading", "run_many", "table", "wilson", "write_report"]
+
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
 @dataclass(frozen=True)
 class Job:
+    """One run. ``command`` leaves ``result.json`` in ``folder`` and exits with 0; on a begun folder it continues."""
+
     method: str
     seed: int
     folder: Path
@@ -31,44 +37,120 @@ def command(method: str, seed: int, recipe: str, folder: Path, settings: Sequenc
     return [*start, *settings, f"seed={seed}", "threads=1"]
 
 
-def run_many(jobs: Sequence[Job], workers: int, say: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """Results in the order of the jobs. A finished run is reused. Raises UniftError naming the runs that failed."""
+# ---------------------------------------------------------------------------------------------- running
+
+
+def run_many(jobs: Sequence[Job], workers: int, say: Callable[[str], None] = lambda text: None) -> list[Result]:
+    """Results in the order of the jobs, ``workers`` processes side by side; each writes ``log.txt`` in its folder.
+
+    A run that this very command finished before is read from its folder. A failure does not stop the others; when all
+    are through, UniftError names the failed ones with the last lines of their logs. Interrupted: the processes are ended.
+    """
+    results: dict[int, Result] = {}
     failed: list[str] = []
+    running: dict[int, tuple[subprocess.Popen[bytes], int]] = {}
+    waiting = list(range(len(jobs)))
 
-    def one(job: Job) -> dict[str, Any] | None:
-        result = job.folder / "result.json"
-        if not result.is_file():
-            job.folder.mkdir(parents=True, exist_ok=True)
-            with open(job.folder / "log.txt", "ab") as log:
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                code = subprocess.run(job.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment).returncode
-            if code or not result.is_file():
-                tail = (job.folder / "log.txt").read_text(errors="replace").strip().splitlines()[-3:]
-                failed.append(f"{job.method} seed {job.seed} (exit code {code}): " + " | ".join(tail))
-                return None
-        found = json.loads(result.read_text())
-        say(f"{job.method} seed {job.seed}: {100 * found['test']['accuracy']:.1f} % held-out, {found['seconds']:.0f} s")
-        return found
+    def ended(number: int, text: str) -> None:
+        say(f"[{len(results) + len(failed)}/{len(jobs)}] {jobs[number].method} seed {jobs[number].seed}: {text}")
 
-    with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(one, jobs))
+    try:
+        while waiting or running:
+            while waiting and len(running) < max(workers, 1):
+                number = waiting.pop(0)
+                kept = _finished(jobs[number])
+                if kept is None:
+                    running[number] = _start(jobs[number])
+                else:
+                    results[number] = kept
+                    ended(number, f"{_outcome(kept)} (finished before)")
+            for number, (process, offset) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[number]
+                atexit.unregister(process.terminate)
+                result = _read(jobs[number].folder)
+                if process.returncode == 0 and result is not None:
+                    results[number] = result
+                    ended(number, _outcome(result))
+                else:
+                    failed.append(_failure(jobs[number], process.returncode, offset))
+                    ended(number, f"failed (exit code {process.returncode})")
+            time.sleep(0.05)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
     if failed:
         raise UniftError(
-            f"{len(failed)} of {len(jobs)} runs failed; the others are kept, the same command repeats only these:\n  "
-            + "\n  ".join(failed)
+            f"{len(failed)} of {len(jobs)} runs failed; the others are kept. Mend the cause and repeat the command: "
+            "it runs only what is missing\n  " + "\n  ".join(failed)
         )
-    return [r for r in results if r is not None]
+    return [results[number] for number in range(len(jobs))]
+
+
+def _start(job: Job) -> tuple[subprocess.Popen[bytes], int]:
+    """The process, and where its part of the log begins."""
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / ".command.json").write_text(json.dumps(job.command))  # a dot file: `train` minds foreign files
+        with open(job.folder / "log.txt", "ab") as log:
+            offset = log.tell()
+            environment = os.environ | ONE_THREAD
+            process = subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+    except OSError as error:
+        raise UniftError(f"cannot start {job.method} seed {job.seed} in {job.folder}: {error}") from error
+    atexit.register(process.terminate)  # run_many may be in a thread that dies with the interpreter
+    return process, offset
+
+
+def _read(folder: Path) -> Result | None:
+    """result.json, with the number of training completions added from the run's settings where it lacks it."""
+    from unift.config import plan, read_yaml, validate
+
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    if "completions" not in result and (folder / "config.yaml").is_file():
+        spans = plan(validate(read_yaml(folder / "config.yaml")))
+        result["completions"] = sum((stop - start) * s.train.prompts * s.sample.completions for start, stop, s in spans)
+    return result
+
+
+def _finished(job: Job) -> Result | None:
+    """The result, if this very command brought it. Otherwise ``train`` itself must judge whether the folder fits."""
+    try:
+        same = json.loads((job.folder / ".command.json").read_text()) == job.command
+    except (OSError, json.JSONDecodeError):
+        return None
+    return _read(job.folder) if same else None
+
+
+def _failure(job: Job, code: int, offset: int) -> str:
+    tail = (job.folder / "log.txt").read_bytes()[offset:].decode(errors="replace").strip().splitlines()[-5:]
+    why = f"exit code {code}" if code else "exit code 0, but no result.json"
+    lines = [f"{job.method} seed {job.seed} ({why}), {job.folder / 'log.txt'} ends with:", *(tail or ["(nothing)"])]
+    return "\n    ".join(lines)
+
+
+def _outcome(result: Result) -> str:
+    accuracy = f"{100 * result['test']['accuracy']:.1f} % held-out, " if result.get("test") else ""
+    return f"{accuracy}{result['seconds']:.0f} s"
 
 
 def compare_methods(
     methods: Sequence[str], seeds: int, recipe: str, folder: Path, settings: Sequence[str], workers: int
 ) -> str:
-    """The whole comparison; returns table, reading and the path of the plot as text."""
-    from unift.config import preset_text, recipe_text
+    """The whole comparison; returns table, reading and the path of the plot as text. Settings are checked first."""
+    from unift.config import parse_overrides, resolve
 
-    recipe_text(recipe)
+    methods = list(dict.fromkeys(m.strip() for m in methods if m.strip()))
+    if not methods or seeds < 1:
+        raise ConfigError(f"nothing to compare: found methods {methods} and seeds={seeds}; name a method, 1 seed or more")
     for method in methods:
-        preset_text(method)
+        config = resolve(method, recipe=recipe, overrides=parse_overrides(settings))
+        if not (config.data.task or config.data.test):
+            raise ConfigError("a comparison needs held-out rows: set data.test=FILE")
     jobs = [
         Job(m, seed, folder / f"{m}-seed{seed}", command(m, seed, recipe, folder, settings))
         for seed in range(seeds)
@@ -79,99 +161,26 @@ def compare_methods(
     return "\n".join([table(results), "", *reading(results), "", f"plot: {plot}", f"folder: {folder}"])
 
 
-# ---------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------- files
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % t-interval of a mean over seeds, clipped to [0, 1]."""
-    # Two-sided 95 % quantiles of Student's t for 1..9 degrees of freedom.
-    quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-    n, m = len(values), mean(values)
-    sd = (sum((v - m) ** 2 for v in values) / (n - 1)) ** 0.5
-    half = (quantiles[n - 2] if n <= 10 else 2.0) * sd / n**0.5
-    return max(0.0, m - half), min(1.0, m + half)
+def write_report(folder: Path, results: Sequence[Result]) -> Path:
+    """compare.json, table.md and curves.png in the folder; returns the path of the picture.
 
-
-def _by_method(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for r in results:
-        groups.setdefault(r["method"], []).append(r)
-    return groups
-
-
-def _interval_of(runs: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
-    """(accuracy, low, high): over seeds when there are several, else Wilson's over rows."""
-    values = [r["test"]["accuracy"] for r in runs]
-    low, high = interval(values) if len(values) > 1 else (runs[0]["test"]["low"], runs[0]["test"]["high"])
-    return mean(values), low, high
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one line a method. Accuracy in %, without hints, on held-out rows; 95 % intervals."""
-    base = results[0]["base"]
-    lines = [
-        "| method | held-out % | 95 % interval | each seed | training rows % | tokens sampled | tokens trained | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| base | {100 * base['accuracy']:.1f} | {100 * base['low']:.1f} to {100 * base['high']:.1f} | | | | | |",
-    ]
-    for method, runs in _by_method(results).items():
-        accuracy, low, high = _interval_of(runs)
-        each = " ".join(f"{100 * r['test']['accuracy']:.1f}" for r in sorted(runs, key=lambda r: r["seed"]))
-        fit, sampled, trained, seconds = (
-            mean(values)
-            for values in zip(
-                *((r["train"]["accuracy"], r["tokens_sampled"], r["tokens_trained"], r["seconds"]) for r in runs), strict=True
-            )
-        )
-        lines.append(
-            f"| {method} | {100 * accuracy:.1f} | {100 * low:.1f} to {100 * high:.1f} | {each} | {100 * fit:.1f} "
-            f"| {sampled / 1e6:.2f} M | {trained / 1e6:.2f} M | {seconds:.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def reading(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Three lines in plain language, computed from the numbers, whichever way they fall."""
-    groups = _by_method(results)
-    lines = []
-    if "rft" in groups:
-        runs = groups["rft"]
-        accuracy = mean(r["test"]["accuracy"] for r in runs)
-        seen, sampled = sum(r["reward_seen"] for r in runs), sum(r["scorer"]["total"] for r in runs)
-        rate = seen / max(sampled, 1)
-        why = "so it had almost nothing to learn from" if rate < 0.01 else "which was enough to learn from"
-        lines.append(f"RFT reaches {100 * accuracy:.1f} %: {seen} of its {sampled:,} completions were right, {why}.")
-    if "sft" in groups:
-        runs = groups["sft"]
-        accuracy, fit = (mean(r[part]["accuracy"] for r in runs) for part in ("test", "train"))
-        gap = "fits its rows better than it generalises" if fit - accuracy > 0.05 else "generalises as well as it fits"
-        lines.append(f"SFT solves {100 * fit:.1f} % of its training rows and {100 * accuracy:.1f} % of the held-out ones: it {gap}.")
-    if "uft" in groups:
-        accuracy, low, _ = _interval_of(groups["uft"])
-        rivals = {m: _interval_of(groups[m]) for m in ("sft", "rft") if m in groups}
-        if not rivals:
-            return [*lines, f"UFT reaches {100 * accuracy:.1f} % without hints."]
-        name, (best, _, best_high) = max(rivals.items(), key=lambda item: item[1][0])
-        lead = 100 * (accuracy - best)
-        if lead > 0:
-            sure = "the intervals do not overlap" if low > best_high else "but the intervals overlap"
-            lines.append(f"UFT reaches {100 * accuracy:.1f} % without hints, {lead:.1f} points ahead of {name.upper()}; {sure}.")
-        else:
-            lines.append(f"UFT reaches {100 * accuracy:.1f} % without hints and is not ahead: {name.upper()} is {-lead:.1f} points better.")
-    return lines
-
-
-def write_report(folder: Path, results: Sequence[dict[str, Any]]) -> Path:
-    """compare.json, table.md and curves.png in the folder; returns the path of the picture."""
+    Curves come from ``metrics.jsonl`` of ``<method>-seed<seed>``; a run without one is in the table only.
+    """
     from unift.checkpoint import read_metrics, write_atomic
     from unift.plots import curves
 
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "compare.json", json.dumps(list(results), indent=1))
     write_atomic(folder / "table.md", "\n".join([table(results), "", *reading(results), ""]))
-    runs: dict[str, list[list[dict[str, Any]]]] = {}
-    for r in results:
-        metrics = read_metrics(folder / f"{r['method']}-seed{r['seed']}" / "metrics.jsonl")
-        runs.setdefault(r["method"], []).append(metrics)
+    runs = {
+        method: [read_metrics(folder / f"{method}-seed{r['seed']}" / "metrics.jsonl") for r in group]
+        for method, group in by_method(results).items()
+    }
     path = folder / "curves.png"
-    curves(runs, path, "Same base, same rows; accuracy without hints on held-out problems")
+    temporary = path.with_name(".curves.png")
+    curves(runs, temporary, "Same base, same rows: mean and range over seeds")
+    os.replace(temporary, path)
     return path

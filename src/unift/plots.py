@@ -69,18 +69,18 @@ def curves(runs: Mapping[str, Sequence[Metrics]], path: Path, title: str) -> Non
     handles: dict[str, Any] = {}
     for method, seeds in runs.items():
         colour = colour_of(method, methods)
-        front = 4 if method == "uft" else 3
+        label = method
         for axis, name, unit, share in ((left, "eval/test/accuracy", 100, 0.0), (right, "reward", 1, 0.03)):
             stack = unit * _stack(seeds, name, grid, share)
             if not len(stack):
                 continue
-            (line,) = axis.plot(grid, stack.mean(0), color=colour, lw=2.4 if method == "uft" else 1.8, zorder=front)
+            width, front = (2.4, 4) if method == "uft" else (1.8, 3)
+            (line,) = axis.plot(grid, stack.mean(0), color=colour, lw=width, zorder=front)
             if len(stack) > 1:
                 axis.fill_between(grid, stack.min(0), stack.max(0), color=colour, alpha=0.15, lw=0)
-            final = f" ({stack[:, -1].mean():.0f} %)" if axis is left else ""
-            handles.setdefault(f"{method}{final}", line)
-            if axis is right and f"{method} " in " ".join(handles):
-                handles.pop(method, None)
+            if axis is left:
+                label = f"{method} ({stack[:, -1].mean():.0f} %)"
+            handles[label] = line
     hinted = next((m for m in HINTED if m in runs), None)
     if hinted is not None:
         shown = _stack(runs[hinted], "hint/fraction", grid, 0.03)
