@@ -209,7 +209,7 @@ def room(config: Config, folder: Path, encoded: Sequence[Encoded]) -> Check:
     path = folder / "config.json"
     positions = json.loads(path.read_text()).get("max_position_embeddings") if path.is_file() else None
     if positions and context > positions:
-        text = f"prompt, hint and completion can take {context} tokens, the model has {positions} positions. Lower sample.max_tokens"
+        text = f"prompt, hint and completion can take {context} tokens, the model holds {positions}. Lower sample.max_tokens"
         return Check("room", False, text)
     if longer > len(encoded) // 10:
         need = max(len(e.solution) for e in encoded)

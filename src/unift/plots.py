@@ -41,15 +41,20 @@ def series(metrics: Metrics, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Centred moving mean; near the ends over what is there, so that a level curve stays level."""
+    if not len(values):
+        return values
     width = max(1, min(width, len(values)))
     window = np.ones(width)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def _stack(runs: Sequence[Metrics], name: str, grid: np.ndarray, share: float = 0.0) -> np.ndarray:
-    """[runs with this metric, len(grid)]: each interpolated to the grid, smoothed over ``share`` of its points."""
-    found = [series(m, name) for m in runs]
-    return np.array([np.interp(grid, x, smooth(y, round(share * len(y)))) for x, y in found if len(x)])
+    """[runs with this metric, len(grid)]: each interpolated to the grid, smoothed over ``share`` of its points.
+
+    NaN outside a run's own points: a method whose first phase has no reward draws nothing there.
+    """
+    found = [(x, smooth(y, round(share * len(y)))) for x, y in (series(m, name) for m in runs) if len(x)]
+    return np.array([np.interp(grid, x, y, left=np.nan, right=np.nan) for x, y in found])
 
 
 def curves(runs: Mapping[str, Sequence[Metrics]], path: Path, title: str) -> None:
@@ -79,7 +84,8 @@ def curves(runs: Mapping[str, Sequence[Metrics]], path: Path, title: str) -> Non
             if len(stack) > 1:
                 axis.fill_between(grid, stack.min(0), stack.max(0), color=colour, alpha=0.15, lw=0)
             if axis is left:
-                label = f"{method} ({stack[:, -1].mean():.0f} %)"
+                final = np.mean([100 * y[-1] for _, y in (series(m, name) for m in seeds) if len(y)])
+                label = f"{method} ({final:.0f} %)"
             handles[label] = line
     hinted = next((m for m in HINTED if m in runs), None)
     if hinted is not None:
@@ -87,7 +93,7 @@ def curves(runs: Mapping[str, Sequence[Metrics]], path: Path, title: str) -> Non
         if len(shown):
             (line,) = right.plot(grid, shown.mean(0), color="#777777", lw=1.2, ls=(0, (4, 3)))
             handles[f"share of the solution shown by {hinted}"] = line
-    left.set(ylabel="%", ylim=(-3, 103), title="accuracy on held-out problems, no hint")
+    left.set(ylabel="accuracy, %", ylim=(-3, 103), title="accuracy on held-out problems, no hint")
     right.set(ylabel="mean reward", ylim=(-0.03, 1.03), title="reward while training, hints included")
     for axis in (left, right):
         axis.set(xlim=(0, 100), xlabel="share of the run's steps, %")

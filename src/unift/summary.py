@@ -125,7 +125,7 @@ def _read_rft(runs: Sequence[Result]) -> str:
 def _read_sft(runs: Sequence[Result]) -> str:
     accuracy, _, high = accuracy_of(runs)
     fit, n = mean(r["train"]["accuracy"] for r in runs), runs[0]["train"]["n"]
-    head = f"SFT: {_percent(fit)} on its training rows ({n} asked), {_percent(accuracy)} on held-out rows"
+    head = f"SFT: {_percent(fit)} on its training rows (n = {n}), {_percent(accuracy)} on held-out rows"
     if fit > high:
         return f"{head}: it knows its rows {100 * (fit - accuracy):.0f} points better than the problem behind them."
     return f"{head}: it does as well on new rows as on its own, within the interval."

@@ -1,0 +1,229 @@
+"""Comparisons: intervals, words that follow the numbers, runs in processes, pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from unift import compare, config, plots
+from unift.compare import Job, run_many, write_report
+from unift.summary import accuracy_of, interval, reading, table, wilson
+from unift.types import ConfigError, UniftError
+
+
+def result(method, seed, test, train=1.0, seen=0, completions=0, n=500):
+    def part(share, n):
+        low, high = wilson(share * n, n)
+        return {"accuracy": share, "low": low, "high": high, "n": n}
+
+    return {
+        "method": method, "seed": seed, "steps": 10, "seconds": 60.0, "tokens_sampled": 1_500_000 if completions else 0,
+        "tokens_trained": 900, "reward_seen": seen, "completions": completions, "base": part(0.0, n),
+        "test": part(test, n), "train": part(train, 100),
+    }  # fmt: skip
+
+
+def three(uft, sft, rft, seen=100, fit=1.0):
+    runs = [result("uft", s, v, seen=50_000, completions=100_000) for s, v in enumerate(uft)]
+    runs += [result("sft", s, v, fit) for s, v in enumerate(sft)]
+    return runs + [result("rft", s, v, 0.0, seen, 100_000) for s, v in enumerate(rft)]
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 500), (1, 10), (37, 100), (500, 500)])
+def test_wilson_is_scipys(k, n):
+    expected = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+    assert wilson(k, n, z=stats.norm.ppf(0.975)) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_wilson_of_nothing_says_nothing():
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 11, 31])
+def test_interval_is_scipys_t(n):
+    values = list(np.random.default_rng(n).uniform(0.45, 0.55, n))
+    expected = stats.t.interval(0.95, n - 1, np.mean(values), stats.sem(values))
+    assert interval(values) == pytest.approx(tuple(np.clip(expected, 0, 1)), abs=1e-3)
+
+
+def test_interval_of_equal_seeds_keeps_the_uncertainty_of_the_rows():
+    mean, low, high = accuracy_of([result("uft", s, 0.98) for s in range(3)])
+    assert (low, high) == wilson(490, 500) and low < mean < high
+
+
+def test_table_has_base_means_and_every_seed():
+    text = table([result("sft", 1, 0.8), result("sft", 0, 0.9), result("rft", 0, 0.002, 0.0, 1, 1000)])
+    lines = text.splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| base | - | 0.0 |")
+    assert "| sft | 2 | 85.0 |" in lines[3] and "| 90.0 80.0 | 100.0 | 0 | 900 | 60 |" in lines[3]
+    assert "| rft | 1 | 0.2 |" in lines[4] and "1.50 M" in lines[4]
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+
+def test_reading_when_uft_wins():
+    rft, sft, uft = reading(three([0.99, 0.992, 0.988], [0.83, 0.84, 0.82], [0.002, 0.0, 0.004]))
+    assert "300 of its 300,000 completions (0.1 %) earned the reward, so it had almost nothing to learn from" in rft
+    assert "100.0 % on its training rows" in sft and "83.0 % on held-out" in sft and "17 points better" in sft
+    assert "99.0 %" in uft and "ahead of SFT by 16.0 points, intervals do not overlap (the best" in uft
+
+
+def test_reading_when_uft_loses():
+    rft, sft, uft = reading(three([0.5], [0.6], [0.9], seen=60_000, fit=0.6))
+    assert "enough to learn from" in rft
+    assert "as well on new rows" in sft
+    assert "NOT ahead: behind RFT by 40.0 points, intervals do not overlap" in uft and "NOT ahead: behind SFT by 10.0" in uft
+
+
+def test_reading_when_nothing_is_sure():
+    assert "ahead of SFT by 1.0 points, but the intervals overlap" in reading(three([0.61], [0.6], [0.0]))[2]
+    assert "level with SFT" in reading(three([0.6], [0.6], [0.0]))[2]
+    assert "did not measurably leave the base" in reading(three([0.6], [0.6], [0.0], seen=50_000))[0]
+
+
+def test_reading_names_the_best_rival_of_all():
+    runs = [*three([0.9], [0.5], [0.0]), result("r3", 0, 0.95)]
+    assert "NOT ahead: behind R3 by 5.0 points" in reading(runs)[2] and "ahead of SFT by 40.0" in reading(runs)[2]
+
+
+def test_reading_of_one_method():
+    assert reading([result("uft", 0, 0.5)]) == ["UFT: 50.0 % on held-out rows without hints; nothing else was trained beside it."]
+    assert reading([result("stage", 0, 0.5)]) == []
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+SCRIPT = """
+import json, os, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+with open(folder / "started", "a") as f: f.write("x")
+assert os.environ["OMP_NUM_THREADS"] == "1"
+if not (folder / "mended").exists() and sys.argv[2] == "bad":
+    sys.exit("error: rows.jsonl row 7 has no answer")
+(folder / "result.json").write_text(sys.argv[3])
+"""
+
+
+def fake(folder: Path, method: str, seed: int, kind: str = "good") -> Job:
+    own = folder / f"{method}-seed{seed}"
+    text = json.dumps(result(method, seed, 0.5))
+    return Job(method, seed, own, [sys.executable, "-S", "-c", SCRIPT, str(own), kind, text])
+
+
+def test_failure_is_reported_and_what_is_earned_is_kept(tmp_path):
+    jobs = [fake(tmp_path, "sft", 0), fake(tmp_path, "uft", 0, "bad"), fake(tmp_path, "rft", 0)]
+    said: list[str] = []
+    with pytest.raises(UniftError, match=r"1 of 3 runs failed(.|\n)*uft seed 0 \(exit code 1\)(.|\n)*row 7 has no answer"):
+        run_many(jobs, 2, said.append)
+    assert len(said) == 3 and sum("failed" in line for line in said) == 1
+    (jobs[1].folder / "mended").touch()
+    assert [r["method"] for r in run_many(jobs, 2, said.append)] == ["sft", "uft", "rft"]
+    assert [(j.folder / "started").read_text() for j in jobs] == ["x", "xx", "x"]
+    assert sum("finished before" in line for line in said) == 2
+
+
+def test_a_result_of_another_command_is_not_taken(tmp_path):
+    job = fake(tmp_path, "sft", 0)
+    run_many([job], 1)
+    changed = Job(job.method, job.seed, job.folder, [*job.command, "train.lr=1"])
+    run_many([changed], 1)
+    assert (job.folder / "started").read_text() == "xx"
+
+
+def test_no_result_is_a_failure_and_so_is_no_program(tmp_path):
+    with pytest.raises(UniftError, match="exit code 0, but no result.json"):
+        run_many([Job("sft", 0, tmp_path / "a", [sys.executable, "-S", "-c", ""])], 1)
+    with pytest.raises(UniftError, match="cannot start sft seed 0"):
+        run_many([Job("sft", 0, tmp_path / "b", ["/no/such/program"])], 1)
+
+
+def test_interrupted_ends_its_processes(tmp_path, monkeypatch):
+    started = []
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=interrupt))
+    monkeypatch.setattr(compare, "_start", lambda job, old=compare._start: started.append(old(job)) or started[-1])
+    with pytest.raises(KeyboardInterrupt):
+        run_many([Job("sft", 0, tmp_path / "a", [sys.executable, "-S", "-c", "import time; time.sleep(60)"])], 1)
+    assert started[0][0].wait(10) != 0
+
+
+def test_settings_are_checked_before_anything_runs(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.stepz.*steps"):
+        compare.compare_methods(["uft"], 1, "lock", tmp_path / "x", ["train.stepz=3"], 1)
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        compare.compare_methods([""], 1, "lock", tmp_path / "x", [], 1)
+    assert not (tmp_path / "x").exists()
+
+
+def test_completions_come_from_the_settings(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"seconds": 1.0}))
+    c = config.resolve("rft", recipe="lock", overrides={"train": {"steps": 7, "prompts": 4}, "sample": {"completions": 3}})
+    (tmp_path / "config.yaml").write_text(config.to_yaml(c))
+    assert compare._read(tmp_path)["completions"] == 7 * 4 * 3
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def metrics(method: str, seed: int, steps: int = 60) -> list[dict]:
+    noise = np.random.default_rng(seed)
+    lines: list[dict] = [{"step": 0, "eval/test/accuracy": 0.0}]
+    for step in range(1, steps + 1):
+        line = {"step": step, "hint/fraction": max(0.0, 0.95 - step / steps * 1.5)}
+        if method != "sft":
+            line["reward"] = float(np.clip(step / steps + noise.normal(0, 0.1), 0, 1))
+        if step % 10 == 0:
+            line["eval/test/accuracy"] = 1 / (1 + math.exp(6 - 10 * step / steps - seed / 3))
+        lines.append(line)
+    return lines
+
+
+def test_report_writes_its_three_files(tmp_path):
+    results = [result(m, s, 0.5) for m in ("sft", "rft", "uft", "mine") for s in range(2)]
+    for r in results[:-1]:  # one run without metrics
+        folder = tmp_path / f"{r['method']}-seed{r['seed']}"
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics(r["method"], r["seed"]))) + "\n")
+    path = write_report(tmp_path, results)
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+    assert json.loads((tmp_path / "compare.json").read_text()) == results
+    assert "| uft | 2 |" in (tmp_path / "table.md").read_text()
+
+
+def test_curves_without_anything_to_draw(tmp_path):
+    plots.curves({"uft": [[]], "sft": []}, tmp_path / "a.png", "nothing")
+    plots.curves({"uft": [[{"step": 0, "eval/test/accuracy": 0.1}]]}, tmp_path / "b.png", "a point")
+    assert (tmp_path / "a.png").stat().st_size and (tmp_path / "b.png").stat().st_size
+
+
+def test_smoothing_keeps_a_level_curve_level():
+    assert plots.smooth(np.ones(20), 9) == pytest.approx(np.ones(20))
+    assert plots.smooth(np.array([1.0, 2.0]), 9).shape == (2,)
+    assert plots.smooth(np.array([]), 9).shape == (0,)
+
+
+def test_a_phase_without_reward_draws_no_reward():
+    lines = [{"step": s, **({"reward": 1.0} if s > 5 else {})} for s in range(1, 11)]
+    (row,) = plots._stack([lines, []], "reward", np.linspace(0, 100, 11))
+    assert np.isnan(row[:6]).all() and (row[6:] == 1).all()
+
+
+def test_hint_schedule(tmp_path):
+    plots.hint_schedule(config.resolve("uft", recipe="lock").show, 100, tmp_path / "s.png")
+    assert (tmp_path / "s.png").stat().st_size > 5_000
