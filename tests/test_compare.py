@@ -84,7 +84,7 @@ def test_reading_when_uft_wins():
 def test_reading_when_uft_loses():
     rft, sft, uft = reading(three([0.5], [0.6], [0.9], seen=60_000, fit=0.6))
     assert "enough to learn from" in rft
-    assert "as well on new rows" in sft
+    assert "no measurable gap" in sft
     assert "NOT ahead: behind RFT by 40.0 points, intervals do not overlap" in uft and "NOT ahead: behind SFT by 10.0" in uft
 
 
@@ -141,6 +141,10 @@ def test_a_result_of_another_command_is_not_taken(tmp_path):
     changed = Job(job.method, job.seed, job.folder, [*job.command, "train.lr=1"])
     run_many([changed], 1)
     assert (job.folder / "started").read_text() == "xx"
+    refused = Job(job.method, job.seed, job.folder, [sys.executable, "-S", "-c", "raise SystemExit(2)"])
+    for _ in range(2):  # the result that lies there is not its own, the second time neither
+        with pytest.raises(UniftError, match="exit code 2"):
+            run_many([refused], 1)
 
 
 def test_no_result_is_a_failure_and_so_is_no_program(tmp_path):

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from unift.tasks import lock
 
 SEED, STEPS, ROWS, RATE, WARMUP = 0, 400, 128, 4e-3, 20
-PROMPT = 5  # four letters and ">"
+LENGTH = 5
+PROMPT = LENGTH + 1  # the letters and ">"
 DEFAULT = Path(__file__).parents[1] / "src" / "unift" / "assets" / "lock"
 
 
@@ -56,7 +57,7 @@ def main(folder: Path) -> None:
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / STEPS)) / 2
-        texts = [lock.lock_base_text(SEED, step * ROWS + i) for i in range(ROWS)]
+        texts = [lock.lock_base_text(SEED, step * ROWS + i, length=LENGTH) for i in range(ROWS)]
         tokens = torch.tensor([tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in texts])
         logits = model(tokens[:, :-1]).logits[:, PROMPT - 1 :]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, PROMPT:].flatten())

@@ -18,6 +18,7 @@ from unift.types import ConfigError, UniftError
 __all__ = ["Job", "command", "compare_methods", "interval", "reading", "run_many", "table", "wilson", "write_report"]
 
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+COMMAND = ".command.json"  # what brought the result of a folder; a dot file, since `train` minds foreign files
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def run_many(jobs: Sequence[Job], workers: int, say: Callable[[str], None] = lam
                 result = _read(jobs[number].folder)
                 if process.returncode == 0 and result is not None:
                     results[number] = result
+                    # Only now: a command that `train` refused must not pass for the one that brought the result.
+                    (jobs[number].folder / COMMAND).write_text(json.dumps(jobs[number].command))
                     ended(number, _outcome(result))
                 else:
                     failed.append(_failure(jobs[number], process.returncode, offset))
@@ -92,7 +95,6 @@ def _start(job: Job) -> tuple[subprocess.Popen[bytes], int]:
     """The process, and where its part of the log begins."""
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / ".command.json").write_text(json.dumps(job.command))  # a dot file: `train` minds foreign files
         with open(job.folder / "log.txt", "ab") as log:
             offset = log.tell()
             environment = os.environ | ONE_THREAD
@@ -120,7 +122,7 @@ def _read(folder: Path) -> Result | None:
 def _finished(job: Job) -> Result | None:
     """The result, if this very command brought it. Otherwise ``train`` itself must judge whether the folder fits."""
     try:
-        same = json.loads((job.folder / ".command.json").read_text()) == job.command
+        same = json.loads((job.folder / COMMAND).read_text()) == job.command
     except (OSError, json.JSONDecodeError):
         return None
     return _read(job.folder) if same else None

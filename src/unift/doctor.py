@@ -259,5 +259,5 @@ def disk(config: Config, weights: tuple[Path, int] | None) -> Check:
         return Check("disk", True, f"{free / gib:.1f} GiB free at {place}")
     size = weights[1] * BYTES[config.model.dtype]
     need = size * (3 * (config.save.keep + 2 + len(config.phases)) + 1) if config.model.lora is None else 2 * size
-    text = f"the run needs about {need / gib:.2f} GiB, {free / gib:.1f} GiB are free at {place}"
+    text = f"the run needs about {need / 2**20:,.0f} MiB, {free / gib:.1f} GiB are free at {place}"
     return Check("disk", free > need, text if free > need else f"{text}. Free some, lower save.keep, or use another --run")

@@ -128,7 +128,7 @@ def _read_sft(runs: Sequence[Result]) -> str:
     head = f"SFT: {_percent(fit)} on its training rows (n = {n}), {_percent(accuracy)} on held-out rows"
     if fit > high:
         return f"{head}: it knows its rows {100 * (fit - accuracy):.0f} points better than the problem behind them."
-    return f"{head}: it does as well on new rows as on its own, within the interval."
+    return f"{head}, no measurable gap."
 
 
 def _read_uft(main: str, groups: dict[str, list[Result]]) -> str:
