@@ -1,32 +1,36 @@
 # Two commands: `make demo` and `make test`. Both set up .venv first (once).
 PYTHON ?= python3
 BIN := .venv/bin
-CORE := src/unift
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+READY := .venv/.ready
 
 .PHONY: setup demo test slow lint types clean
+.DELETE_ON_ERROR:
 
-setup: .venv/.ready
+setup: $(READY)
 
-.venv/.ready: pyproject.toml constraints.txt
+# A stamp: made again only when the requirements change. torch comes first, at the pinned version: an open range would
+# bring a CUDA build of several gigabytes.
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	touch $@
+	$(PIP) torch
+	$(PIP) -e ".[dev]"
+	@touch $@
 
-demo: setup
+demo: $(READY)
 	$(BIN)/unift train
 
-test: setup
+test: $(READY)
 	$(BIN)/python -m pytest -q -rs -m "not slow and not gpu and not dist and not vllm"
 
-slow: setup
+slow: $(READY)
 	$(BIN)/python -m pytest -q -rs -m slow
 
-lint: setup
+lint: $(READY)
 	$(BIN)/ruff check .
 
-types: setup
+types: $(READY)
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -46,7 +46,8 @@ def test_round_trip(tmp_path, suffix, task):
 
 
 def test_other_layouts(tmp_path):
-    trl = {"prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "a.\nb"}], "answer": "4"}
+    said = {"role": "assistant", "content": "a.\nb"}
+    trl = {"prompt": [{"role": "user", "content": "2+2?"}], "completion": [said], "answer": "4"}
     (row,) = read_rows(write(tmp_path / "t.jsonl", trl))
     assert row.steps == ("a.\n", "b") and row.prompt[0]["content"] == "2+2?"
     (row,) = read_rows(write(tmp_path / "g.jsonl", {"question": "q", "answer": "7", "metadata": {}}), need_steps=False)

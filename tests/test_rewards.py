@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import reward_zoo
+
 from unift.rewards import BadValue, ScoreError, Scorer, adapt, load_reward, score_groups
 from unift.types import Group, RewardError, Row, Sample, Score
 

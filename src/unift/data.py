@@ -121,7 +121,7 @@ def split_steps(solution: str) -> tuple[str, ...]:
 def _prompt(value: Any, where: str) -> str | tuple[Mapping[str, str], ...]:
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, Sequence) and value and all(isinstance(m, Mapping) and "content" in m for m in value):
+    if isinstance(value, (list, tuple)) and value and all(isinstance(m, Mapping) and "content" in m for m in value):
         return tuple(dict(m) for m in value)
     raise DataError(f"{where}, column 'prompt': expected a text or a list of messages, found {value!r:.80}")
 
