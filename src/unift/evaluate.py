@@ -3,7 +3,6 @@ the reward (format credit does not count, trap 33)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from unift.encode import Encoded
 from unift.engines.native import Request, generate
 from unift.policy import Policy
 from unift.rewards import Scorer
+from unift.summary import wilson
 from unift.types import Row, Sample
 
 
@@ -25,15 +25,6 @@ class Accuracy:
     low: float
     high: float
     n: int
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a proportion (95 % for z = 1.96)."""
-    if n == 0:
-        return 0.0, 1.0
-    p = right / n
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:

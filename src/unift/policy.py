@@ -190,10 +190,21 @@ def load(config: ModelConfig, tokenizer: Any = None) -> Policy:
     device = pick_device(config.device)
     model = model.to(device=device).eval()  # type: ignore[call-arg]  # eval: no dropout; gradients flow all the same
     model.config.use_cache = False
+    if gguf:
+        _forget_gguf(model)
     check_attention(model, device)
     if config.lora is not None:
         model = _adapt(model, config.lora)
     return Policy(model, tokenizer, device, lora=config.lora is not None)
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights are plain floats now; transformers would refuse to save what it still calls a quantized model."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
 
 
 def _adapt(model: nn.Module, lora: Lora) -> nn.Module:
