@@ -117,7 +117,7 @@ class Lora(Section):
 
 
 class Model(Section):
-    path: str = Field(default="embedded:demo", description="folder, or embedded:NAME for a base inside the package")
+    path: str = Field(default="embedded:lock", description="folder, or embedded:NAME for a base inside the package")
     gguf: str | None = Field(default=None, description="GGUF file inside the folder")
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     device: str = "auto"
