@@ -65,15 +65,16 @@ def encode_row(tokenizer: Any, row: Row, max_tokens: int, number: int | None = N
     where = f"row {number} (id {row.id})" if number is not None else f"row {row.id}"
     prompt, spaces = prompt_text(tokenizer, row)
     special = isinstance(row.prompt, str)  # a chat template brings its own BOS
-    own = tokenizer(prompt, add_special_tokens=special)["input_ids"]
-    if own and own[-1] == tokenizer.eos_token_id:  # some tokenizers append EOS to every text
-        own = own[:-1]
+    alone = tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True)
+    own = alone["input_ids"]
+    if own and own[-1] == tokenizer.eos_token_id and alone["offset_mapping"][-1] == (0, 0):
+        own = own[:-1]  # some tokenizers append EOS to every text; one that the text itself holds stays
     if not own:
         raise DataError(f"{where}: the prompt is empty after tokenisation")
     text = spaces + row.solution
     joint = tokenizer(prompt + text, add_special_tokens=special, return_offsets_mapping=True)
     ids, offsets, origin = joint["input_ids"], joint["offset_mapping"], len(prompt)
-    if ids and ids[-1] == tokenizer.eos_token_id and own[-1:] != ids[-1:]:
+    if len(ids) > len(own) and ids[-1] == tokenizer.eos_token_id:
         ids, offsets = ids[:-1], offsets[:-1]
     forced = ids[: len(own)] != own
     if forced:

@@ -72,7 +72,7 @@ def expected_share(show: Show, step: int, total: int, n_steps: int = 5) -> float
     num = min(show.cuts, n_steps)
     if step + 1 > hinted_steps(show, total) or num == 0:
         return 0.0
-    if show.schedule == "staircase" or (show.schedule == "cosine" and show.draw == "rounded"):
+    if show.schedule == "staircase" or (show.schedule in ("cosine", "constant") and show.draw == "rounded"):
         return draw(show, 0, step, total, "", n_steps) / num
     return probability(show, step, total)
 
