@@ -1,6 +1,6 @@
 """UFT on a real language model, recorded: SmolLM2-135M on the released Countdown and Knights rows, on this CPU.
 
-    python tools/smollm2_proof.py ROWS OUT [--tasks countdown,logic] [--steps 40] [--kill 12] [--threads 2]
+    python tools/smollm2_proof.py ROWS OUT [--tasks countdown,logic] [--steps 24] [--kill 9] [--threads 2]
 
 ROWS holds ``countdown/train.parquet`` and ``logic/train.parquet``. For each task: the last rows are held out, `unift train
 --method uft` runs as a process of its own, is killed by SIGKILL after ``--kill`` steps, and the same command continues it; the
@@ -20,10 +20,10 @@ import sys
 import time
 from pathlib import Path
 
-HELD_OUT = 64
+HELD_OUT = 32
 COMMON = {
-    "data.train_rows": 128,
-    "train.prompts": 4,
+    "data.train_rows": 64,
+    "train.prompts": 2,
     "train.lr": 2e-5,
     "train.warmup": 4,
     "train.token_budget": 2048,
@@ -140,8 +140,8 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tasks", default="countdown,logic")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--kill", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--kill", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     results = [prove(t, args.rows, args.out, args.steps, args.kill, args.threads) for t in args.tasks.split(",")]
