@@ -58,6 +58,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bar of a GGUF file's conversion
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -120,6 +121,9 @@ def evaluate(
     recipe: Recipe = None,
     split: Annotated[str, typer.Option(help="test or train")] = "test",
     samples: Annotated[int, typer.Option(help="sampled completions a row for pass@k; 0 = greedy only")] = 0,
+    retention: Annotated[
+        Optional[list[str]], typer.Option(help="rows of another task: what the run forgot of it, against its base; repeatable")
+    ] = None,
 ) -> None:
     """Accuracy without hints, with intervals, on a split. A run folder brings its own settings."""
     from unift.config import parse_overrides, read_yaml, resolve
@@ -127,6 +131,14 @@ def evaluate(
     _quiet_libraries()
     folder = Path(model)
     stored = folder / "config.yaml"
+    if retention:
+        if not stored.is_file():
+            raise ConfigError(f"--retention compares a run with its base; {model!r} is no run folder (no config.yaml)")
+        from unift.retention import describe, measure
+
+        config_of_run = resolve(None, file=read_yaml(stored), overrides=parse_overrides(settings or []))
+        typer.echo(describe(measure(folder, retention, config_of_run)))
+        return
     if stored.is_file():
         weights = folder / "model"
         if not weights.is_dir():
