@@ -202,6 +202,31 @@ def theory(
     typer.echo(f"\nfiles: {out}/table.md, theory.json, theory.png")
 
 
+@app.command("merge")
+def merge_models(
+    base: Annotated[str, typer.Argument(help="the model both were trained from: model folder, run folder or embedded:NAME")],
+    models: Annotated[list[str], typer.Argument(help="model or run folders, e.g. one after SFT and one after RL")],
+    out: Annotated[Path, typer.Option(help="new model folder")],
+    rule: Annotated[str, typer.Option(help="linear, ties or dare")] = "linear",
+    weights: Annotated[Optional[str], typer.Option(help="comma-separated, one a model; default 1/models, for ties 1")] = None,
+    density: Annotated[Optional[float], typer.Option(help="share of changed entries kept by ties and dare")] = None,
+    seed: Annotated[int, typer.Option(help="of the entries that dare drops")] = 0,
+) -> None:
+    """Merge checkpoints of one base: base + sum of weight * (model - base), TIES or DARE."""
+    if weights is None:
+        numbers = [1.0 if rule == "ties" else 1 / len(models)] * len(models)
+    else:
+        try:
+            numbers = [float(w) for w in weights.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--weights {weights!r}: expected numbers, e.g. 0.5,0.5") from error
+    _quiet_libraries()
+    from unift.merge import merge
+
+    done = merge(base, models, out, rule, numbers, density, seed)
+    typer.echo(f"{rule} merge of {len(models)} models, {done['parameters']:,} parameters -> {out}")
+
+
 @data_app.command("make")
 def data_make(
     task: Annotated[str, typer.Argument(help="countdown, knights or lock")],
