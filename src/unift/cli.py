@@ -194,6 +194,51 @@ def doctor(settings: Settings = None, config: ConfigFile = None, recipe: Recipe 
         raise typer.Exit(1)
 
 
+@app.command()
+def theory(
+    out: Annotated[Path, typer.Option(help="folder for table.md, theory.json and theory.png")] = Path("runs/theory"),
+    seeds: Annotated[int, typer.Option(help="seeds 0..N-1")] = 40,
+    branching: Annotated[str, typer.Option(help="comma-separated actions a node")] = "2,3,4",
+    max_height: Annotated[int, typer.Option(help="tallest tree")] = 60,
+) -> None:
+    """Reward queries of RFT, R3 and UFT on a search tree: theorems 4.2 and 4.3 as a table and a figure."""
+    from unift.theory_report import HEIGHTS, run
+
+    words = branching.split(",")
+    if not all(w.strip().isdigit() and int(w) >= 2 for w in words):
+        raise ConfigError(f"--branching {branching!r}: expected whole numbers of at least 2, e.g. 2,3,4")
+    if seeds < 2 or max_height < HEIGHTS[0]:
+        raise ConfigError(f"expected at least 2 seeds and height {HEIGHTS[0]}, found --seeds {seeds} --max-height {max_height}")
+    heights = [h for h in HEIGHTS if h <= max_height]
+    typer.echo(run(out, [int(w) for w in words], heights, range(seeds), lambda text: typer.echo(text, err=True)))
+    typer.echo(f"\nfiles: {out}/table.md, theory.json, theory.png")
+
+
+@app.command("merge")
+def merge_models(
+    base: Annotated[str, typer.Argument(help="the model both were trained from: model folder, run folder or embedded:NAME")],
+    models: Annotated[list[str], typer.Argument(help="model or run folders, e.g. one after SFT and one after RL")],
+    out: Annotated[Path, typer.Option(help="new model folder")],
+    rule: Annotated[str, typer.Option(help="linear, ties or dare")] = "linear",
+    weights: Annotated[Optional[str], typer.Option(help="comma-separated, one a model; default 1/models, for ties 1")] = None,
+    density: Annotated[Optional[float], typer.Option(help="share of changed entries kept by ties and dare")] = None,
+    seed: Annotated[int, typer.Option(help="of the entries that dare drops")] = 0,
+) -> None:
+    """Merge checkpoints of one base: base + sum of weight * (model - base), TIES or DARE."""
+    if weights is None:
+        numbers = [1.0 if rule == "ties" else 1 / len(models)] * len(models)
+    else:
+        try:
+            numbers = [float(w) for w in weights.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--weights {weights!r}: expected numbers, e.g. 0.5,0.5") from error
+    _quiet_libraries()
+    from unift.merge import merge
+
+    done = merge(base, models, out, rule, numbers, density, seed)
+    typer.echo(f"{rule} merge of {len(models)} models, {done['parameters']:,} parameters -> {out}")
+
+
 @data_app.command("make")
 def data_make(
     task: Annotated[str, typer.Argument(help="countdown, knights or lock")],
