@@ -29,8 +29,9 @@ def rollouts(run: RunData, page: int = PAGE) -> Html | None:
     groups_shown = max((len(s.groups) for s in run.rollouts), default=0)
     note = (
         f"A choice, not all: {len(run.rollouts)} of {run.rollout_steps:,} stored steps, at most {groups_shown} groups of a step "
-        "(one of each kind before a second: mixed scores, failed scorer, all wrong, all right), and of a group the best, the worst and a "
-        f"few more. Texts are cut in the middle beyond {TEXT:,} characters. So counts here are no statistics; the curves are. "
+        "(one of each kind before a second: mixed scores, failed scorer, all wrong, all right), and of a group "
+        f"the best, the worst and a few more. Texts are cut in the middle beyond {TEXT:,} characters. "
+        "So counts here are no statistics; the curves are. "
         "All rollouts, with tokens and log-probs: rollouts/step_*.jsonl.gz."
     )
     over = tag("p", f"{left_out} more groups were left out to keep this page small.", cls="note") if left_out else None

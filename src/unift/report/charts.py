@@ -86,7 +86,6 @@ def chart(
     log: bool = False,
     stacked: bool = False,
     marks: Sequence[float] = (),
-    wide: bool = False,
 ) -> Html | None:
     """A figure with its legend as text above it; None without a point to draw.
 
@@ -101,7 +100,7 @@ def chart(
     if not lines:
         return None
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 2.7) if wide else (4.5, 2.2), layout="constrained")
+        figure = Figure(figsize=(3.9, 2.1), layout="constrained")
         FigureCanvasSVG(figure)
         axis = figure.add_subplot()
         if stacked:
@@ -134,7 +133,7 @@ def chart(
     description = f"{title}: " + ", ".join(f"{line.label} ends at {line.y[-1]:.4g}" for line in lines)
     caption = tag("p", note, cls="note") if note else None
     drawn = _inline(file.getvalue(), description)
-    return tag("figure", tag("figcaption", heading), drawn, caption, cls="wide" if wide else None)
+    return tag("figure", tag("figcaption", heading), drawn, caption)
 
 
 def _draw(axis: Any, line: Line) -> None:

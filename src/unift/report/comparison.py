@@ -111,7 +111,7 @@ def _curves(runs: Sequence[RunData], methods: Sequence[str], colours: dict[str, 
     found: list[Html | None] = []
     options: dict[str, Any]
     for name, title, unit, options in (
-        ("eval/test/accuracy", "Accuracy without hint", 100.0, {"unit": "%", "limits": (0, 100), "wide": True}),
+        ("eval/test/accuracy", "Accuracy without hint", 100.0, {"unit": "%", "limits": (0, 100)}),
         ("reward", "Reward while training, hints included", 1.0, {"limits": (0, 1)}),
         ("hint/fraction", "Share of the solution that is shown", 100.0, {"unit": "%", "limits": (0, 100)}),
         ("entropy", "Entropy", 1.0, {"unit": "nats", "limits": (0, 0)}),
@@ -143,7 +143,7 @@ def _run(run: RunData) -> Html:
     kind, text = words.state(run)
     test = (run.result or {}).get("test")
     outcome = f"{words.percent(test['accuracy'])} held-out, {text}" if test else text
-    charts = [sections.accuracy_chart(run, wide=False), sections.reward_chart(run), sections.hint_chart(run)]
+    charts = [sections.accuracy_chart(run), sections.reward_chart(run), sections.hint_chart(run)]
     return fold(
         [run.name, tag("small", outcome)],
         tag("p", words.sentence(run)),

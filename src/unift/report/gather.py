@@ -183,7 +183,10 @@ def _compared(tree: Mapping[str, Any], defaults: Mapping[str, Any], preset: Mapp
     known, planned, found = flat(defaults), flat(preset), []
     for key, value in flat(tree).items():
         default = known.get(key)
-        origin = "default" if value == default else "preset" if key in planned and value == planned[key] else "this run"
+        if value == planned.get(key, default):
+            origin = "default" if value == default else "preset"
+        else:  # also where a recipe sets back to the default what the preset had changed
+            origin = "this run"
         found.append(Setting(head + key, text_of(value), text_of(default), origin))
     return found
 

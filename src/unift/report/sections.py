@@ -82,7 +82,7 @@ def bar(label: Content, a: Mapping[str, Any], muted: bool = False) -> Html:
     marks = [tag("i", style=f"left:{low:.2f}%;width:{high - low:.2f}%"), tag("b", style=f"left:{middle:.2f}%")]
     of = f", n = {a['n']:,}" if "n" in a else ""
     value = tag("span", words.percent(a["accuracy"]), " ", tag("small", f"{words.interval_text(a)}{of}"), cls="value")
-    return Html(tag("span", label) + tag("div", marks, cls="track muted" if muted else "track") + value)
+    return tag("div", tag("span", label, cls="label"), tag("div", marks, cls="track muted" if muted else "track"), value, cls="bar")
 
 
 def readings(run: RunData) -> Html:
@@ -92,7 +92,7 @@ def readings(run: RunData) -> Html:
 # ---------------------------------------------------------------------------------------------- curves
 
 
-def accuracy_chart(run: RunData, wide: bool = True) -> Html | None:
+def accuracy_chart(run: RunData) -> Html | None:
     x, y = series(run.metrics, "eval/test/accuracy", 100)
     base = run.base
     if not base or not len(x):
@@ -102,7 +102,7 @@ def accuracy_chart(run: RunData, wide: bool = True) -> Html | None:
     level = 100 * base["accuracy"]
     lines.append(Line("base", "c7", np.array([0.0, run.total]), np.array([level, level]), dashed=True))
     note = f"Greedy, {base['n']:,} held-out rows. Shaded: 95 % Wilson interval."
-    return _chart(run, "Accuracy without hint", lines, unit="%", limits=(0, 100), wide=wide, note=note)
+    return _chart(run, "Accuracy without hint", lines, unit="%", limits=(0, 100), note=note)
 
 
 def reward_chart(run: RunData) -> Html | None:
