@@ -199,7 +199,7 @@ def test_mistakes_are_named(tmp_path):
         with pytest.raises(UniftError, match=re.escape(said)):
             report.write(source, out)
     (run / "metrics.jsonl").write_text("[1]\n")
-    with pytest.raises(UniftError, match="cannot be read"):
+    with pytest.raises(UniftError, match="no metrics of a step"):
         report.write(run)
 
 
