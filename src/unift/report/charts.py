@@ -116,8 +116,10 @@ def chart(
         elif stacked:
             axis.set_ylim(bottom=0)
         elif limits is not None:
-            room = 0.04 * (limits[1] - limits[0])
+            bands = [b for line in lines for b in (line.low, line.high) if b is not None]
+            values = np.concatenate([values, *bands])
             low, high = min(limits[0], values.min()), max(limits[1], values.max())
+            room = 0.04 * (high - low) or 1.0
             axis.set_ylim(low - room, high + room)
         right = total or max(line.x.max() for line in lines)
         axis.set_xlim(min(min(line.x.min() for line in lines), 0 if right > 1 else right - 1), right)
