@@ -19,7 +19,7 @@ def test_help_does_not_import_torch():
     code = "import sys; from unift import cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     shown = unift("--help").stdout
-    assert all(verb in shown for verb in ("train", "eval", "compare", "theory", "merge", "data", "show", "doctor"))
+    assert all(verb in shown for verb in ("train", "eval", "compare", "report", "theory", "merge", "data", "show", "doctor"))
 
 
 @pytest.mark.parametrize(

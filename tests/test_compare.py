@@ -224,7 +224,7 @@ def test_smoothing_keeps_a_level_curve_level():
 
 def test_a_phase_without_reward_draws_no_reward():
     lines = [{"step": s, **({"reward": 1.0} if s > 5 else {})} for s in range(1, 11)]
-    (row,) = plots._stack([lines, []], "reward", np.linspace(0, 100, 11))
+    (row,) = plots.over_seeds([lines, []], "reward", np.linspace(0, 100, 11))
     assert np.isnan(row[:6]).all() and (row[6:] == 1).all()
 
 

@@ -61,6 +61,14 @@ def test_panel_on_a_terminal(monkeypatch):
     assert "30/100" in shown and "accuracy without hint" in shown and "2 min 20 s" in shown
 
 
+def test_parts_of_a_step_and_the_shared_prefix():
+    metrics = STEP | {"step": 1, "time/reference": 0.02, "time/save": 0.0004, "tokens/shared_ratio": 0.456}
+    shown = display.fields(metrics, 10, None, None)
+    assert shown["ms of a step"] == "generate 50 / score 2 / reference 20 / update 30 / save 0"
+    assert shown["saved by shared prefix"] == "46 %"
+    assert display.split(metrics, 0.02) == "generate 50 / reference 20 / update 30"  # 2 % of 102 ms is 2.05 ms
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(-1, "0 s"), (59.4, "59 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")])
 def test_duration(seconds, text):
     assert display.duration(seconds) == text

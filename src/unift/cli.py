@@ -98,7 +98,7 @@ def train(
         result = run_training(resolved, folder, display.update)
     if not quiet:
         typer.echo(_summary(result))
-        typer.echo(f"run folder: {folder}")
+        typer.echo(f"run folder: {folder}  (as a page: unift report {folder})")
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -165,6 +165,17 @@ def compare(
     from unift.compare import compare_methods
 
     typer.echo(compare_methods(methods.split(","), seeds, recipe, run, list(settings or []), workers))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="run folder, finished or not, or a folder of runs (compare, demo)")],
+    out: Annotated[Optional[Path], typer.Option("--out", help="file to write; default: report.html in the folder")] = None,
+) -> None:
+    """Write one self-contained HTML file: results, curves, speed, settings and sampled rollouts."""
+    from unift.report import write
+
+    typer.echo(f"report: {write(run, out)}")
 
 
 @app.command()

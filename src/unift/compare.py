@@ -160,7 +160,8 @@ def compare_methods(
     ]
     results = run_many(jobs, workers, say=lambda text: print(text, flush=True))
     plot = write_report(folder, results)
-    return "\n".join([table(results), "", *reading(results), "", f"plot: {plot}", f"folder: {folder}"])
+    places = [f"plot: {plot}", f"folder: {folder}  (as a page: unift report {folder})"]
+    return "\n".join([table(results), "", *reading(results), "", *places])
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -44,4 +44,4 @@ def run_demo(config: Config, folder: Path, settings: list[str], recipe: str) -> 
     results = [*others, result]
     plot = write_report(folder, results)
     print("\n" + table(results))
-    print("\n".join(["", *reading(results), "", f"plot: {plot}", f"run folder: {folder}"]))
+    print("\n".join(["", *reading(results), "", f"plot: {plot}", f"run folder: {folder}  (as a page: unift report {folder})"]))

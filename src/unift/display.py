@@ -8,6 +8,7 @@ from collections import deque
 from typing import Any
 
 WINDOW = 50  # reports that the speed is measured over
+WIDE = 110  # columns of a terminal that show every part of a step; a narrower one leaves out parts below 2 %
 
 
 def duration(seconds: float) -> str:
@@ -20,10 +21,20 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def fields(metrics: dict[str, Any], total: int, accuracy: float | None, left: float | None) -> dict[str, str]:
+PARTS = ("generate", "score", "reference", "update", "save", "wait")  # of a step, metrics time/<part>
+
+
+def split(metrics: dict[str, Any], least: float = 0.0) -> str:
+    """Milliseconds of the parts of a step; those below ``least`` of their sum are left out."""
+    seconds = {part: metrics[f"time/{part}"] for part in PARTS if f"time/{part}" in metrics}
+    enough = least * sum(seconds.values())
+    return " / ".join(f"{part} {1000 * s:.0f}" for part, s in seconds.items() if s >= enough)
+
+
+def fields(
+    metrics: dict[str, Any], total: int, accuracy: float | None, left: float | None, least: float = 0.0
+) -> dict[str, str]:
     """The displayed numbers of one step, as text; ``-`` where the step has none. accuracy: share; left: seconds."""
-    split = {name: metrics[f"time/{name}"] for name in ("generate", "score", "update") if f"time/{name}" in metrics}
-    milliseconds = " / ".join(f"{name} {1000 * s:.0f}" for name, s in split.items())
     return {
         "step": f"{metrics['step']}/{total}",
         "reward": f"{metrics['reward']:.3f}" if "reward" in metrics else "-",
@@ -31,7 +42,8 @@ def fields(metrics: dict[str, Any], total: int, accuracy: float | None, left: fl
         "hint share": f"{100 * metrics['hint/fraction']:.0f} %" if "hint/fraction" in metrics else "-",
         "tokens/s": f"{metrics['tokens/per_second']:,.0f}" if "tokens/per_second" in metrics else "-",
         "time left": duration(left) if left is not None else "-",
-        "ms of a step": milliseconds or "-",
+        "ms of a step": split(metrics, least) or "-",
+        "saved by shared prefix": f"{100 * metrics['tokens/shared_ratio']:.0f} %" if "tokens/shared_ratio" in metrics else "-",
     }
 
 
@@ -68,7 +80,8 @@ class Live:
         # The run's own clock, not the wall: a continued run replays its old lines in no time.
         if "time/elapsed" in metrics:
             self.speed.append((step, metrics["time/elapsed"]))
-        shown = fields(metrics, total, self.accuracy, self._left(step, total))
+        narrow = self.live is not None and self.live.console.width < WIDE
+        shown = fields(metrics, total, self.accuracy, self._left(step, total), 0.02 if narrow else 0.0)
         if self.live is not None:
             self.live.update(_panel(shown, step / max(total, 1)))
         elif evaluated or step == total or now - self.last > self.every:

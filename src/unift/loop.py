@@ -29,7 +29,7 @@ from unift.encode import Encoded
 from unift.engines.native import Request
 from unift.policy import Policy
 from unift.rewards import Scorer, score_groups
-from unift.run import open_run, trackers, write_result
+from unift.run import check_trackers, open_run, trackers, write_result
 from unift.types import Group, Row, UniftError
 
 Report = Callable[[dict[str, Any], int], None]
@@ -37,6 +37,7 @@ Report = Callable[[dict[str, Any], int], None]
 
 def train(config: Config, folder: Path, report: Report = lambda metrics, total: None) -> dict[str, Any]:
     """Run, or continue, the run in ``folder``; returns its result (also written to ``result.json``)."""
+    check_trackers(config)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     tokenizer = policies.load_tokenizer(config.model)
     data = dataset.load(config)
@@ -150,6 +151,7 @@ class Run:
                 result["test"]["pass@k"] = evaluate.pass_curve(*args, self.config.seed)
         first = slice(0, 500)
         result["train"] = asdict(self._greedy(self.data.train[first], self.encoded[first]))
+        self.track({f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, self.total)
         policies.save_pretrained(self.policy, self.folder / "model")
         write_result(self.folder, result)
         return result

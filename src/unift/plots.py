@@ -48,7 +48,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _stack(runs: Sequence[Metrics], name: str, grid: np.ndarray, share: float = 0.0) -> np.ndarray:
+def over_seeds(runs: Sequence[Metrics], name: str, grid: np.ndarray, share: float = 0.0) -> np.ndarray:
     """[runs with this metric, len(grid)]: each interpolated to the grid, smoothed over ``share`` of its points.
 
     NaN outside a run's own points: a method whose first phase has no reward draws nothing there.
@@ -76,7 +76,7 @@ def curves(runs: Mapping[str, Sequence[Metrics]], path: Path, title: str) -> Non
         colour = colour_of(method, methods)
         label = method
         for axis, name, unit, share in ((left, "eval/test/accuracy", 100, 0.0), (right, "reward", 1, 0.03)):
-            stack = unit * _stack(seeds, name, grid, share)
+            stack = unit * over_seeds(seeds, name, grid, share)
             if not len(stack):
                 continue
             width, front = (2.4, 4) if method == "uft" else (1.8, 3)
@@ -89,7 +89,7 @@ def curves(runs: Mapping[str, Sequence[Metrics]], path: Path, title: str) -> Non
             handles[label] = line
     hinted = next((m for m in HINTED if m in runs), None)
     if hinted is not None:
-        shown = _stack(runs[hinted], "hint/fraction", grid, 0.03)
+        shown = over_seeds(runs[hinted], "hint/fraction", grid, 0.03)
         if len(shown):
             (line,) = right.plot(grid, shown.mean(0), color="#777777", lw=1.2, ls=(0, (4, 3)))
             handles[f"share of the solution shown by {hinted}"] = line

@@ -78,19 +78,60 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     write_atomic(folder / "result.json", json.dumps(result, indent=1))
 
 
+TRACKERS = {  # accelerate's name -> the package that brings it
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+    "comet_ml": "comet-ml",
+    "aim": "aim",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+}
+
+
+def check_trackers(config: Config) -> None:
+    """Raise ConfigError for a tracker that is unknown or not installed: accelerate would leave it out silently."""
+    if not config.log.trackers:
+        return
+    from accelerate.tracking import get_available_trackers
+
+    installed = {str(name) for name in get_available_trackers()}
+    for name in config.log.trackers:
+        if name not in TRACKERS:
+            raise ConfigError(f"log.trackers: unknown tracker {name!r}. Known: {', '.join(TRACKERS)}")
+        if name not in installed:
+            raise ConfigError(
+                f"log.trackers: {name} is not installed. Install it with `pip install {TRACKERS[name]}`, or leave it out: "
+                "metrics.jsonl is always written"
+            )
+
+
 @contextmanager
 def trackers(config: Config, folder: Path) -> Iterator[Callable[[dict[str, Any], int], None]]:
-    """log(metrics, step) to the trackers of ``log.trackers`` through accelerate; a no-op when there are none."""
+    """log(metrics, step) to the trackers of ``log.trackers`` through accelerate; a no-op when there are none.
+
+    Files of TensorBoard and wandb stay in the run folder. A continued run is a new run of wandb with the same name.
+    """
     if not config.log.trackers:
         yield lambda metrics, step: None
         return
     from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
 
-    accelerator = Accelerator(log_with=[*config.log.trackers], project_dir=str(folder))
-    accelerator.init_trackers("unift", config={k: str(v) for k, v in configuration.numeric_settings(config).items()})
+    check_trackers(config)
+    places = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
+    accelerator = Accelerator(log_with=[*config.log.trackers], project_config=places)
+    name = folder.resolve().name
+    accelerator.init_trackers(
+        "unift",
+        config={k: str(v) for k, v in configuration.numeric_settings(config).items()},
+        init_kwargs={"wandb": {"dir": str(folder), "name": name}, "trackio": {"name": name}},
+    )
     try:
         yield lambda metrics, step: accelerator.log(
-            {k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step
+            {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k != "step"}, step=step
         )
     finally:
         accelerator.end_training()
