@@ -7,8 +7,18 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, FakeTokenizer, close, gradients, make_items, packed_loss, random_tokens, settings, tiny_policy
-from plain import token_logprobs, uft_loss
+from conftest import (
+    VOCAB,
+    FakeTokenizer,
+    close,
+    gradients,
+    make_items,
+    packed_loss,
+    random_tokens,
+    settings,
+    tiny_policy,
+)
+from plain import uft_loss
 from test_packed import naive
 
 from unift import attention, checkpoint, forward, plain
@@ -21,7 +31,7 @@ from unift.policy import Policy, logprobs
 from unift.types import ConfigError
 
 CPU = torch.device("cpu")
-LONGEST = 40
+LONGEST = 60
 IDS = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"num_key_value_heads": 2, "initializer_range": 0.1}
@@ -74,9 +84,9 @@ def chosen(kind, dtype=torch.float32, seed=0, setting="auto"):
     return policy, stock
 
 
-def llama_plain(dtype=torch.float64, seed=0):
-    """The Llama of the shared-prefix tests, sent down the plain path, and itself on the shared-prefix path."""
-    shared, stock = tiny_policy(dtype, seed=seed)
+def both_paths(kind="llama", dtype=torch.float64, seed=0):
+    """A model of the shared-prefix tests, sent down the plain path, and itself on the shared-prefix path."""
+    shared, stock = tiny_policy(dtype, kind, seed=seed)
     policy = Policy(stock, FakeTokenizer(), CPU)
     forward.choose(policy, "plain", LONGEST)
     return policy, shared
@@ -90,7 +100,7 @@ def llama_plain(dtype=torch.float64, seed=0):
     [
         ("gpt2", ""),
         ("mistral-long", ""),
-        ("mistral", "attention window of 6 tokens cuts sequences of up to 40"),
+        ("mistral", "attention window of 6 tokens cuts sequences of up to 60"),
         ("gemma2", "attention window of 6"),
         ("granite", "more than a product between its last hidden states and its logits"),
         ("gpt-oss", "uses s_aux"),
@@ -149,41 +159,47 @@ def test_rwkv_keeps_its_weights():
 # ---------------------------------------------------------------------------------------------- loss and gradients
 
 
+# Of the loss and of the largest gradient. RMSNorm (in Llama and its kin), Mamba's state and so on are computed in float32
+# whatever the dtype is; GPT-2 is float64 throughout.
+BOUND = {"gpt2": 1e-12, "gemma2": 1e-5, "mamba": 1e-5, "mamba2": 1e-5}
+
+
 @pytest.mark.parametrize("demo", [False, True])
-def test_same_as_the_shared_path(demo):
-    """Llama in float64 on both paths: loss, gradients, entropies, KL, log-probs token by token."""
-    (policy, shared), (reference, shared_reference) = llama_plain(), llama_plain(seed=1)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_same_as_the_shared_path(kind, demo):
+    """Float64 on both paths: loss, gradients, entropies, KL, log-probs token by token."""
+    (policy, shared), (reference, shared_reference) = both_paths(kind), both_paths(kind, seed=1)
+    bound = BOUND.get(kind, 1e-6)
     assert policy.path == "plain (model.forward=plain)" and shared.shared
-    words = ["reference.kl=0.05", "policy.entropy=0.02", "sample.temperature=0.7", "likelihood.weight=0.3"]
+    words = ["reference.kl=0.05", "policy.entropy=0.02", "sample.temperature=0.5", "likelihood.weight=0.3"]
     config = settings("uft", *words, *(["likelihood.tokens=demo"] if demo else []))
     items = make_items(members=(4, 4, 1, 0), hints=(0, 1, 6, 5), demo=demo)
     loss, got = packed_loss(policy, items, config, reference=reference)
     other, expected = packed_loss(shared, items, config, reference=shared_reference)
-    assert loss == pytest.approx(other, rel=1e-12)
-    close(got, expected, 1e-12)
+    assert loss == pytest.approx(other, rel=bound)
+    close(got, expected, bound)
     small, cut_up = packed_loss(policy, items, config, budget=1, reference=reference)
-    assert small == pytest.approx(other, rel=1e-12)
-    close(cut_up, expected, 1e-12)
+    assert small == pytest.approx(other, rel=bound)
+    close(cut_up, expected, bound)
     batch = pack(items, range(4), weigh(items, config), config)
-    for a, b in zip(logprobs(policy, batch, 0.7), logprobs(shared, batch, 0.7), strict=True):
-        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+    for a, b in zip(logprobs(policy, batch, 0.5), logprobs(shared, batch, 0.5), strict=True):
+        assert torch.allclose(a, b, rtol=bound, atol=bound)
 
 
-KINDS = [("gpt2", 1e-12), ("mistral", 1e-12), ("gemma2", 1e-5), ("granite", 1e-12), ("mamba", 1e-5), ("mamba2", 1e-5)]
-
-
-@pytest.mark.parametrize(("kind", "bound"), KINDS)
-def test_loss_and_gradients(kind, bound):
-    """Against padded copies through the untouched model. Gemma 2 and Mamba compute parts in float32 whatever the dtype."""
-    setting = "plain" if kind == "gpt2" else "auto"
-    policy, stock = chosen(kind, torch.float64, setting=setting)
+@pytest.mark.parametrize("kind", ["gpt2", "mistral", "gemma2", "granite", "mamba", "mamba2"])
+def test_loss_and_gradients(kind):
+    """Against padded copies through the untouched model."""
+    # The twin masks its padding; Gemma 2 in float64 makes NaN of an attention window with nothing in it.
+    dtype = torch.float32 if kind == "gemma2" else torch.float64
+    policy, stock = chosen(kind, dtype, setting="plain" if kind == "gpt2" else "auto")
     assert not policy.shared
-    config = settings("uft", "likelihood.weight=0.3", "reference.kl=0", "policy.entropy=0.02", "sample.temperature=0.7")
+    config = settings("uft", "likelihood.weight=0.3", "reference.kl=0", "policy.entropy=0.02", "sample.temperature=0.5")
     items = make_items(members=(4, 3, 1, 0), hints=(0, 1, 6, 5))
     loss, got = packed_loss(policy, items, config)
     expected = uft_loss(stock, None, items, config)
     expected.backward()
-    assert loss == pytest.approx(expected.item(), rel=max(bound, 1e-10))
+    bound = BOUND.get(kind, 1e-6)
+    assert loss == pytest.approx(expected.item(), rel=bound)
     close(got, gradients(stock), bound)
 
 
@@ -207,7 +223,7 @@ def test_rows_of_a_pack():
 
 def test_both_streams_apart():
     """Two backward passes through the same recomputed forwards, as the gradient metrics take them."""
-    policy, shared = llama_plain()
+    policy, shared = both_paths("gpt2")
     items, config = make_items(), settings("uft", "likelihood.weight=0.3")
     batch = pack(items, range(3), weigh(items, config), config)
     w_S = torch.linspace(-1, 1, len(batch.target_S), dtype=torch.float64)
@@ -226,7 +242,7 @@ def test_both_streams_apart():
 def test_sampler_equals_the_naive_one(kind):
     """With the model's cache and without, many rows side by side or few, the tokens are those of one row at a time."""
     if kind == "llama":
-        policy, _ = llama_plain(torch.float32)
+        policy, _ = both_paths(dtype=torch.float32)
         stock = copy.deepcopy(policy.model)
     else:
         policy, stock = chosen(kind, setting="plain")
@@ -243,11 +259,9 @@ def test_sampler_equals_the_naive_one(kind):
     for r, s in flat:
         assert s.finished == (s.tokens[-1] == 1)
         with torch.no_grad():
-            l = token_logprobs(policy.model, [r.prompt + s.tokens], 0.8)[0][0][len(r.prompt) - 1 :] if kind not in NO_POSITIONS else None
-        assert l is None or torch.allclose(l, torch.tensor(s.logps), atol=1e-5)
-
-
-NO_POSITIONS = ("rwkv",)  # its forward knows no positions at all
+            logp = policy.model(input_ids=torch.tensor([r.prompt + s.tokens])).logits[0, len(r.prompt) - 1 : -1].div(0.8).log_softmax(-1)
+        l = logp.gather(1, torch.tensor(s.tokens)[:, None])[:, 0]
+        assert torch.allclose(l, torch.tensor(s.logps), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mamba"])
@@ -304,7 +318,7 @@ def test_run_and_resume(saved, tmp_path, monkeypatch, kind):
     assert result["test"]["n"] == 6 and result["tokens_sampled"] > 0
     weights, metrics = outcome(tmp_path / "whole")
     assert metrics[0]["forward"].startswith(f"plain ({'Mamba' if kind == 'mamba' else 'Mistral'}ForCausalLM: ")
-    assert metrics[1]["kl"] == 0 and metrics[-1]["kl"] > 0
+    assert metrics[1]["kl"] < 1e-9 < metrics[-1]["kl"]
     assert max(m["sampling/sampling_logp_difference/max"] for m in metrics[1:]) < 1e-4
     assert all(m["tokens/shared_ratio"] < 0.2 for m in metrics[1:])
     real = Run.step

@@ -198,13 +198,11 @@ def check_plain(model: Any, device: torch.device) -> bool:
     gap = _differ(_own(model, a), alone[0][: len(a)])
     if gap:
         raise ConfigError(f"{name} is no causal language model: later tokens change its earlier logits by {gap}")
-    lengths_N = torch.tensor([len(long_T), len(short_T)], device=device)
-    rows_NL = torch.stack([long_T, torch.cat([short_T, short_T.new_zeros(len(long_T) - len(short_T))])])
-    padded_NLV = plain.forward(model, rows_NL, lengths_N)
+    padded_NLV = plain.forward(model, plain.pad([long_T.tolist(), short_T.tolist()], device))
     for row_LV, truth_TV in zip(padded_NLV, alone, strict=True):
         gap = _differ(row_LV[: len(truth_TV)], truth_TV)
         if gap:
-            raise ConfigError(f"{name} cannot be trained: padding on the right changes its logits by {gap}")
+            raise ConfigError(f"{name} cannot be trained: other rows or padding in a batch change a row's logits by {gap}")
     return _cache_works(model, long_T, torch.cat([d, a, c])[: len(long_T)])
 
 

@@ -4,7 +4,8 @@ For models that the shared-prefix path does not reproduce (attention windows, so
 head and whatever lies between are the model's own; unift only lays out the sequences and picks the positions. Same
 values and gradients as the shared-prefix path up to rounding, where both fit; the prefix is computed once a member.
 
-Rows are padded on the right: no real token sees the padding in a causal model, whether attention or recurrent.
+Rows are padded on the right: no real token sees the padding in a causal model, whether attention or recurrent. So there
+is no attention mask either; with one, a window that holds nothing but padding would make NaN out of an empty softmax.
 
 Shapes: N rows (sequences), L padded length, S loss positions, V vocabulary.
 """
@@ -12,6 +13,7 @@ Shapes: N rows (sequences), L padded length, S loss positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,19 +31,22 @@ def accepts(model: Any) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def forward(model: Any, tokens_NL: Tensor, lengths_N: Tensor, first: int = 0) -> Tensor:
+def forward(model: Any, tokens_NL: Tensor, first: int = 0) -> Tensor:
     """Logits [N, L - first, V] of right-padded rows from column ``first`` on."""
     n, width = tokens_NL.shape
-    columns_L = torch.arange(width, device=tokens_NL.device)
     known, more = accepts(model), {}
-    if bool((lengths_N < width).any()):
-        more["attention_mask"] = (columns_L < lengths_N[:, None]).long()
     if "position_ids" in known:
-        more["position_ids"] = columns_L.expand(n, width)
+        more["position_ids"] = torch.arange(width, device=tokens_NL.device).expand(n, width)
     if first and "logits_to_keep" in known:
         more["logits_to_keep"] = width - first
     logits_NLV = model(input_ids=tokens_NL, use_cache=False, **more).logits
     return logits_NLV[:, logits_NLV.shape[1] - (width - first) :]
+
+
+def pad(rows: Sequence[list[int]], device: Any) -> Tensor:
+    """[N, L]: rows filled up with their own last token, because a padding token may have a meaning to the model."""
+    width = max(map(len, rows))
+    return torch.tensor([[*r, *r[-1:] * (width - len(r))] for r in rows], device=device)
 
 
 class Rows:
@@ -114,14 +119,12 @@ def logprobs(model: Any, batch: PackedBatch, scale_S: Tensor) -> tuple[Tensor, T
     for chunk in chunks:
         own = [s for i in chunk for s in positions[i]]
         order += own
-        width = max(len(rows.tokens[i]) for i in chunk)
-        tokens_NL = torch.tensor([rows.tokens[i] + [0] * (width - len(rows.tokens[i])) for i in chunk], device=device)
-        lengths_N = torch.tensor([len(rows.tokens[i]) for i in chunk], device=device)
+        tokens_NL = pad([rows.tokens[i] for i in chunk], device)
         first = min(rows.column_S[s] for s in own)
         local = {i: n for n, i in enumerate(chunk)}
         at = torch.tensor([[local[rows.row_S[s]], rows.column_S[s] - first] for s in own], device=device)
         index_S = torch.tensor(own, device=device)
-        args = (model, tokens_NL, lengths_N, first, at, batch.target_S[index_S], scale_S[index_S])
+        args = (model, tokens_NL, first, at, batch.target_S[index_S], scale_S[index_S])
         if len(chunks) > 1 and torch.is_grad_enabled():
             parts.append(checkpoint(_score, *args, use_reentrant=False, preserve_rng_state=False))  # type: ignore[arg-type]
         else:
@@ -132,11 +135,9 @@ def logprobs(model: Any, batch: PackedBatch, scale_S: Tensor) -> tuple[Tensor, T
     return both_2S[0], both_2S[1]
 
 
-def _score(
-    model: Any, tokens_NL: Tensor, lengths_N: Tensor, first: int, at_S2: Tensor, target_S: Tensor, scale_S: Tensor
-) -> Tensor:
+def _score(model: Any, tokens_NL: Tensor, first: int, at_S2: Tensor, target_S: Tensor, scale_S: Tensor) -> Tensor:
     """[2, S]: log-probs and entropies at (row, column - first)."""
-    z_SV = forward(model, tokens_NL, lengths_N, first)[at_S2[:, 0], at_S2[:, 1]]
+    z_SV = forward(model, tokens_NL, first)[at_S2[:, 0], at_S2[:, 1]]
     z_SV = z_SV if z_SV.dtype == torch.float64 else z_SV.float()
     logp_SV = torch.log_softmax(z_SV * scale_S[:, None].to(z_SV.dtype), dim=-1)
     entropy_S = -(logp_SV.exp() * logp_SV).sum(-1)
@@ -172,8 +173,7 @@ class Decoder:
     def _step(self, tokens_NL: Tensor) -> Tensor:
         n, width = tokens_NL.shape
         if not self.cached:
-            lengths_N = torch.full((n,), width, device=tokens_NL.device)
-            return forward(self.model, tokens_NL, lengths_N, width - 1)[:, -1]
+            return forward(self.model, tokens_NL, width - 1)[:, -1]
         assert self.name is not None
         more: dict[str, Any] = {} if self.cache is None else {self.name: self.cache}
         if "position_ids" in self.known:
