@@ -115,7 +115,7 @@ def test_the_path_and_why(kind, why):
         with pytest.raises(ConfigError, match=why):
             forward.check_shared(copy.deepcopy(stock), CPU, LONGEST)
         assert policy.path.startswith(f"plain ({type(stock).__name__}: ") and policy.cached
-        with pytest.raises(ConfigError, match=why):
+        with pytest.raises(ConfigError, match=f"model.forward=shared does not fit: .*{why}.*Use model.forward=auto"):
             chosen(kind, setting="shared")
     else:
         assert policy.path == "shared"
@@ -376,7 +376,10 @@ def test_length_of_a_run():
 def test_one_line_says_so(saved, capsys):
     from unift.display import Live
     from unift.doctor import diagnose
+    from unift.evaluate_run import evaluate_split
 
+    text = evaluate_split(run_of(saved["mistral"]), "test", 2)
+    assert text.startswith("forward: plain (MistralForCausalLM: ") and "of 6 rows" in text and "pass@2" in text
     by_name = {c.name: c for c in diagnose(run_of(saved["mistral"]))}
     assert by_name["forward"].ok and "plain (MistralForCausalLM: its attention window of 6" in by_name["forward"].text
     by_name = {c.name: c for c in diagnose(run_of(saved["mistral"], "model.forward=shared"))}

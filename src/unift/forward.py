@@ -42,7 +42,7 @@ def choose(policy: Policy, setting: str, longest: float) -> None:
             return
         except Misfit as error:
             if setting == "shared":
-                raise
+                raise ConfigError(f"model.forward=shared does not fit: {error}. Use model.forward=auto") from error
             policy.why_plain = str(error)
     else:
         policy.why_plain = "model.forward=plain"

@@ -202,7 +202,7 @@ def expected_path(config: ModelConfig, longest: float) -> str:
         model = AutoModelForCausalLM.from_config(settings)
     reason = forward.obstacle(model, longest)
     if reason and config.forward == "shared":
-        raise ConfigError(f"model.forward=shared does not fit {type(model).__name__}: {reason}. Use model.forward=auto")
+        raise ConfigError(f"model.forward=shared does not fit: {type(model).__name__}: {reason}. Use model.forward=auto")
     if reason:
         return f"plain ({type(model).__name__}: {reason})"
     return "shared, if the logits agree when the model is loaded"
