@@ -129,9 +129,7 @@ def logprobs(model: Any, batch: PackedBatch, scale_S: Tensor) -> tuple[Tensor, T
             parts.append(checkpoint(_score, *args, use_reentrant=False, preserve_rng_state=False))  # type: ignore[arg-type]
         else:
             parts.append(_score(*args))
-    back_S = torch.empty(len(order), dtype=torch.long, device=device)
-    back_S[torch.tensor(order, device=device)] = torch.arange(len(order), device=device)
-    both_2S = torch.cat(parts, dim=1)[:, back_S]
+    both_2S = torch.cat(parts, dim=1)[:, torch.tensor(order, device=device).argsort()]
     return both_2S[0], both_2S[1]
 
 
