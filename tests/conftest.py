@@ -68,7 +68,7 @@ def _tiny(kind, tie):
 
 def tiny_policy(dtype=torch.float32, kind="llama", seed=0, tie=True, stock="eager"):
     """(policy on the shared-prefix path, plain model with the same weights and stock attention)."""
-    from unift import attention, policy
+    from unift import attention, forward, policy
 
     torch.manual_seed(seed)
     config, model_type = _tiny(kind, tie)
@@ -81,7 +81,7 @@ def tiny_policy(dtype=torch.float32, kind="llama", seed=0, tie=True, stock="eage
     plain.load_state_dict(model.state_dict())
     plain.set_attn_implementation(stock)
     attention.register()
-    policy.check_attention(model, torch.device("cpu"))
+    forward.check_shared(model, torch.device("cpu"))
     return policy.Policy(model, FakeTokenizer(), torch.device("cpu")), plain
 
 

@@ -22,7 +22,14 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 NAME = "unift"
 
 
+# What models hand to an attention function and what changes nothing here.
+NEUTRAL = {"dropout", "scaling", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"}
+
+
 class Layout(Protocol):
+    @property
+    def longest(self) -> float: ...  # tokens of the longest sequence, which an attention window must not cut
+
     def attend(self, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, scale: float) -> Tensor: ...
 
 
@@ -44,10 +51,13 @@ def _forward(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_m
     if active is None:
         raise RuntimeError("unift attention was called outside of attention.layout(...)")
     if attention_mask is not None:
-        raise RuntimeError("unift attention builds its own mask; the model passed one")
-    for name in ("softcap", "s_aux", "position_bias", "sliding_window"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"this model's attention uses {name}, which unift's shared-prefix path does not")
+        raise NotImplementedError("its attention takes a mask of the model's own making")
+    for name, given in kwargs.items():
+        if given is None or name in NEUTRAL or (name == "is_causal" and given):
+            continue
+        if name == "sliding_window" and given >= active.longest:
+            continue
+        raise NotImplementedError(f"its attention uses {name}")
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     return active.attend(module.layer_idx, query, key, value, scale), None
 
@@ -78,14 +88,23 @@ class PackedLayout:
     member_BGR: Tensor | None  # None: prefixes only (prefill)
     slot_T: Tensor  # where each flat token's output lies in [all prefix slots, all member slots]
     prefix_len_B: Tensor
+    longest: float = 0  # of the run; 0: of this layout
     keep: bool = False  # keep keys and values of the prefixes for decoding
     cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _mask: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if not self.longest:
+            (b, p), self.longest = self.prefix_BP.shape, int(self.prefix_len_B.max())
+            past = self.slot_T[self.slot_T >= b * p] - b * p
+            if self.member_BGR is not None and len(past):
+                _, g, r = self.member_BGR.shape
+                self.longest = int((self.prefix_len_B[past // (g * r)] + past % r).max()) + 1
+
     def to(self, device: Any) -> PackedLayout:
         move = lambda x: None if x is None else x.to(device)  # noqa: E731
         return PackedLayout(
-            self.prefix_BP.to(device), move(self.member_BGR), self.slot_T.to(device), self.prefix_len_B.to(device)
+            self.prefix_BP.to(device), move(self.member_BGR), self.slot_T.to(device), self.prefix_len_B.to(device), self.longest
         )
 
     def _member_mask(self) -> Tensor:
@@ -131,6 +150,10 @@ class DecodeLayout:
     members: dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [B, K, G, S, D], filled up to ``filled``
     shape: tuple[int, int]  # B, G
     filled: int = 0
+
+    @property
+    def longest(self) -> float:
+        return self.mask_B11P.shape[-1] + self.filled + 1
 
     def attend(self, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, scale: float) -> Tensor:
         (b, g), (_, h, _, d) = self.shape, q_1HTD.shape

@@ -121,6 +121,7 @@ class Model(Section):
     gguf: str | None = Field(default=None, description="GGUF file inside the folder")
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     device: str = "auto"
+    forward: Literal["auto", "shared", "plain"] = Field(default="auto", description="shared prefixes, or the model's own forward")
     lora: Lora | None = None
 
 
@@ -399,6 +400,12 @@ def plan(config: Config) -> list[tuple[int, int, Config | Phase]]:
         spans.append((start, stop, phase))
         start = stop
     return spans
+
+
+def longest(config: Config) -> int:
+    """Tokens of the longest sequence that a run can forward: prompt with its whole solution as hint, then a completion."""
+    completions = [phase.sample.max_tokens for _, _, phase in plan(config)]
+    return config.data.max_prompt + max([*completions, config.eval.max_tokens or 0])
 
 
 # ---------------------------------------------------------------------------------------------- identity of a run

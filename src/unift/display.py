@@ -80,6 +80,8 @@ class Live:
         # The run's own clock, not the wall: a continued run replays its old lines in no time.
         if "time/elapsed" in metrics:
             self.speed.append((step, metrics["time/elapsed"]))
+        if str(metrics.get("forward", "shared")).startswith("plain"):
+            self._say(f"forward: {metrics['forward']}")
         narrow = self.live is not None and self.live.console.width < WIDE
         shown = fields(metrics, total, self.accuracy, self._left(step, total), 0.02 if narrow else 0.0)
         if self.live is not None:
@@ -87,6 +89,12 @@ class Live:
         elif evaluated or step == total or now - self.last > self.every:
             self.last = now
             print("  ".join(f"{name} {value}" for name, value in shown.items() if value != "-"), flush=True)
+
+    def _say(self, text: str) -> None:
+        if self.live is not None:
+            self.live.console.print(text)
+        else:
+            print(text, flush=True)
 
     def _left(self, step: int, total: int) -> float | None:
         """Seconds to go at the speed of the last reports."""

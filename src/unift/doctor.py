@@ -40,6 +40,8 @@ def diagnose(config: Config) -> list[Check]:
     checks.append(model)
     tokenizer_check, tokenizer = _guard("tokenizer", lambda: load_tokenizer(config)) if weights else (None, None)
     checks += [tokenizer_check] if tokenizer_check else []
+    if weights:
+        checks.append(_guard("forward", lambda: (forward_path(config), True))[0])
     rows_check, data = _guard("rows", lambda: load_rows(config))
     checks.append(rows_check)
     if data is not None:
@@ -127,6 +129,14 @@ def find_model(config: Config) -> tuple[Check, tuple[Path, int] | None]:
         text = f"{folder} holds no weights (*.safetensors, *.gguf, pytorch_model*.bin). Set model.path to a complete model"
         return Check("model", False, text), None
     return Check("model", True, f"{folder}, {count / 1e6:,.2f} M parameters, {config.model.dtype}"), (folder, count)
+
+
+def forward_path(config: Config) -> Check:
+    """Shared prefixes, or the model's own forward and why."""
+    from unift.config import longest
+    from unift.policy import expected_path
+
+    return Check("forward", True, expected_path(config.model, longest(config)))
 
 
 def load_tokenizer(config: Config) -> tuple[Check, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unift import dataset, evaluate
 from unift import policy as policies
-from unift.config import Config
+from unift.config import Config, longest
 from unift.rewards import Scorer
 from unift.types import ConfigError
 
@@ -22,9 +22,11 @@ def evaluate_split(config: Config, split: str, samples: int) -> str:
     r = config.reward
     max_tokens = config.eval.max_tokens or max([config.sample.max_tokens, *(p.sample.max_tokens for p in config.phases)])
     with Scorer(r.function, workers=r.workers, timeout=r.timeout, error_rate=r.error_rate, rule=r.rule) as scorer:
-        policy = policies.load(config.model, tokenizer)
+        policy = policies.load(config.model, tokenizer, longest(config))
         a = evaluate.greedy(policy, scorer, rows, encoded, max_tokens)
         lines = [f"{split}, greedy, no hint: {100 * a.accuracy:.2f} % [{100 * a.low:.2f}, {100 * a.high:.2f}] of {a.n} rows"]
+        if not policy.shared:
+            lines.insert(0, f"forward: {policy.path}")
         if samples:
             curve = evaluate.pass_curve(policy, scorer, rows, encoded, max_tokens, samples, config.seed)
             lines += [

@@ -60,7 +60,7 @@ def train(config: Config, folder: Path, report: Report = lambda metrics, total: 
     ):
         scorer.check(data.train[0])
         torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
-        policy = policies.load(config.model, tokenizer)
+        policy = policies.load(config.model, tokenizer, configuration.longest(config))
         run = Run(config, folder, policy, scorer, data, train_rows, test_rows, report, track)
         return run.go()
 
@@ -128,7 +128,7 @@ class Run:
                 self.report(record, self.total)
             return earlier[0]["base"]
         base = asdict(self._greedy(self.data.test, self.test_encoded)) if self.data.test else {}
-        self._log(0, {"base": base} | ({"eval/test/accuracy": base["accuracy"]} if base else {}))
+        self._log(0, {"forward": self.policy.path, "base": base} | ({"eval/test/accuracy": base["accuracy"]} if base else {}))
         return base
 
     def _finish(self, base: dict[str, Any]) -> dict[str, Any]:

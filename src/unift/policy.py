@@ -1,11 +1,13 @@
 """The policy: load, adapt, log-probs of packed groups, save.
 
-Any Hugging Face causal LM with softmax attention. The trunk runs once over the flat tokens of a pack; the language
-model head runs only at positions that carry a loss, in chunks, and its logits are recomputed in the backward pass.
+Any Hugging Face causal LM. On the shared-prefix path the trunk runs once over the flat tokens of a pack; the language
+model head runs only at positions that carry a loss, in chunks, and its logits are recomputed in the backward pass. Models
+that this does not reproduce take the plain path (``plain.py``); ``forward.py`` decides when the model is loaded.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from importlib import resources
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from unift import attention
+from unift import attention, forward, plain
 from unift.types import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +36,18 @@ class Policy:
     tokenizer: Any
     device: torch.device
     lora: bool = False
+    why_plain: str = ""  # why the model takes the plain path; empty on the shared-prefix path
+    cached: bool = False  # the plain sampler may use the model's own cache
+
+    @property
+    def shared(self) -> bool:
+        """Read off the model itself, so that no copy of it can be taken for what it is not."""
+        return self.base.config._attn_implementation == attention.NAME
+
+    @property
+    def path(self) -> str:
+        """For people: ``shared``, or ``plain`` with the reason."""
+        return "shared" if self.shared else f"plain ({self.why_plain})"
 
     @property
     def base(self) -> Any:
@@ -58,6 +72,10 @@ class Policy:
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         return torch.nn.functional.linear(hidden_SD, self.head.weight, self.head.bias)
+
+    def tokens_forwarded(self, batch: PackedBatch) -> int:
+        """Tokens that the forward of a pack computes, without padding."""
+        return len(batch.tokens_T) if self.shared else plain.Rows(batch).total
 
 
 # ---------------------------------------------------------------------------------------------- log-probs
@@ -126,8 +144,10 @@ def logprobs(policy: Policy, batch: PackedBatch, temperature: float = 1.0) -> tu
     are scored under the untempered policy (trap 8)."""
     from unift.batch import COMPLETION
 
-    hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
     scale_S = torch.where(batch.role_S == COMPLETION, 1.0 / temperature, 1.0)
+    if not policy.shared:
+        return plain.logprobs(policy.base, batch, scale_S)
+    hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
     head = policy.head
     return chunked_logprobs(hidden_TD.index_select(0, batch.at_S), head.weight, head.bias, batch.target_S, scale_S)
 
@@ -168,14 +188,37 @@ def load_tokenizer(config: ModelConfig) -> Any:
         raise ConfigError(f"no tokenizer could be read from {folder}: {error}") from error
 
 
+def expected_path(config: ModelConfig, longest: float) -> str:
+    """What ``load`` would choose as far as class and config tell, without reading weights. For people."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.forward == "plain":
+        return "plain (model.forward=plain)"
+    gguf = _gguf(config)
+    settings = AutoConfig.from_pretrained(
+        str(locate(config.path)), local_files_only=True, **({"gguf_file": gguf} if gguf else {})
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    reason = forward.obstacle(model, longest)
+    if reason and config.forward == "shared":
+        raise ConfigError(f"model.forward=shared does not fit: {type(model).__name__}: {reason}. Use model.forward=auto")
+    if reason:
+        return f"plain ({type(model).__name__}: {reason})"
+    return "shared, if the logits agree when the model is loaded"
+
+
 def pick_device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(config: ModelConfig, tokenizer: Any = None) -> Policy:
-    """Read the model, add LoRA adapters if asked, and check that the shared-prefix path gives the model's own logits."""
+def load(config: ModelConfig, tokenizer: Any = None, longest: float = math.inf) -> Policy:
+    """Read the model, settle its forward path (``model.forward``), and add LoRA adapters if asked.
+
+    longest: tokens of the longest sequence of the run, which an attention window must not cut on the shared-prefix path.
+    """
     from transformers import AutoModelForCausalLM
 
     attention.register()
@@ -192,10 +235,11 @@ def load(config: ModelConfig, tokenizer: Any = None) -> Policy:
     model.config.use_cache = False
     if gguf:
         _forget_gguf(model)
-    check_attention(model, device)
+    policy = Policy(model, tokenizer, device)
+    forward.choose(policy, config.forward, longest)
     if config.lora is not None:
-        model = _adapt(model, config.lora)
-    return Policy(model, tokenizer, device, lora=config.lora is not None)
+        policy.model, policy.lora = _adapt(model, config.lora), True
+    return policy
 
 
 def _forget_gguf(model: Any) -> None:
@@ -213,32 +257,10 @@ def _adapt(model: nn.Module, lora: Lora) -> nn.Module:
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type="CAUSAL_LM"  # type: ignore[arg-type]
     )
-    return get_peft_model(model, settings)  # type: ignore[arg-type]
-
-
-def check_attention(model: Any, device: torch.device) -> None:
-    """Switch the model to unift's attention and compare with its own on a short text. Raises ConfigError if it differs."""
-    name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ConfigError(f"{name} does not let its attention be replaced, which the shared-prefix path needs")
-    tokens = torch.arange(1, 9, device=device) % model.config.vocab_size
-    with torch.no_grad():
-        expected = model(input_ids=tokens[None], use_cache=False).logits[0]
-        model.set_attn_implementation(attention.NAME)
-        policy = Policy(model, None, device)
-        prefix_BP, rest = torch.arange(3)[None], torch.arange(3, 8)[None, None]
-        layout = attention.PackedLayout(prefix_BP, rest, torch.arange(8), torch.tensor([3])).to(device)
-        try:
-            got = policy.logits(policy.hidden(tokens, torch.arange(8, device=device), layout))
-        except (NotImplementedError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{name}: the shared-prefix path does not fit this model ({error})") from error
-    gap = (got.float() - expected.float()).abs().max().item()
-    limit = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
-    if not gap <= limit * max(1.0, expected.abs().max().item()):
-        raise ConfigError(
-            f"{name}: logits of the shared-prefix path differ from the model's own by {gap:.3g}. The model does "
-            "something between its last hidden state and its logits, or in attention, that unift does not reproduce"
-        )
+    try:
+        return get_peft_model(model, settings)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"model.lora does not fit {type(model).__name__}: {error} Name other model.lora.targets") from error
 
 
 # ---------------------------------------------------------------------------------------------- save

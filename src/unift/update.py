@@ -131,7 +131,7 @@ def apply(
         "loss/hint": totals["likelihood"],
         "grad/norm": norm,
         "lr": lr,
-        "tokens/forwarded": float(sum(len(b.tokens_T) for b in packs)),
+        "tokens/forwarded": float(sum(policy.tokens_forwarded(b) for b in packs)),
         "tokens/supervised": float(sum(len(b.target_S) for b in packs)),
     }
     if settings.sample.completions:

@@ -1,7 +1,8 @@
 """Sampling in-process: each prompt+hint is prefilled once for its group, keys and values lie in preallocated caches,
 finished rows are dropped, and every sample draws from its own addressed random numbers.
 
-The same attention, trunk and head as training, so a sampled token's log-prob is the trainer's up to rounding.
+The same attention, trunk and head as training, so a sampled token's log-prob is the trainer's up to rounding. Models on
+the plain path are sampled by their own forward and cache, rows of equal prompt length together and without padding.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from unift.attention import DecodeLayout
 from unift.batch import make_layout
+from unift.plain import Decoder
 from unift.policy import Policy
 from unift.types import Sample
 
@@ -36,17 +38,19 @@ def generate(
     """Samples of every request, in order: token ids (EOS kept as the last), log-probs under softmax(logits/T)."""
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt), i))  # little padding in a batch
     results: list[list[Sample]] = [[] for _ in requests]
+    run = _run if policy.shared else _run_plain
     batch: list[int] = []
     width = 0
     for i in order:
         g = _members(requests[i])
-        if batch and (len(batch) + 1) * max(width, g) > rows:
-            _run(policy, requests, batch, max_tokens, temperature, results)
+        fits = policy.shared or not batch or len(requests[i].prompt) == len(requests[batch[0]].prompt)
+        if batch and (not fits or (len(batch) + 1) * max(width, g) > rows):
+            run(policy, requests, batch, max_tokens, temperature, results)
             batch, width = [], 0
         batch.append(i)
         width = max(width, g)
     if batch:
-        _run(policy, requests, batch, max_tokens, temperature, results)
+        run(policy, requests, batch, max_tokens, temperature, results)
     return results
 
 
@@ -153,6 +157,49 @@ def _run(
         state.filled += 1
     for i, index in enumerate(batch):
         results[index] = [Sample(tokens[s], logps[s], ended[s]) for s in grid[i, : counts[i]]]
+
+
+@torch.no_grad()
+def _run_plain(
+    policy: Policy,
+    requests: Sequence[Request],
+    batch: Sequence[int],
+    max_tokens: int,
+    temperature: float,
+    results: list[list[Sample]],
+) -> None:
+    """As ``_run``, by the model's own forward. The prompts of the batch have the same length."""
+    device, eos = policy.device, _eos_ids(policy)
+    picked = [requests[i] for i in batch]
+    counts = [_members(r) for r in picked]
+    g = max(counts)
+    choose = _chooser(picked, g, max_tokens, temperature, device)
+    decoder = Decoder(policy.base, policy.cached)
+    logits_NV = decoder.start(torch.tensor([r.prompt for r in picked], device=device))
+    # From here on a row is a sample: its prompt's row again, and its place in the B*G grid of the uniforms.
+    row_N = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], device=device)
+    slot_N = torch.tensor([i * g + j for i, n in enumerate(counts) for j in range(n)], device=device)
+    decoder.select(row_N)
+    logits_NV = logits_NV[row_N]
+    samples = {s: Sample([], [], False) for s in slot_N.tolist()}
+    for t in range(max_tokens):
+        token_N, logp_N = choose(logits_NV, slot_N, t)
+        stop_N = torch.isin(token_N, eos)
+        for slot, token, logp, stop in zip(
+            slot_N.tolist(), token_N.tolist(), logp_N.tolist(), stop_N.tolist(), strict=True
+        ):
+            samples[slot].tokens.append(token)
+            samples[slot].logps.append(logp)
+            samples[slot].finished = stop
+        live = (~stop_N).nonzero()[:, 0]
+        if t + 1 == max_tokens or not len(live):
+            break
+        if len(live) < len(slot_N):
+            decoder.select(live)
+            token_N, slot_N = token_N[live], slot_N[live]
+        logits_NV = decoder.append(token_N)
+    for i, index in enumerate(batch):
+        results[index] = [samples[i * g + j] for j in range(counts[i])]
 
 
 def _compact(live_BG: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
