@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from unift import __version__
+from unift import __version__, processes
 from unift import config as configuration
 from unift.checkpoint import clean_temporary, write_atomic
 from unift.config import Config
@@ -80,8 +80,8 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 @contextmanager
 def trackers(config: Config, folder: Path) -> Iterator[Callable[[dict[str, Any], int], None]]:
-    """log(metrics, step) to the trackers of ``log.trackers`` through accelerate; a no-op when there are none."""
-    if not config.log.trackers:
+    """log(metrics, step) to the trackers of ``log.trackers`` through accelerate, from the first process; else a no-op."""
+    if not config.log.trackers or not processes.first():
         yield lambda metrics, step: None
         return
     from accelerate import Accelerator
@@ -93,4 +93,5 @@ def trackers(config: Config, folder: Path) -> Iterator[Callable[[dict[str, Any],
             {k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step
         )
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # end_training() would also end the process group, which is not its own
+            tracker.finish()
