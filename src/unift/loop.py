@@ -29,7 +29,7 @@ from unift.encode import Encoded
 from unift.engines.native import Request
 from unift.policy import Policy
 from unift.rewards import Scorer, count_outcomes, score_groups
-from unift.run import open_run, trackers, write_result
+from unift.run import claim, open_run, trackers, write_result
 from unift.types import Group, Row, UniftError
 
 T = TypeVar("T")
@@ -51,27 +51,28 @@ def _train(config: Config, folder: Path, report: Report) -> dict[str, Any]:
     data = dataset.load(config)
     train_rows, test_rows = dataset.encode(tokenizer, data, config)
     processes.agree("settings and rows", (configuration.config_hash(config), data.fingerprint))
-    finished = processes.lead("the run folder", lambda: open_run(folder, config, data.fingerprint))
-    if finished is not None:
-        return finished
-    reward = config.reward
-    with (
-        Scorer(
-            reward.function,
-            workers=reward.workers,
-            timeout=reward.timeout,
-            error_rate=reward.error_rate,
-            format_score=reward.format_score,
-            rule=reward.rule,
-            memory_mb=reward.memory_mb,
-        ) as scorer,
-        trackers(config, folder) as track,
-    ):
-        scorer.check(data.train[0])
-        torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
-        policy = policies.load(config.model, tokenizer)
-        run = Run(config, folder, policy, scorer, data, train_rows, test_rows, report, track)
-        return run.go()
+    with claim(folder):
+        finished = processes.lead("the run folder", lambda: open_run(folder, config, data.fingerprint))
+        if finished is not None:
+            return finished
+        reward = config.reward
+        with (
+            Scorer(
+                reward.function,
+                workers=reward.workers,
+                timeout=reward.timeout,
+                error_rate=reward.error_rate,
+                format_score=reward.format_score,
+                rule=reward.rule,
+                memory_mb=reward.memory_mb,
+            ) as scorer,
+            trackers(config, folder) as track,
+        ):
+            scorer.check(data.train[0])
+            torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
+            policy = policies.load(config.model, tokenizer)
+            run = Run(config, folder, policy, scorer, data, train_rows, test_rows, report, track)
+            return run.go()
 
 
 class Run:
