@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY := .venv/.ready
 
-.PHONY: setup demo test slow lint types clean
+.PHONY: setup demo test slow dist lint types clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -26,6 +26,9 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -rs -m slow
+
+dist: $(READY)
+	$(BIN)/python -m pytest -q -rs -m dist
 
 lint: $(READY)
 	$(BIN)/ruff check .

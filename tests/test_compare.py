@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,7 +164,7 @@ def test_interrupted_ends_its_processes(tmp_path, monkeypatch):
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=interrupt))
+    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=interrupt, monotonic=time.monotonic))
     monkeypatch.setattr(compare, "_start", lambda job, old=compare._start: started.append(old(job)) or started[-1])
     with pytest.raises(KeyboardInterrupt):
         run_many([Job("sft", 0, tmp_path / "a", [sys.executable, "-S", "-c", "import time; time.sleep(60)"])], 1)
@@ -231,3 +235,47 @@ def test_a_phase_without_reward_draws_no_reward():
 def test_hint_schedule(tmp_path):
     plots.hint_schedule(config.resolve("uft", recipe="lock").show, 100, tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 5_000
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["compare SIGTERM", "compare SIGINT", "demo SIGTERM"])
+def test_a_signal_to_the_parent_ends_its_runs(tmp_path, kind):
+    """Real runs in processes of their own, each known by the lock of its folder; only the parent gets the signal."""
+    verb, name = kind.split()
+    words = ["compare", "--methods=sft,rft", "--seeds=1"] if verb == "compare" else ["train", "baselines=[sft]"]
+    folders = [tmp_path / f"{m}-seed0" for m in (("sft", "rft") if verb == "compare" else ("sft",))]
+    command = [sys.executable, "-m", "unift", *words, f"--run={tmp_path}", "train.steps=100000", "eval.every=0"]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    children = []
+    try:
+        until = time.monotonic() + 150
+        while not all((f / "metrics.jsonl").is_file() for f in folders):
+            assert parent.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        children = [int((f / ".lock").read_text().split()[0]) for f in folders]
+        assert parent.pid not in children
+        for child in children:
+            os.kill(child, 0)  # it runs
+        parent.send_signal(getattr(signal, name))
+        out, _ = parent.communicate(timeout=60)
+        assert parent.returncode == 130, out
+        for child in children:
+            with pytest.raises(ProcessLookupError):
+                os.kill(child, 0)
+    finally:
+        parent.kill()
+        parent.wait()
+        for child in children:
+            try:
+                os.kill(child, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+def test_a_child_that_ignores_the_request_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "END_SECONDS", 0.3)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    compare.end([child])
+    assert child.returncode == -signal.SIGKILL

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from unift import checkpoint, update
 from unift import policy as policies
 from unift.config import parse_overrides, resolve
 from unift.loop import train
+from unift.run import claim
 from unift.types import ConfigError, DataError, NonFiniteError, UniftError
 
 TINY = ["train.steps=4", "train.prompts=4", "sample.completions=4", "data.train_rows=8", "data.test_rows=6", "threads=1"]
@@ -156,3 +160,30 @@ def test_gradients_of_both_streams_are_logged_and_change_nothing(tmp_path):
     a, b = (checkpoint.read_metrics(tmp_path / x / "metrics.jsonl")[1] for x in "ab")
     assert -1 <= a["grad/cosine"] <= 1 and a["grad/hint_norm"] > 0
     assert a["grad/norm"] == pytest.approx(b["grad/norm"], rel=1e-5)
+
+
+def writer(folder, *more):
+    command = [sys.executable, "-m", "unift", "train", "--quiet", "--recipe=lock", "--method=uft", f"--run={folder}", *TINY, *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_one_writer_at_a_time(tmp_path):
+    """The second is refused with the first one's process id; a killed one leaves no lock, and its workers hold none."""
+    long = ["train.steps=100000", "save.every=1"]
+    first = writer(tmp_path, *long)
+    try:
+        until = time.monotonic() + 120
+        while not checkpoint.steps_saved(tmp_path):
+            assert first.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        before = (tmp_path / "config.yaml").read_bytes()
+        second = writer(tmp_path, *long)
+        _, error = second.communicate(timeout=120)
+        assert second.returncode == 2
+        assert f"error: another process trains in {tmp_path}: process {first.pid} on " in error
+        assert first.poll() is None and (tmp_path / "config.yaml").read_bytes() == before
+    finally:
+        first.kill()
+        first.wait()
+    with claim(tmp_path):  # at once, although the scoring workers of the killed one may still be ending
+        pass

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,9 +42,9 @@ def tiny(method: str = "uft", *more: str):
     return resolve(method, recipe="lock", overrides=parse_overrides([*TINY, *more]))
 
 
-def outcome(folder: Path) -> tuple[bytes, list[dict], dict[str, bytes]]:
+def outcome(folder: Path, steps: int = STEPS) -> tuple[bytes, list[dict], dict[str, bytes]]:
     """Everything of a run that must not depend on kills: weights and optimizer, metrics but for clocks, rollouts."""
-    state = torch.load(folder / "checkpoints" / checkpoint.step_name(STEPS) / "state.pt", weights_only=True)
+    state = torch.load(folder / "checkpoints" / checkpoint.step_name(steps) / "state.pt", weights_only=True)
     flat = [t for t in state["weights"].values()]
     for entry in state["optimizer"]["state"].values():
         flat += [v for v in entry.values() if isinstance(v, torch.Tensor)]
@@ -134,26 +134,47 @@ def test_phases_and_sparse_checkpoints(tmp_path, monkeypatch, method):
 
 
 @pytest.mark.slow
-def test_random_sigkill(whole, tmp_path):
-    """20 SIGKILLs at random moments, saves included, then one attempt to the end."""
-    begin = [sys.executable, "-m", "unift", "train", "--recipe", "lock", "--method", "uft", "--quiet", *TINY, "--run"]
-    command = [*begin, str(tmp_path / "run")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    began = time.monotonic()
-    subprocess.run([*begin, str(tmp_path / "timing")], check=True, env=environment)
-    length = time.monotonic() - began
-    draw = random.Random(0)
-    for _ in range(20):
+def test_random_sigkill(tmp_path):
+    """20 SIGKILLs, ten at random moments of a step and ten inside a save; all of them hit a run that goes on afterwards."""
+    kills, steps = 20, 90
+    words = [f"train.steps={steps}", "eval.every=10"]
+    train(tiny("uft", *words), tmp_path / "whole")
+    whole = outcome(tmp_path / "whole", steps)
+    a_step = whole_seconds(tmp_path / "whole") / steps
+    command = [sys.executable, "-m", "unift", "train", "--recipe", "lock", "--method", "uft", "--quiet"]
+    command += ["--run", str(tmp_path / "run"), *TINY, *words]
+    environment, draw, torn = os.environ | {"OMP_NUM_THREADS": "1"}, random.Random(0), 0
+    saves = tmp_path / "run" / "checkpoints"
+    for kill in range(kills):
+        before = max(checkpoint.steps_saved(tmp_path / "run"), default=0)
         process = subprocess.Popen(command, env=environment)
         try:
-            process.wait(timeout=draw.uniform(0.5 * length, 1.05 * length))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            wait_for(process, lambda: max(checkpoint.steps_saved(tmp_path / "run"), default=0) > before)  # noqa: B023
+            if kill % 2:
+                wait_for(process, lambda: any(saves.glob(".step_*.tmp")))
+                time.sleep(draw.uniform(0, 0.01))
+            else:
+                time.sleep(draw.uniform(0, 2 * a_step))
+            assert process.poll() is None, "the run ended before it was killed: the test needs more steps"
+        finally:
+            process.kill()
             process.wait()
-        if (tmp_path / "run" / "result.json").exists():
-            break
+        torn += any(saves.glob(".*.tmp"))
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert torn >= 3, f"only {torn} of {kills} kills fell into a save"
     subprocess.run(command, check=True, env=environment)
-    assert outcome(tmp_path / "run") == whole
+    assert outcome(tmp_path / "run", steps) == whole
+
+
+def whole_seconds(folder: Path) -> float:
+    return json.loads((folder / "result.json").read_text())["seconds"]
+
+
+def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
+    until = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.001)
 
 
 def test_kill_during_a_save(whole, tmp_path, monkeypatch):

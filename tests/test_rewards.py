@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import reward_zoo
 
-from unift.rewards import BadValue, ScoreError, Scorer, adapt, load_reward, score_groups
+from unift.rewards import BadValue, ScoreError, Scorer, adapt, count_outcomes, load_reward, score_groups
 from unift.types import Group, RewardError, Row, Sample, Score
 
 ROW = Row("r0", "2+2?", ("think\n",), "4", "4", task="sums")
@@ -449,3 +450,28 @@ def _timed(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
+
+
+def test_error_rate_goes_on_where_a_checkpoint_left_it():
+    """Ten good scores and two failures before the checkpoint: the first failure after it is one too many."""
+    with Scorer(ZOO, workers=1, error_rate=0.1, window=20) as scorer:
+        run(scorer, ["1"] * 10 + ["raise early", "nan"])
+        stored = json.loads(json.dumps(scorer.recent))
+    with Scorer(ZOO, workers=1, error_rate=0.1, window=20) as scorer:
+        scorer.recall(stored)
+        assert scorer.recent == stored and len(stored) == 12 and stored[:10] == [None] * 10
+        with pytest.raises(RewardError, match=r"failed on 3 of the last 13 completions: 2 exceptions, 1 bad values"):
+            run(scorer, ["raise late"])
+
+
+def test_outcomes_of_groups_are_counted_as_the_scorer_counts():
+    texts = ["1", "raise early", "nan", "exit 3", "0.5"]
+    group = Group(0, ROW.id, [], [], 0, 0, [Sample([], [], True, text) for text in texts])
+    with Scorer(ZOO, workers=1, timeout=TIMEOUT, error_rate=1.0) as scorer:
+        score_groups(scorer, [ROW], [group], [""])
+        assert count_outcomes([group]) == scorer.counts
+        assert scorer.counts["total"] == 5 and scorer.errors == 3
+    with Scorer("reward_zoo:trl", workers=1) as scorer:
+        group.samples = [Sample([], [], True, text) for text in ["4", "skip"]]
+        score_groups(scorer, [ROW], [group], [""])
+        assert count_outcomes([group]) == scorer.counts and scorer.counts["skipped"] == 1

@@ -119,6 +119,8 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
     import torch
 
     where = folder / "checkpoints" / step_name(step)
+    if not (where / "state.pt").is_file():
+        raise UniftError(f"{where}/state.pt is missing. Several machines need a run folder that all of them see")
     stored = torch.load(where / "state.pt", map_location=policy.device, weights_only=True)
     own = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     if own.keys() != stored["weights"].keys():

@@ -28,7 +28,10 @@ Settings = Annotated[Optional[list[str]], typer.Argument(help="settings as key=v
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", "-c", help="YAML file of settings")]
 Recipe = Annotated[Optional[str], typer.Option(help="a tuned task of the package (unift show --recipes)")]
 Method = Annotated[Optional[str], typer.Option("--method", "-m", help="preset (unift show lists them)")]
-RunFolder = Annotated[Optional[Path], typer.Option("--run", help="run folder; an existing one is continued")]
+# --run-folder: torchrun takes --run for an option of its own (an abbreviation of --run-path).
+RunFolder = Annotated[
+    Optional[Path], typer.Option("--run", "--run-folder", help="run folder; an existing one is continued")
+]
 
 
 def _is_demo(config: Path | None, recipe: str | None, overrides: dict[str, Any]) -> bool:
@@ -85,8 +88,11 @@ def train(
         typer.echo(describe(resolved, folder))
         return
     demo = _is_demo(config, recipe, parse_overrides(settings or [])) and method is None and not quiet
+    from unift import processes
+
     _quiet_libraries()
     if demo:
+        processes.alone("the demo (unift train without a method or rows)")
         from unift.demo import run_demo
 
         run_demo(resolved, folder, list(settings or []), DEMO)
@@ -94,6 +100,7 @@ def train(
     from unift.display import Live, Quiet
     from unift.loop import train as run_training
 
+    quiet = quiet or not processes.first()
     with (Quiet() if quiet else Live()) as display:
         result = run_training(resolved, folder, display.update)
     if not quiet:
@@ -147,9 +154,12 @@ def evaluate(
         resolved = resolve(None, file=read_yaml(stored), overrides=over)
     else:
         resolved = _resolve(config, recipe or (None if config else DEMO), None, [*(settings or []), f"model.path={model}"])
+    from unift import processes
     from unift.evaluate_run import evaluate_split
 
-    typer.echo(evaluate_split(resolved, split, samples))
+    text = evaluate_split(resolved, split, samples)
+    if processes.first():
+        typer.echo(text)
 
 
 @app.command()
@@ -158,12 +168,14 @@ def compare(
     methods: Annotated[str, typer.Option(help="comma-separated presets")] = "sft,rft,sft-rft,r3,stage,uft",
     seeds: Annotated[int, typer.Option(help="seeds 0..N-1")] = 3,
     recipe: Annotated[str, typer.Option(help="a tuned task of the package")] = DEMO,
-    run: Annotated[Path, typer.Option("--run", help="folder of all runs")] = Path("runs/compare"),
+    run: Annotated[Path, typer.Option("--run", "--run-folder", help="folder of all runs")] = Path("runs/compare"),
     workers: Annotated[int, typer.Option(help="runs side by side, one thread each")] = 2,
 ) -> None:
     """Several methods, several seeds, one task: a table with intervals and a plot. Repeating the command continues."""
+    from unift import processes
     from unift.compare import compare_methods
 
+    processes.alone("unift compare")
     typer.echo(compare_methods(methods.split(","), seeds, recipe, run, list(settings or []), workers))
 
 
@@ -294,7 +306,9 @@ def main() -> None:
     try:
         app()
     except UniftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from unift.processes import label
+
+        print(f"error: {label()}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from unift.summary import Result, by_method, interval, reading, table, wilson
 from unift.types import ConfigError, UniftError
@@ -18,6 +22,7 @@ from unift.types import ConfigError, UniftError
 __all__ = ["Job", "command", "compare_methods", "interval", "reading", "run_many", "table", "wilson", "write_report"]
 
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+END_SECONDS = 10.0  # for a run to end when asked
 COMMAND = ".command.json"  # what brought the result of a folder; a dot file, since `train` minds foreign files
 
 
@@ -41,11 +46,45 @@ def command(method: str, seed: int, recipe: str, folder: Path, settings: Sequenc
 # ---------------------------------------------------------------------------------------------- running
 
 
-def run_many(jobs: Sequence[Job], workers: int, say: Callable[[str], None] = lambda text: None) -> list[Result]:
+@contextmanager
+def on_signals(handler: Callable[[int, Any], Any]) -> Generator[None, None, None]:
+    """SIGTERM and SIGINT call ``handler`` instead of ending this process, which would leave its children running."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    names = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]  # as under nohup
+    before = {n: signal.signal(n, handler) for n in names}
+    try:
+        yield
+    finally:
+        for n, old in before.items():
+            signal.signal(n, old)
+
+
+def end(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM, and SIGKILL for those that are still there after END_SECONDS."""
+    for child in children:
+        child.terminate()
+    until = time.monotonic() + END_SECONDS
+    for child in children:
+        try:
+            child.wait(max(until - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def run_many(
+    jobs: Sequence[Job],
+    workers: int,
+    say: Callable[[str], None] = lambda text: None,
+    stop: threading.Event | None = None,
+) -> list[Result]:
     """Results in the order of the jobs, ``workers`` processes side by side; each writes ``log.txt`` in its folder.
 
     A run that this very command finished before is read from its folder. A failure does not stop the others; when all
-    are through, UniftError names the failed ones with the last lines of their logs. Interrupted: the processes are ended.
+    are through, UniftError names the failed ones with the last lines of their logs.
+    Interrupted, or once ``stop`` is set, it ends the processes and raises KeyboardInterrupt.
     """
     results: dict[int, Result] = {}
     failed: list[str] = []
@@ -57,6 +96,8 @@ def run_many(jobs: Sequence[Job], workers: int, say: Callable[[str], None] = lam
 
     try:
         while waiting or running:
+            if stop is not None and stop.is_set():
+                raise KeyboardInterrupt
             while waiting and len(running) < max(workers, 1):
                 number = waiting.pop(0)
                 kept = _finished(jobs[number])
@@ -81,8 +122,7 @@ def run_many(jobs: Sequence[Job], workers: int, say: Callable[[str], None] = lam
                     ended(number, f"failed (exit code {process.returncode})")
             time.sleep(0.05)
     finally:
-        for process, _ in running.values():
-            process.terminate()
+        end([process for process, _ in running.values()])
     if failed:
         raise UniftError(
             f"{len(failed)} of {len(jobs)} runs failed; the others are kept. Mend the cause and repeat the command: "
@@ -158,7 +198,9 @@ def compare_methods(
         for seed in range(seeds)
         for m in methods
     ]
-    results = run_many(jobs, workers, say=lambda text: print(text, flush=True))
+    stop = threading.Event()  # not an exception: that could fall between the birth of a child and its being known
+    with on_signals(lambda number, frame: stop.set()):
+        results = run_many(jobs, workers, lambda text: print(text, flush=True), stop)
     plot = write_report(folder, results)
     places = [f"plot: {plot}", f"folder: {folder}  (as a page: unift report {folder})"]
     return "\n".join([table(results), "", *reading(results), "", *places])

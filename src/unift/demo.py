@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from pathlib import Path
 from typing import Any
 
-from unift.compare import Job, command, reading, run_many, table, write_report
+from unift.compare import END_SECONDS, Job, command, on_signals, reading, run_many, table, write_report
 from unift.config import Config
 from unift.display import Live
 from unift.loop import train
@@ -24,21 +25,30 @@ def run_demo(config: Config, folder: Path, settings: list[str], recipe: str) -> 
     ]
     others: list[dict[str, Any]] = []
     failures: list[str] = []
+    stop = threading.Event()
 
     def baselines() -> None:
         for job in jobs:  # one by one: a baseline that fails does not take the finished ones with it
             try:
-                others.extend(run_many([job], 1))
+                others.extend(run_many([job], 1, stop=stop))
+            except KeyboardInterrupt:
+                return
             except UniftError as error:
                 failures.append(str(error))
 
     worker = threading.Thread(target=baselines, daemon=True)
-    worker.start()
-    with Live() as display:
-        result = train(config.model_copy(update={"threads": 1}), own, display.update)
-    if worker.is_alive():
-        print(f"{config.method} is done; waiting for the baselines ...", flush=True)
-    worker.join()
+    try:
+        with on_signals(signal.default_int_handler):  # raises KeyboardInterrupt
+            worker.start()
+            with Live() as display:
+                result = train(config.model_copy(update={"threads": 1}), own, display.update)
+            if worker.is_alive():
+                print(f"{config.method} is done; waiting for the baselines ...", flush=True)
+            worker.join()
+    except BaseException:
+        stop.set()  # the thread ends its process
+        worker.join(2 * END_SECONDS)
+        raise
     for failure in failures:
         print(f"error: {failure}", flush=True)
     results = [*others, result]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unift import rng
+from unift import processes, rng
 from unift.encode import Encoded
 from unift.engines.native import Request, generate
 from unift.policy import Policy
@@ -52,10 +52,24 @@ def verdicts(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Sequence[Samp
     return [[next(right) for _ in group] for group in groups]
 
 
+def _judged(
+    policy: Policy,
+    scorer: Scorer,
+    rows: Sequence[Row],
+    requests: Sequence[Request],
+    max_tokens: int,
+    temperature: float = 1.0,
+) -> list[list[bool]]:
+    """Sample and judge: right or not, per row and sample. Each process takes its share of the rows; all get the whole."""
+    own = processes.share(len(rows))
+    groups = complete(policy, [requests[i] for i in own], max_tokens, temperature)
+    right = verdicts(scorer, [rows[i] for i in own], groups)
+    return processes.interleave(processes.gather("an evaluation", right))
+
+
 def greedy(policy: Policy, scorer: Scorer, rows: Sequence[Row], encoded: Sequence[Encoded], max_tokens: int) -> Accuracy:
     """Greedy accuracy without a hint."""
-    groups = complete(policy, [Request(e.prompt, None) for e in encoded], max_tokens)
-    right = sum(v[0] for v in verdicts(scorer, rows, groups))
+    right = sum(v[0] for v in _judged(policy, scorer, rows, [Request(e.prompt, None) for e in encoded], max_tokens))
     return Accuracy(right / max(len(rows), 1), *wilson(right, len(rows)), len(rows))
 
 
@@ -74,7 +88,7 @@ def pass_curve(
         Request(e.prompt, rng.uniforms("eval", seed, row.id, shape=(samples, max_tokens)))
         for row, e in zip(rows, encoded, strict=True)
     ]
-    counts = [sum(v) for v in verdicts(scorer, rows, complete(policy, requests, max_tokens, temperature))]
+    counts = [sum(v) for v in _judged(policy, scorer, rows, requests, max_tokens, temperature)]
     ks = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
     draws = rng.generator("bootstrap", seed).integers(0, len(rows), (1000, len(rows)))
     curve = {}

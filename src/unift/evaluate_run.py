@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unift import dataset, evaluate
+from unift import dataset, evaluate, processes
 from unift import policy as policies
 from unift.config import Config, longest
 from unift.rewards import Scorer
@@ -13,6 +13,11 @@ def evaluate_split(config: Config, split: str, samples: int) -> str:
     """Greedy accuracy, and pass@k from ``samples`` completions a row, as text. Nothing is written."""
     if split not in ("train", "test"):
         raise ConfigError(f"--split: found {split!r}, expected train or test")
+    with processes.joined(policies.pick_device(config.model.device).type == "cuda"):
+        return _evaluate(config, split, samples)
+
+
+def _evaluate(config: Config, split: str, samples: int) -> str:
     tokenizer = policies.load_tokenizer(config.model)
     data = dataset.load(config)
     rows = data.test if split == "test" else data.train

@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unift import checkpoint, credit, dataset, evaluate, hints, rng, update
+from unift import checkpoint, credit, dataset, evaluate, hints, processes, rng, update
 from unift import config as configuration
 from unift import policy as policies
 from unift.batch import PackedBatch, items_of
@@ -28,41 +28,52 @@ from unift.config import Config, Phase
 from unift.encode import Encoded
 from unift.engines.native import Request
 from unift.policy import Policy
-from unift.rewards import Scorer, score_groups
-from unift.run import check_trackers, open_run, trackers, write_result
+from unift.rewards import Scorer, count_outcomes, score_groups
+from unift.run import check_trackers, claim, open_run, trackers, write_result
 from unift.types import Group, Row, UniftError
 
+T = TypeVar("T")
 Report = Callable[[dict[str, Any], int], None]
 
 
 def train(config: Config, folder: Path, report: Report = lambda metrics, total: None) -> dict[str, Any]:
-    """Run, or continue, the run in ``folder``; returns its result (also written to ``result.json``)."""
+    """Run, or continue, the run in ``folder``; returns its result (also written to ``result.json``).
+
+    Under torchrun or accelerate launch every process calls this; they share the work and all return the result.
+    """
     check_trackers(config)
     torch.set_num_threads(config.threads or torch.get_num_threads())
+    with processes.joined(policies.pick_device(config.model.device).type == "cuda"):
+        return _train(config, folder, report)
+
+
+def _train(config: Config, folder: Path, report: Report) -> dict[str, Any]:
     tokenizer = policies.load_tokenizer(config.model)
     data = dataset.load(config)
     train_rows, test_rows = dataset.encode(tokenizer, data, config)
-    finished = open_run(folder, config, data.fingerprint)
-    if finished is not None:
-        return finished
-    reward = config.reward
-    with (
-        Scorer(
-            reward.function,
-            workers=reward.workers,
-            timeout=reward.timeout,
-            error_rate=reward.error_rate,
-            format_score=reward.format_score,
-            rule=reward.rule,
-            memory_mb=reward.memory_mb,
-        ) as scorer,
-        trackers(config, folder) as track,
-    ):
-        scorer.check(data.train[0])
-        torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
-        policy = policies.load(config.model, tokenizer, configuration.longest(config))
-        run = Run(config, folder, policy, scorer, data, train_rows, test_rows, report, track)
-        return run.go()
+    processes.agree("settings and rows", (configuration.config_hash(config), data.fingerprint))
+    with claim(folder):
+        finished = processes.lead("the run folder", lambda: open_run(folder, config, data.fingerprint))
+        if finished is not None:
+            return finished
+        reward = config.reward
+        with (
+            Scorer(
+                reward.function,
+                workers=reward.workers,
+                timeout=reward.timeout,
+                error_rate=reward.error_rate,
+                format_score=reward.format_score,
+                rule=reward.rule,
+                memory_mb=reward.memory_mb,
+            ) as scorer,
+            trackers(config, folder) as track,
+        ):
+            scorer.check(data.train[0])
+            torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
+            policy = policies.load(config.model, tokenizer, configuration.longest(config))
+            run = Run(config, folder, policy, scorer, data, train_rows, test_rows, report, track)
+            return run.go()
 
 
 class Run:
@@ -86,12 +97,14 @@ class Run:
         self.spans = configuration.plan(config)
         self.total = self.spans[-1][1]
         self.counters = {"tokens_sampled": 0, "tokens_trained": 0, "seconds": 0.0, "best": -1.0, "best_step": 0, "seen": 0}
+        self.scored = dict.fromkeys(scorer.counts, 0)  # outcomes of training completions
+        self.judged = dict.fromkeys(scorer.counts, 0)  # outcomes in evaluations
         self.metrics_file = folder / "metrics.jsonl"
 
     # ------------------------------------------------------------------------------------------ the whole run
 
     def go(self) -> dict[str, Any]:
-        saved = checkpoint.steps_saved(self.folder)
+        saved = processes.lead("the list of checkpoints", lambda: checkpoint.steps_saved(self.folder))
         done = saved[-1] if saved else 0
         base = self._begin(done)
         for start, stop, settings in self.spans:
@@ -99,10 +112,8 @@ class Run:
                 continue
             optimizer = update.make_optimizer(self.policy, settings.train)
             reference = self._reference(start, settings)
-            if done > start:
-                self.counters |= checkpoint.restore(self.folder, done, self.policy, optimizer)["counters"]
-            elif done == start and done > 0:
-                self.counters |= checkpoint.restore(self.folder, done, self.policy, None)["counters"]
+            if done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
+                self._restore(done, optimizer if done > start else None)
             for step in range(max(start, done), stop):
                 began = time.perf_counter()
                 metrics = self.step(step, start, stop, settings, optimizer, reference)
@@ -120,15 +131,15 @@ class Run:
 
     def _begin(self, done: int) -> dict[str, Any]:
         """Evaluate the untouched model, or read what an earlier attempt measured."""
-        if self.config.save.rollouts:
-            (self.folder / "rollouts").mkdir(exist_ok=True)
-        earlier = checkpoint.rewind_metrics(self.metrics_file, done)
+        earlier = processes.lead("the metrics so far", lambda: checkpoint.rewind_metrics(self.metrics_file, done))
         if earlier and earlier[0]["step"] == 0:
-            for record in earlier:
+            for record in earlier if processes.first() else ():
                 self.report(record, self.total)
+            self.judged |= earlier[0].get("judged", {})  # a checkpoint, if there is one, knows more
             return earlier[0]["base"]
         base = asdict(self._greedy(self.data.test, self.test_encoded)) if self.data.test else {}
-        self._log(0, {"forward": self.policy.path, "base": base} | ({"eval/test/accuracy": base["accuracy"]} if base else {}))
+        first_line = {"forward": self.policy.path, "base": base, "judged": dict(self.judged)}
+        self._log(0, first_line | ({"eval/test/accuracy": base["accuracy"]} if base else {}))
         return base
 
     def _finish(self, base: dict[str, Any]) -> dict[str, Any]:
@@ -141,19 +152,23 @@ class Run:
             "tokens_trained": self.counters["tokens_trained"],
             "reward_seen": self.counters["seen"],
             "base": base,
-            "scorer": dict(self.scorer.counts),
         }
         if self.data.test:
             result["test"] = asdict(self._greedy(self.data.test, self.test_encoded))
             if self.config.eval.samples:
                 s = self.config.eval.samples
                 args = (self.policy, self.scorer, self.data.test, self.test_encoded, self._eval_tokens(), s)
-                result["test"]["pass@k"] = evaluate.pass_curve(*args, self.config.seed)
+                result["test"]["pass@k"] = self._judge(lambda: evaluate.pass_curve(*args, self.config.seed))
         first = slice(0, 500)
         result["train"] = asdict(self._greedy(self.data.train[first], self.encoded[first]))
         self.track({f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, self.total)
-        policies.save_pretrained(self.policy, self.folder / "model")
-        write_result(self.folder, result)
+        result["scorer"] = {"train": self.scored, "eval": self.judged}
+
+        def write() -> None:
+            policies.save_pretrained(self.policy, self.folder / "model")
+            write_result(self.folder, result)
+
+        processes.lead("the final model", write)
         return result
 
     # ------------------------------------------------------------------------------------------ one step
@@ -170,6 +185,8 @@ class Run:
         """Everything between two optimizer states. ``step`` counts from 0 over the run, schedules from ``start``."""
         clock = Clock()
         groups = self._groups(step, start, stop, settings, clock)
+        for name, n in count_outcomes(groups).items():
+            self.scored[name] += n
         scores = [[s.score.value for s in g.samples if s.score is not None] for g in groups]
         advantages = [credit.advantages(r, settings.credit) for r in scores]
         demos = [self.encoded[g.row].solution for g in groups] if settings.likelihood.tokens == "demo" else None
@@ -181,7 +198,8 @@ class Run:
         lr = update.learning_rate(settings.train, step - start, stop - start)
         every = self.config.log.gradients_every
         measure = bool(every) and step % every == 0
-        dump = self.folder / "nonfinite" / f"{checkpoint.step_name(step)}.pt"
+        own = "" if processes.first() else f"-process{processes.rank()}"
+        dump = self.folder / "nonfinite" / f"{checkpoint.step_name(step)}{own}.pt"
         parts = [
             update.apply(self.policy, optimizer, packs, settings, lr, measure, dump) for packs in updates
         ]
@@ -205,19 +223,22 @@ class Run:
             "time/step": clock.total(),
         }
         if settings.sample.completions:
-            metrics |= {f"reward/{k}": v for k, v in self.scorer.counts.items() if k != "total"}
+            metrics |= {f"reward/{k}": v for k, v in self.scored.items() if k != "total"}
         return metrics
 
     def _groups(self, step: int, start: int, stop: int, settings: Config | Phase, clock: Clock) -> list[Group]:
-        """The step's groups with scores: from disk if these very weights sampled them before a kill, else sampled now."""
+        """The step's groups with scores: from disk if these very weights sampled them before a kill, else sampled now.
+
+        Every process draws all rows and hints, samples and scores its share of the groups, and gets those of the others.
+        """
         seed, n = self.config.seed, settings.train.prompts
         keep = self.config.save.rollouts and settings.sample.completions > 0
-        weights = checkpoint.fingerprint(self.policy) if keep else ""
+        weights = ""
         if keep:
-            stored = checkpoint.read_rollouts(self.folder, step)
-            if stored is not None and stored[0] == weights:
+            weights, stored = processes.lead("stored rollouts", lambda: self._stored(step))
+            if stored is not None:
                 clock.lap("generate")
-                return stored[1]
+                return stored
         groups = []
         for index in hints.rows_of_step(seed, step, n, len(self.encoded)):
             row, e = self.data.train[index], self.encoded[index]
@@ -226,20 +247,24 @@ class Run:
             groups.append(Group(index, row.id, e.prompt, shown, k, min(settings.show.cuts, e.n_steps)))
         if settings.sample.completions == 0:
             return groups
+        own = processes.share(len(groups))
         shape = (settings.sample.completions, settings.sample.max_tokens)
         # The position in the batch is part of the address: a small data set may bring a row twice in one step.
         requests = [
-            Request(g.prompt + g.hint, rng.uniforms("sample", seed, step, i, g.row_id, shape=shape))
-            for i, g in enumerate(groups)
+            Request(groups[i].prompt + groups[i].hint, rng.uniforms("sample", seed, step, i, groups[i].row_id, shape=shape))
+            for i in own
         ]
         sampled = evaluate.complete(self.policy, requests, settings.sample.max_tokens, settings.sample.temperature)
-        for group, samples in zip(groups, sampled, strict=True):
-            group.samples = samples
+        for i, samples in zip(own, sampled, strict=True):
+            groups[i].samples = samples
         clock.lap("generate")
         hint_texts = self.policy.tokenizer.batch_decode([g.hint for g in groups], skip_special_tokens=True)
-        score_groups(self.scorer, self.data.train, groups, hint_texts)
+        score_groups(self.scorer, self.data.train, [groups[i] for i in own], [hint_texts[i] for i in own])
         clock.lap("score")
-        if keep:
+        if processes.size() > 1:
+            groups = processes.interleave(processes.gather("the groups of a step", [groups[i] for i in own]))
+            clock.lap("wait")
+        if keep and processes.first():
             prompts = self.policy.tokenizer.batch_decode([g.prompt for g in groups], skip_special_tokens=True)
             texts = list(zip(prompts, hint_texts, strict=True))
             checkpoint.write_rollouts(self.folder, step, weights, groups, texts)
@@ -247,6 +272,11 @@ class Run:
         return groups
 
     # ------------------------------------------------------------------------------------------ pieces
+
+    def _stored(self, step: int) -> tuple[str, list[Group] | None]:
+        """The fingerprint of the weights, and the groups of the step if they were sampled by these weights."""
+        weights, stored = checkpoint.fingerprint(self.policy), checkpoint.read_rollouts(self.folder, step)
+        return weights, stored[1] if stored is not None and stored[0] == weights else None
 
     def _reference(self, start: int, settings: Config | Phase) -> Callable[[PackedBatch], Tensor] | None:
         """Log-probs under the weights that the phase began with; with LoRA, the adapters switched off."""
@@ -273,20 +303,46 @@ class Run:
         return self.config.eval.max_tokens or max(s.sample.max_tokens for _, _, s in self.spans)
 
     def _greedy(self, rows: Sequence[Row], encoded: Sequence[Encoded]) -> evaluate.Accuracy:
-        return evaluate.greedy(self.policy, self.scorer, rows, encoded, self._eval_tokens())
+        return self._judge(lambda: evaluate.greedy(self.policy, self.scorer, rows, encoded, self._eval_tokens()))
+
+    def _judge(self, evaluation: Callable[[], T]) -> T:
+        """The evaluation's result; what became of its completions, in all processes, is added to ``judged``."""
+        before = list(self.scorer.counts.values())
+        result = evaluation()
+        new = [n - old for n, old in zip(self.scorer.counts.values(), before, strict=True)]
+        for name, n in zip(self.scorer.counts, processes.sums("an evaluation", new), strict=True):
+            self.judged[name] += int(n)
+        return result
 
     def _accuracy(self) -> float:
         return self._greedy(self.data.test, self.test_encoded).accuracy if self.data.test else 0.0
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
+        if not processes.first():
+            return
         record = {"step": step, **metrics}
         checkpoint.append_metrics(self.metrics_file, record)
         self.track(record, step)
         self.report(record, self.total)
 
+    def _restore(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        stored = checkpoint.restore(self.folder, step, self.policy, optimizer)
+        self.counters |= stored["counters"]
+        self.scored |= stored["scorer"]["train"]
+        self.judged |= stored["scorer"]["eval"]
+        recent = stored["scorer"]["recent"]
+        self.scorer.recall([recent[i] for i in processes.share(len(recent))])
+
     def _save(self, finished: int, optimizer: torch.optim.Optimizer) -> None:
+        if processes.size() > 1:
+            processes.agree(f"weights after step {finished} (checksum)", checkpoint.fingerprint(self.policy))
+        recent = processes.interleave(processes.gather("a checkpoint", self.scorer.recent))
+        processes.lead("a checkpoint", lambda: self._write(finished, optimizer, recent))
+
+    def _write(self, finished: int, optimizer: torch.optim.Optimizer, recent: list[Any]) -> None:
         state = {
             "counters": self.counters,
+            "scorer": {"train": self.scored, "eval": self.judged, "recent": recent},
             "data": self.data.fingerprint,
             "config": configuration.config_hash(self.config),
             "seed": self.config.seed,

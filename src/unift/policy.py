@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from unift import attention, forward, plain
+from unift import attention, forward, plain, processes
 from unift.types import ConfigError
 
 if TYPE_CHECKING:
@@ -209,9 +209,18 @@ def expected_path(config: ModelConfig, longest: float) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """``auto`` is CUDA where there is some. Of several processes on a machine, each takes the GPU of its own number."""
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cuda" or processes.size() == 1:
+        return device
+    if device.index is not None:
+        raise ConfigError(f"model.device={name!r} is one GPU for {processes.size()} processes: say cuda, and each takes its own")
+    if processes.local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"no GPU is left for process {processes.local_rank()} of this machine: found {torch.cuda.device_count()}. "
+            "Start as many processes as there are GPUs, or set model.device=cpu"
+        )
+    return torch.device("cuda", processes.local_rank())
 
 
 def load(config: ModelConfig, tokenizer: Any = None, longest: float = math.inf) -> Policy:

@@ -12,12 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from unift import __version__
+from unift import __version__, processes
 from unift import config as configuration
 from unift.checkpoint import clean_temporary, write_atomic
 from unift.config import Config
 from unift.types import ConfigError, DataError, UniftError
 
+LOCK = ".lock"  # a dot file, as all that are not results
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "datasets", "math-verify", "pebble")
 
 
@@ -39,6 +40,47 @@ def environment() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "packages": versions,
     }
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Be the only writer of the run folder. The lock is the kernel's (flock): it goes with the process, however that ends.
+
+    Raises UniftError with the other's process id. Only the first of several processes holds it.
+    """
+    if not processes.first():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not truncated: until the lock is ours, what stands in the file is the other's. Not inherited by children.
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UniftError(f"cannot create the run folder {folder}: {error.strerror}") from error
+    try:
+        _lock(handle, folder)
+        os.truncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()} on {platform.node()}".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock
+        print(f"unift: {folder} is not locked on this system; see to it that no other process trains in it", file=sys.stderr)
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.pread(handle, 200, 0).decode(errors="replace") or "unknown"
+        raise UniftError(
+            f"another process trains in {folder}: process {owner}. Wait for it, end it, or use another run folder"
+        ) from error
+    except OSError as error:
+        print(f"unift: {folder} cannot be locked ({error.strerror}); see to it that no other process trains in it", file=sys.stderr)
 
 
 def open_run(folder: Path, config: Config, data: str) -> dict[str, Any] | None:
@@ -110,11 +152,11 @@ def check_trackers(config: Config) -> None:
 
 @contextmanager
 def trackers(config: Config, folder: Path) -> Iterator[Callable[[dict[str, Any], int], None]]:
-    """log(metrics, step) to the trackers of ``log.trackers`` through accelerate; a no-op when there are none.
+    """log(metrics, step) to the trackers of ``log.trackers`` through accelerate, from the first process; else a no-op.
 
     Files of TensorBoard and wandb stay in the run folder. A continued run is a new run of wandb with the same name.
     """
-    if not config.log.trackers:
+    if not config.log.trackers or not processes.first():
         yield lambda metrics, step: None
         return
     from accelerate import Accelerator
@@ -134,4 +176,5 @@ def trackers(config: Config, folder: Path) -> Iterator[Callable[[dict[str, Any],
             {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k != "step"}, step=step
         )
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # end_training() would also end the process group, which is not its own
+            tracker.finish()

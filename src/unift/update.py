@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unift import objectives
+from unift import objectives, processes
 from unift.batch import COMPLETION, Item, PackedBatch, cut, pack, weigh
 from unift.config import Config, Phase, Train
 from unift.policy import Policy, logprobs
@@ -42,14 +42,17 @@ def reference_logprobs(score: Callable[[PackedBatch], Tensor], packs: Sequence[P
 def prepare(
     policy: Policy, items: Sequence[Item], settings: Settings, reference: Callable[[PackedBatch], Tensor] | None
 ) -> list[list[PackedBatch]]:
-    """Packs of every update of a step. Log-probs under the reference and, from the second update on, under the policy
-    at the start of the step are attached here, without gradient and only where they are used."""
+    """Packs of every update of a step: this process's share of the items, weighed over all of them. Log-probs under
+    the reference and, from the second update on, under the policy at the start of the step are attached here, without
+    gradient and only where they are used."""
     size = len(items) // settings.train.updates
     updates: list[list[PackedBatch]] = []
     for first in range(0, len(items), size):
         part = items[first : first + size]
         weights = weigh(part, settings)
-        packs = [pack(part, which, weights, settings) for which in cut(part, settings.train.token_budget)]
+        own = processes.balanced_share([i.tokens_forwarded for i in part])
+        cuts = cut([part[i] for i in own], settings.train.token_budget)
+        packs = [pack(part, [own[i] for i in which], weights, settings) for which in cuts]
         updates.append([p.to(policy.device) for p in packs if p is not None])
     for number, packs in enumerate(updates):
         with torch.no_grad():
@@ -104,19 +107,33 @@ def apply(
             if n:
                 tokens += n
                 entropy += float(entropy_S[own].sum())
-                drift = (l_S[own] - batch.sampler_S[own]).abs()
-                gap += float(drift.sum())
-                worst_gap = max(worst_gap, float(drift.max()))
-                if batch.old_S is not None:
+                if batch.old_S is None:
+                    drift = (l_S[own] - batch.sampler_S[own]).abs()
+                    gap += float(drift.sum())
+                    worst_gap = max(worst_gap, float(drift.max()))
+                else:
                     ratio, a = torch.exp(l_S[own] - batch.old_S[own]), batch.advantage_S[own]
                     clipped_low += float(((ratio < 1 - settings.policy.low) & (a < 0)).sum())
                     clipped_high += float(((ratio > 1 + settings.policy.high) & (a > 0)).sum())
+    # First the numbers, over gloo, which has a deadline: whoever starts to sum gradients knows that all are there.
+    what = "the losses of an update"
+    forwarded, supervised = sum(policy.tokens_forwarded(b) for b in packs), sum(len(b.target_S) for b in packs)
+    names = list(totals)
+    counts = (tokens, entropy, clipped_low, clipped_high, gap, forwarded, supervised)
+    summed = processes.sums(what, [*counts, *totals.values()])
+    tokens, entropy, clipped_low, clipped_high, gap, forwarded, supervised = summed[: len(counts)]
+    totals = dict(zip(names, summed[len(counts) :], strict=True))
+    worst_gap = max(processes.gather(what, worst_gap))
     if measure:
+        for name, buffers in streams.items():
+            processes.add_up(f"the gradients of the {name} stream", buffers)
         for p, a, b in zip(parameters, streams["policy"], streams["likelihood"], strict=True):
             p.grad = a + b
     for p in parameters:  # an update without any loss is still a step of the optimizer
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+    if not measure:
+        processes.add_up("the gradients", [p.grad for p in parameters if p.grad is not None])
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.train.clip_norm or math.inf))
     if not math.isfinite(norm):
         bad = next(n for n, p in policy.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
@@ -131,13 +148,13 @@ def apply(
         "loss/hint": totals["likelihood"],
         "grad/norm": norm,
         "lr": lr,
-        "tokens/forwarded": float(sum(policy.tokens_forwarded(b) for b in packs)),
-        "tokens/supervised": float(sum(len(b.target_S) for b in packs)),
+        "tokens/forwarded": float(forwarded),
+        "tokens/supervised": float(supervised),
     }
     if settings.sample.completions:
         metrics["entropy"] = entropy / seen
-        metrics["sampling/sampling_logp_difference/mean"] = gap / seen if len(packs) and packs[0].old_S is None else 0.0
-        metrics["sampling/sampling_logp_difference/max"] = worst_gap if len(packs) and packs[0].old_S is None else 0.0
+        metrics["sampling/sampling_logp_difference/mean"] = gap / seen
+        metrics["sampling/sampling_logp_difference/max"] = worst_gap
         metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"] = clipped_low / seen, clipped_high / seen
         if settings.reference.kl:
             metrics["kl"] = totals["kl"] / settings.reference.kl

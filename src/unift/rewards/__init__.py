@@ -8,7 +8,7 @@ from unift.rewards.adapters import (
     as_score,
     load_reward,
 )
-from unift.rewards.pool import Check, ScoreError, Scorer, score_groups
+from unift.rewards.pool import Check, ScoreError, Scorer, count_outcomes, score_groups
 
 __all__ = [
     "ACCEPTED",
@@ -19,6 +19,7 @@ __all__ = [
     "Scorer",
     "adapt",
     "as_score",
+    "count_outcomes",
     "load_reward",
     "score_groups",
 ]

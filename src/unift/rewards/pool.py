@@ -36,6 +36,8 @@ START_SECONDS = 60.0  # for a worker to start, and again to import the reward (m
 STOP_SECONDS = 20.0
 ATTEMPTS = 3  # of a chunk whose worker died before it scored anything
 POLL_SECONDS = 0.05
+_COUNT_OF = {"timeout": "timeouts", "crash": "crashes", "exception": "exceptions", "bad value": "bad_values"}
+COUNTS = ("total", *_COUNT_OF.values(), "skipped")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Scorer:
             spec = f"{Path(place).expanduser().resolve()}:{function}"
         self.spec, self.workers, self.timeout, self.error_rate = spec, workers, timeout, error_rate
         self.start_seconds = START_SECONDS
-        self.counts: dict[str, int] = dict.fromkeys(("total", *_COUNT_OF.values(), "skipped"), 0)
+        self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self._setup = Setup(spec, format_score, rule, memory_mb)
         self._window: deque[ScoreError | None] = deque(maxlen=window)
         self._pool: ProcessPool | None = None
@@ -123,6 +125,16 @@ class Scorer:
     def errors(self) -> int:
         """Failed scores so far: timeouts, crashes, exceptions and bad values. Skipped ones are not failures."""
         return sum(self.counts[name] for name in _COUNT_OF.values())
+
+    @property
+    def recent(self) -> list[list[str] | None]:
+        """What the error rate is taken over, oldest first, as JSON: None, or the fields of a failure."""
+        return [e and [e.kind, e.message, e.completion, e.row_id] for e in self._window]
+
+    def recall(self, recent: Sequence[Sequence[str] | None]) -> None:
+        """Put back what ``recent`` gave: a run that continues is as near to its error rate as it was."""
+        self._window.clear()
+        self._window.extend(None if entry is None else ScoreError(*entry) for entry in recent)
 
     def score(
         self, rows: Sequence[Row], completions: Sequence[str], hints: Sequence[str] | None = None
@@ -353,6 +365,16 @@ class Scorer:
                 os.killpg(pid, signal.SIGKILL)
 
 
+def count_outcomes(groups: Sequence[Group]) -> dict[str, int]:
+    """What became of the completions of scored groups, named as in ``Scorer.counts``."""
+    counts = dict.fromkeys(COUNTS, 0)
+    for sample in (s for group in groups for s in group.samples):
+        counts["total"] += 1
+        if sample.score is None:
+            counts[_COUNT_OF[sample.error.split(":")[0]] if sample.error else "skipped"] += 1
+    return counts
+
+
 def score_groups(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], hint_texts: Sequence[str]) -> None:
     """Fill ``score`` or ``error`` of every sample from its text.
 
@@ -425,9 +447,6 @@ class _Job:
             self.handle = -1
             with contextlib.suppress(OSError):
                 os.unlink(self.journal)
-
-
-_COUNT_OF = {"timeout": "timeouts", "crash": "crashes", "exception": "exceptions", "bad value": "bad_values"}
 
 
 def _alive(pid: int) -> bool:

@@ -1,0 +1,249 @@
+"""Several processes, one run: what the loop exchanges with its twins. In a single process nothing here does anything.
+
+torchrun and accelerate launch start the processes and number them in the environment (RANK, WORLD_SIZE, LOCAL_RANK).
+Each holds the whole model and takes a share of the groups; process 0 alone writes files. Lists and numbers travel over
+gloo, gradients over the backend of their device (NCCL on CUDA). Every wait has a deadline and says what it waits for;
+a process that fails tells the others why before it leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from unift.types import ConfigError, UniftError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+WAIT_SECONDS = float(os.environ.get("UNIFT_WAIT_SECONDS", "1800"))  # for the slowest of the others
+BUCKET_BYTES = 64 << 20  # gradients are summed in flat buffers of about this size
+FAILED = "unift/failed"  # key of the first failure in the store that all processes see
+
+_store: Any = None
+
+
+def size() -> int:
+    """Number of processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return int(os.environ["RANK"]) if size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine: which GPU is its own."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
+
+
+def first() -> bool:
+    """True in the process that writes files and speaks to people."""
+    return rank() == 0
+
+
+def label() -> str:
+    """``process 1: `` for messages; empty in a single process."""
+    return f"process {rank()}: " if size() > 1 else ""
+
+
+def alone(what: str) -> None:
+    """Refuse to run ``what`` under a launcher: every process would do all of it."""
+    if size() > 1:
+        raise ConfigError(f"{what} starts processes of its own; found {size()} of a launcher. Run it without the launcher")
+
+
+# ---------------------------------------------------------------------------------------------- meeting and leaving
+
+
+@contextmanager
+def joined(cuda: bool = False) -> Iterator[None]:
+    """Meet the other processes, and part at the end. ``cuda``: gradients are on GPUs, one a process.
+
+    An error in here is told to the others: their next exchange raises it, too.
+    """
+    global _store
+    if size() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    own = not dist.is_initialized()
+    if cuda:
+        torch.cuda.set_device(local_rank())
+    if own:
+        deadline = timedelta(seconds=WAIT_SECONDS)
+        try:
+            _store, number, total = next(iter(rendezvous("env://", timeout=deadline)))
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=_store, rank=number, world_size=total, timeout=deadline)
+        except (RuntimeError, ValueError) as error:
+            raise UniftError(
+                f"process {rank()} did not meet the other {size() - 1} within {WAIT_SECONDS:g} s: {error}"
+            ) from error
+    try:
+        yield
+    except BaseException as error:
+        _tell(error)  # and leave without farewell: the others must notice
+        raise
+    if own:
+        gather("the end of the run", None)
+        dist.destroy_process_group()
+        _store = None
+
+
+def _tell(error: BaseException) -> None:
+    if _store is None:
+        return
+    text = str(error) if isinstance(error, UniftError) else f"{type(error).__name__}: {error}"
+    try:
+        _store.compare_set(FAILED, "", f"{label()}{text}")  # the first failure is the cause of the others
+    except RuntimeError:  # the store went with the process that kept it
+        pass
+
+
+def _told() -> str:
+    try:
+        return _store.get(FAILED).decode() if _store is not None and _store.check([FAILED]) else ""
+    except RuntimeError:
+        return ""
+
+
+@contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    began = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        cause, waited = _told(), time.monotonic() - began
+        if cause:
+            raise UniftError(f"another process ended the run. {cause}") from error
+        if waited > 0.9 * WAIT_SECONDS:
+            raise UniftError(
+                f"waited {waited:.0f} s for the other processes at {what}: one of them hangs, or is that much slower. "
+                "UNIFT_WAIT_SECONDS sets the deadline. The same command continues from the last checkpoint"
+            ) from error
+        raise UniftError(
+            f"another process was gone at {what}. Its own message, if it had time for one, is above; the same command "
+            f"continues from the last checkpoint ({str(error).splitlines()[0]})"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------- exchanging
+
+
+def gather(what: str, value: T) -> list[T]:
+    """The values of all processes, in their order. ``what`` is what a message calls it."""
+    if size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * size()
+    with _waiting(what):
+        dist.all_gather_object(values, value)
+    values[rank()] = value
+    return values
+
+
+def lead(what: str, do: Callable[[], T]) -> T:
+    """The result of ``do``, which only the first process runs while the others wait; its UniftError is everyone's."""
+    if size() == 1:
+        return do()
+    import torch.distributed as dist
+
+    box: list[Any] = [None, None]
+    if first():
+        try:
+            box[0] = do()
+        except UniftError as error:
+            box[1] = error
+    with _waiting(what):
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def agree(what: str, value: Any) -> None:
+    """Raise UniftError unless all processes hold the same value."""
+    values = gather(what, value)
+    for number, other in enumerate(values):
+        if other != values[0]:
+            raise UniftError(f"{what}: process {number} has {other!r}, process 0 has {values[0]!r}; they must be the same")
+
+
+def sums(what: str, values: Sequence[float]) -> list[float]:
+    """Each number summed over the processes (float64)."""
+    if size() == 1:
+        return list(values)
+    return [sum(column) for column in zip(*gather(what, [float(v) for v in values]))]
+
+
+def add_up(what: str, tensors: Sequence[Tensor]) -> None:
+    """Sum each tensor over the processes, in place, bit for bit the same everywhere.
+
+    They travel in flat buckets; 16-bit ones as float32, so that the sum is rounded once.
+    """
+    if size() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    bucket: list[Tensor] = []
+
+    def flush() -> None:
+        flat = torch.cat([t.flatten() for t in bucket])
+        flat = flat.float() if flat.element_size() < 4 else flat
+        with _waiting(what):
+            dist.all_reduce(flat)
+        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket])):
+            tensor.copy_(part.view_as(tensor))
+        bucket.clear()
+
+    for tensor in tensors:
+        full = sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES
+        if bucket and (full or tensor.dtype != bucket[0].dtype):
+            flush()
+        bucket.append(tensor)
+    if bucket:
+        flush()
+
+
+# ---------------------------------------------------------------------------------------------- shares of the work
+
+
+def share(n: int) -> range:
+    """Indices of this process's part of ``n`` things that cost about the same: every size-th one."""
+    return range(rank(), n, size())
+
+
+def interleave(parts: Sequence[Sequence[T]]) -> list[T]:
+    """The things that `share` dealt out, in their first order. ``parts``: one list a process, their lengths may differ."""
+    longest = max(len(part) for part in parts)
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """Indices in ``parts`` lists of about equal cost: the dearest first, each to the list that has least so far.
+
+    The largest part costs at most 4/3 of the best possible (Graham 1969).
+    """
+    loads, dealt = [0.0] * parts, [[] for _ in range(parts)]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        least = min(range(parts), key=lambda p: (loads[p], len(dealt[p])))
+        loads[least] += costs[i]
+        dealt[least].append(i)
+    return [sorted(part) for part in dealt]
+
+
+def balanced_share(costs: Sequence[float]) -> list[int]:
+    """Indices of this process's part of things with these costs."""
+    return balanced(costs, size())[rank()]
