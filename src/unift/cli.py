@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Unified Fine-Tuning: train a reasoning model from worked solutions and a way to check answers.",
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make, look at and convert rows.")
@@ -28,6 +30,7 @@ Settings = Annotated[Optional[list[str]], typer.Argument(help="settings as key=v
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", "-c", help="YAML file of settings")]
 Recipe = Annotated[Optional[str], typer.Option(help="a tuned task of the package (unift show --recipes)")]
 Method = Annotated[Optional[str], typer.Option("--method", "-m", help="preset (unift show lists them)")]
+Limit = Annotated[Optional[int], typer.Option(min=1, help="first so many rows")]
 RunFolder = Annotated[Optional[Path], typer.Option("--run", help="run folder; an existing one is continued")]
 
 
@@ -101,12 +104,17 @@ def train(
 
 
 def _summary(result: dict[str, Any]) -> str:
+    from unift.display import failures
+
     lines = []
     for name in ("base", "test", "train"):
         a = result.get(name)
         if a:
             label = {"base": "before, held-out", "test": "after, held-out", "train": "after, training rows"}[name]
             lines.append(f"{label}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}] of {a['n']}")
+    counts = result.get("scorer", {})
+    if failed := failures(counts):
+        lines.append(f"scores that failed: {failed}, of {counts['total']}; they are no rewards, and metrics.jsonl counts them")
     for name, a in result.get("test", {}).get("pass@k", {}).items():
         lines.append(f"{name}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]")
     return "\n".join(lines)
@@ -186,23 +194,24 @@ def doctor(settings: Settings = None, config: ConfigFile = None, recipe: Recipe 
 def data_make(
     task: Annotated[str, typer.Argument(help="countdown, knights or lock")],
     out: Annotated[Path, typer.Argument(help="file to write: .jsonl or .parquet")],
-    n: Annotated[int, typer.Option("--n", help="rows")] = 1000,
+    n: Annotated[int, typer.Option("--n", min=1, help="rows")] = 1000,
     split: Annotated[str, typer.Option(help="train or test; they never overlap")] = "train",
     seed: int = 0,
     option: Annotated[Optional[list[str]], typer.Option(help="generator option, key=value")] = None,
 ) -> None:
     """Generate problems with step-wise solutions."""
     from unift.config import parse_overrides
-    from unift.data import write_rows
+    from unift.data import check_writable, write_rows
     from unift.tasks import make_rows
 
+    check_writable(out)
     rows = make_rows(task, n, seed, split, **parse_overrides(option or []))
     write_rows(rows, out)
     typer.echo(f"{len(rows)} rows -> {out}")
 
 
 @data_app.command("inspect")
-def data_inspect(path: str, format: str = "auto", limit: Optional[int] = None) -> None:
+def data_inspect(path: str, format: str = "auto", limit: Limit = None) -> None:
     """Count rows, steps and lengths, and show one row."""
     import json
 
@@ -212,10 +221,11 @@ def data_inspect(path: str, format: str = "auto", limit: Optional[int] = None) -
 
 
 @data_app.command("convert")
-def data_convert(source: str, out: Path, format: str = "auto", limit: Optional[int] = None) -> None:
+def data_convert(source: str, out: Path, format: str = "auto", limit: Limit = None) -> None:
     """Read any accepted layout and write unift's (.jsonl or .parquet)."""
-    from unift.data import read_rows, write_rows
+    from unift.data import check_writable, read_rows, write_rows
 
+    check_writable(out)
     rows = read_rows(source, format=format, limit=limit)
     write_rows(rows, out)
     typer.echo(f"{len(rows)} rows -> {out}")
@@ -227,6 +237,11 @@ def main() -> None:
         app()
     except UniftError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: the disk is full: {error}. Nothing written before is lost", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)

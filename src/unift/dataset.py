@@ -42,6 +42,12 @@ def load(config: Config) -> Dataset:
             s.show.schedule != "none" or s.likelihood.tokens != "none" for s in (config, *config.phases)
         )
         train = read_rows(data.train, format=data.format, limit=data.train_rows, need_steps=needs_steps)
+        graded = [s.show.schedule for s in (config, *config.phases) if s.show.schedule not in ("none", "all")]
+        if graded and all(len(row.steps) == 1 for row in train):
+            raise DataError(
+                f"{data.train}, column 'steps': every solution is a single step, so show.schedule={graded[0]} could only "
+                "show all of it or nothing. Split the solutions into steps (a list of texts), or use method sft or rft"
+            )
         test = (
             read_rows(data.test, format=data.format, limit=data.test_rows, need_steps=False) if data.test else []
         )

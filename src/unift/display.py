@@ -7,6 +7,7 @@ import time
 from collections import deque
 from typing import Any
 
+FAILURES = ("timeouts", "crashes", "exceptions", "bad_values")
 WINDOW = 50  # reports that the speed is measured over
 
 
@@ -24,6 +25,7 @@ def fields(metrics: dict[str, Any], total: int, accuracy: float | None, left: fl
     """The displayed numbers of one step, as text; ``-`` where the step has none. accuracy: share; left: seconds."""
     split = {name: metrics[f"time/{name}"] for name in ("generate", "score", "update") if f"time/{name}" in metrics}
     milliseconds = " / ".join(f"{name} {1000 * s:.0f}" for name, s in split.items())
+    failed = failures({name: metrics.get(f"reward/{name}", 0) for name in FAILURES})
     return {
         "step": f"{metrics['step']}/{total}",
         "reward": f"{metrics['reward']:.3f}" if "reward" in metrics else "-",
@@ -32,7 +34,13 @@ def fields(metrics: dict[str, Any], total: int, accuracy: float | None, left: fl
         "tokens/s": f"{metrics['tokens/per_second']:,.0f}" if "tokens/per_second" in metrics else "-",
         "time left": duration(left) if left is not None else "-",
         "ms of a step": milliseconds or "-",
+        **({"scores failed": failed} if failed else {}),
     }
+
+
+def failures(counts: dict[str, Any]) -> str:
+    """``5 timeouts, 1 crashes``: the failed scores so far by kind, empty if there are none."""
+    return ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in FAILURES if counts.get(name))
 
 
 class Live:

@@ -38,6 +38,7 @@ Report = Callable[[dict[str, Any], int], None]
 def train(config: Config, folder: Path, report: Report = lambda metrics, total: None) -> dict[str, Any]:
     """Run, or continue, the run in ``folder``; returns its result (also written to ``result.json``)."""
     torch.set_num_threads(config.threads or torch.get_num_threads())
+    policies.pick_device(config.model.device)  # refused before anything is read
     tokenizer = policies.load_tokenizer(config.model)
     data = dataset.load(config)
     train_rows, test_rows = dataset.encode(tokenizer, data, config)
@@ -150,7 +151,8 @@ class Run:
                 result["test"]["pass@k"] = evaluate.pass_curve(*args, self.config.seed)
         first = slice(0, 500)
         result["train"] = asdict(self._greedy(self.data.train[first], self.encoded[first]))
-        policies.save_pretrained(self.policy, self.folder / "model")
+        with checkpoint.writing("the final model", self.folder):
+            policies.save_pretrained(self.policy, self.folder / "model")
         write_result(self.folder, result)
         return result
 
