@@ -31,6 +31,7 @@ ConfigFile = Annotated[Optional[Path], typer.Option("--config", "-c", help="YAML
 Recipe = Annotated[Optional[str], typer.Option(help="a tuned task of the package (unift show --recipes)")]
 Method = Annotated[Optional[str], typer.Option("--method", "-m", help="preset (unift show lists them)")]
 Limit = Annotated[Optional[int], typer.Option(min=1, help="first so many rows")]
+Split = Annotated[str, typer.Option(help="of a data set hf:NAME")]
 RunFolder = Annotated[Optional[Path], typer.Option("--run", help="run folder; an existing one is continued")]
 
 
@@ -57,8 +58,10 @@ def _folder(config: Config, run: Path | None) -> Path:
     return Path("runs") / f"{config.method}-{config_hash(config)}"
 
 
-def _quiet_libraries() -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+def _quiet_libraries(*data: str | None) -> None:
+    """Models are local, so nothing asks the hub, unless rows (``data.train``, ``data.test``) come from it."""
+    if not any(str(name).startswith("hf:") for name in data):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
@@ -87,7 +90,7 @@ def train(
         typer.echo(describe(resolved, folder))
         return
     demo = _is_demo(config, recipe, parse_overrides(settings or [])) and method is None and not quiet
-    _quiet_libraries()
+    _quiet_libraries(resolved.data.train, resolved.data.test)
     if demo:
         from unift.demo import run_demo
 
@@ -132,7 +135,6 @@ def evaluate(
     """Accuracy without hints, with intervals, on a split. A run folder brings its own settings."""
     from unift.config import parse_overrides, read_yaml, resolve
 
-    _quiet_libraries()
     folder = Path(model)
     stored = folder / "config.yaml"
     if stored.is_file():
@@ -143,6 +145,7 @@ def evaluate(
         resolved = resolve(None, file=read_yaml(stored), overrides=over)
     else:
         resolved = _resolve(config, recipe or (None if config else DEMO), None, [*(settings or []), f"model.path={model}"])
+    _quiet_libraries(resolved.data.train, resolved.data.test)
     from unift.evaluate_run import evaluate_split
 
     typer.echo(evaluate_split(resolved, split, samples))
@@ -180,10 +183,11 @@ def show(
 @app.command()
 def doctor(settings: Settings = None, config: ConfigFile = None, recipe: Recipe = None, method: Method = None) -> None:
     """Check environment, rows, reward and tokenizer before time is spent. Exit code 1 if something fails."""
-    _quiet_libraries()
+    resolved = _resolve(config, recipe, method, settings)
+    _quiet_libraries(resolved.data.train, resolved.data.test)
     from unift.doctor import diagnose
 
-    checks = diagnose(_resolve(config, recipe, method, settings))
+    checks = diagnose(resolved)
     for check in checks:
         typer.echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.text}")
     if not all(check.ok for check in checks):
@@ -211,22 +215,23 @@ def data_make(
 
 
 @data_app.command("inspect")
-def data_inspect(path: str, format: str = "auto", limit: Limit = None) -> None:
+def data_inspect(path: str, format: str = "auto", split: Split = "train", limit: Limit = None) -> None:
     """Count rows, steps and lengths, and show one row."""
     import json
 
     from unift.data import inspect, read_rows
 
-    typer.echo(json.dumps(inspect(read_rows(path, format=format, limit=limit)), indent=1, ensure_ascii=False, default=str))
+    rows = read_rows(path, format=format, split=split, limit=limit, need_steps=False)
+    typer.echo(json.dumps(inspect(rows), indent=1, ensure_ascii=False, default=str))
 
 
 @data_app.command("convert")
-def data_convert(source: str, out: Path, format: str = "auto", limit: Limit = None) -> None:
+def data_convert(source: str, out: Path, format: str = "auto", split: Split = "train", limit: Limit = None) -> None:
     """Read any accepted layout and write unift's (.jsonl or .parquet)."""
     from unift.data import check_writable, read_rows, write_rows
 
     check_writable(out)
-    rows = read_rows(source, format=format, limit=limit)
+    rows = read_rows(source, format=format, split=split, limit=limit, need_steps=False)
     write_rows(rows, out)
     typer.echo(f"{len(rows)} rows -> {out}")
 

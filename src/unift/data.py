@@ -26,7 +26,8 @@ TASK_OF = {"countdown": "countdown", "kk_logic": "knights", "knights": "knights"
 def read_rows(
     path: str, *, format: str = "auto", split: str | None = None, limit: int | None = None, need_steps: bool = True
 ) -> list[Row]:
-    """Rows of a file, or of ``hf:owner/name`` (the datasets library and a network are then needed).
+    """Rows of a file, or of ``hf:owner/name`` (the datasets library and a network are then needed) or ``hf:FOLDER``, a
+    folder of data files or one that datasets saved. split: of a Hub data set, "train" by default.
 
     need_steps: refuse rows without a worked solution. Raises DataError.
     """
@@ -100,9 +101,11 @@ def _json_lines(file: Path, path: str) -> list[Any]:
 
 def _hub(name: str, split: str) -> list[Any]:
     try:
-        from datasets import load_dataset
+        from datasets import DatasetDict, load_dataset, load_from_disk
 
-        return load_dataset(name, split=split).to_list()  # type: ignore[union-attr]
+        saved = [f for f in ("dataset_dict.json", "state.json") if (Path(name) / f).is_file()]
+        found = load_from_disk(name) if saved else load_dataset(name, split=split)
+        return (found[split] if isinstance(found, DatasetDict) else found).to_list()  # type: ignore[union-attr]
     except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
         raise DataError(f"hf:{name} (split {split!r}) could not be loaded: {type(error).__name__}: {error}") from error
 
@@ -316,14 +319,16 @@ def overlap(train: Sequence[Row], test: Sequence[Row]) -> list[str]:
 
 def inspect(rows: Sequence[Row]) -> dict[str, Any]:
     """Counts for people: steps, lengths in characters, repeated problems, one example."""
-    steps = Counter(len(r.steps) for r in rows)
+    counts = sorted(len(r.steps) for r in rows)
+    few = len(set(counts)) <= 10  # derivations have dozens of lengths, which nobody reads
+    steps = dict(Counter(counts)) if few else [counts[0], counts[len(counts) // 2], counts[-1]]
     lengths = sorted(len(r.solution) for r in rows)
     digest = hashlib.sha256("".join(r.id for r in rows).encode()).hexdigest()[:12]
     return {
         "rows": len(rows),
         "ids": digest,
         "tasks": dict(Counter(r.task for r in rows)),
-        "steps per row": dict(sorted(steps.items())),
+        "steps per row" if few else "steps per row (min, median, max)": steps,
         "solution characters (min, median, max)": [lengths[0], lengths[len(lengths) // 2], lengths[-1]],
         "repeated problems": len(rows) - len({canonical(r) for r in rows}),
         "example": _record(rows[0]),

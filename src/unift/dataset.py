@@ -49,7 +49,9 @@ def load(config: Config) -> Dataset:
                 "show all of it or nothing. Split the solutions into steps (a list of texts), or use method sft or rft"
             )
         test = (
-            read_rows(data.test, format=data.format, limit=data.test_rows, need_steps=False) if data.test else []
+            read_rows(data.test, format=data.format, split="test", limit=data.test_rows, need_steps=False)
+            if data.test
+            else []
         )
         shared = overlap(train, test)
         if shared:
