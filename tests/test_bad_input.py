@@ -173,6 +173,15 @@ def test_what_does_not_fit(refused, tmp_path):
     assert "row 2 (id " in said and "data.max_prompt is 64" in said and "never cuts a prompt or a hint: raise data.max_prompt" in said
 
 
+def test_completions_beyond_the_models_positions(refused):
+    """The embedded base has 256 positions: refused with the room that is left, for training and for held-out rows."""
+    said = refused("train", "--recipe", "lock", "sample.max_tokens=250", *TINY)
+    assert "data.train, row 1: the prompt (6 tokens), its longest hint (11) and a completion (250)" in said
+    assert "more than the 256 positions of the model. Lower sample.max_tokens to 239 or less" in said
+    said = refused("train", "--recipe", "lock", "eval.max_tokens=251", *TINY)
+    assert "data.test, row 1: the prompt (6 tokens), its longest hint (0) and a completion (251)" in said
+
+
 def test_line_separators_inside_texts_are_text(tmp_path):
     """U+2028, form feeds and a byte order mark: legal in JSON Lines, and what write_rows writes reads back."""
     from dataclasses import replace
@@ -363,6 +372,15 @@ def test_damaged_and_impossible_run_folders(refused, tmp_path):
 
     (tmp_path / "run" / "config.yaml").write_text(c.to_yaml(c.resolve("uft", recipe="lock")))
     assert "the run folder is damaged. Use another one" in refused("train", "--recipe", "lock", "--run", "run")
+
+
+def test_a_learning_rate_that_blows_up(unift, tmp_path):
+    """A really non-finite loss, from real settings: stopped with the batch on disk, before the weights are saved."""
+    words = ["train.lr=1e38", "train.steps=4", "train.warmup=0", "save.every=1", "--run", "run", "--quiet"]
+    code, said = unift("train", "--recipe", "lock", *words, *TINY)
+    assert code == 2 and "is nan. The run stops before this reaches the weights" in said
+    (dump,) = (tmp_path / "run" / "nonfinite").iterdir()
+    assert str(dump.relative_to(tmp_path)) in said and "tokens_T" in torch.load(dump, weights_only=True)[0]
 
 
 # ---------------------------------------------------------------------------------------------- verbs of data

@@ -157,6 +157,6 @@ def _stop(what: str, packs: Sequence[PackedBatch], dump: Path) -> None:
     except (OSError, RuntimeError) as error:  # a full disk must not hide what happened
         where = f"the batch could not be saved in {dump} ({error})"
     raise NonFiniteError(
-        f"{what}. The run stops before this reaches the weights; {where}. The last checkpoint is good: lower train.lr, "
-        "or look at the batch"
+        f"{what}. The run stops before this reaches the weights; {where}. What was saved before is good: lower "
+        "train.lr, or look at the batch"
     )
