@@ -118,7 +118,7 @@ def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimiz
             torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, temporary / "state.pt")
             (temporary / "trainer.json").write_text(json.dumps(state | {"step": step}, indent=1))
             publish_folder(temporary, final)
-    except BaseException:
+    except UniftError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     write_atomic(root / "latest", final.name)
