@@ -56,6 +56,54 @@ def test_other_layouts(tmp_path):
     assert row.steps == ("One. ", "Two.") and row.ending == "\n<answer> 2 </answer>"
 
 
+@pytest.mark.parametrize("saved", [False, True], ids=["files", "save_to_disk"])
+def test_hub_folders(tmp_path, monkeypatch, saved):
+    """A data set of the Hub as a folder, offline: data files with split names, or what datasets saved itself."""
+    import datasets
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    parts = {"train": datasets.Dataset.from_list([GOOD | {"prompt": f"{i}+2="} for i in range(5)])}
+    parts["test"] = datasets.Dataset.from_list([GOOD | {"prompt": "9+9="}])
+    folder = tmp_path / "set"
+    if saved:
+        datasets.DatasetDict(parts).save_to_disk(folder)
+    else:
+        for name, part in parts.items():
+            part.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    assert [r.prompt for r in read_rows(f"hf:{folder}")] == [f"{i}+2=" for i in range(5)]
+    assert [r.prompt for r in read_rows(f"hf:{folder}", split="test")] == ["9+9="]
+    with pytest.raises(DataError, match=r"split 'none'\) could not be loaded"):
+        read_rows(f"hf:{folder}", split="none")
+    from unift.config import parse_overrides, resolve
+    from unift.dataset import load
+
+    data = load(resolve("rft", overrides=parse_overrides([f"data.train=hf:{folder}", f"data.test=hf:{folder}"])))
+    assert (len(data.train), [r.prompt for r in data.test]) == (5, ["9+9="])
+
+
+def test_rows_from_the_hub_are_not_asked_for_offline(monkeypatch):
+    """The command line forbids the hub, but for rows that shall come from it."""
+    import os
+
+    from unift.cli import _quiet_libraries
+
+    for data, offline in ((("rows.jsonl", None), "1"), (("hf:owner/name", None), None), ((None, "hf:x"), None)):
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        _quiet_libraries(*data)
+        assert os.environ.get("HF_HUB_OFFLINE") == offline
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_inspect_is_short(data_folder):
+    """Dozens of lengths become three numbers."""
+    from unift.data import inspect
+
+    shown = inspect(read_rows(str(data_folder / "logic" / "train.parquet"), limit=300))
+    assert len(shown["steps per row (min, median, max)"]) == 3
+    assert inspect(make_rows("lock", 5, 0, "train"))["steps per row"] == {5: 5}
+
+
 @pytest.mark.parametrize(
     ("record", "said"),
     [
@@ -97,8 +145,8 @@ def test_overlap_is_by_canonical_form():
 def test_splits_never_overlap(task):
     """Any seed of one split against any seed of the other, and every demonstration is right."""
     t = get_task(task)
-    train = [r for seed in (0, 1) for r in make_rows(task, 150, seed, "train")]
-    test = [r for seed in (0, 5) for r in make_rows(task, 150, seed, "test")]
+    train = [r for seed in (0, 1) for r in make_rows(task, 60, seed, "train")]
+    test = [r for seed in (0, 5) for r in make_rows(task, 60, seed, "test")]
     assert not {t.canonical(r) for r in train} & {t.canonical(r) for r in test}
     assert all(t.score(r.solution, r).right for r in train + test)
 

@@ -84,6 +84,7 @@ def test_other_settings_in_the_folder(tmp_path, no_model, monkeypatch):
     from unift.run import open_run
 
     open_run(tmp_path, tiny(), "same")
+    (tmp_path / "metrics.jsonl").touch()  # the run has begun; before that, its settings may still be mended
     with pytest.raises(ConfigError, match=r"train.lr: 0.001 -> 0.5"):
         open_run(tmp_path, tiny("uft", "train.lr=0.5"), "same")
     with pytest.raises(DataError, match="training rows are not those"):

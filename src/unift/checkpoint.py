@@ -17,9 +17,12 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from unift.types import Group, Sample, Score, UniftError
 
@@ -37,6 +40,21 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """A failed write becomes one clear error. torch and safetensors report a full disk by error types of their own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        with suppress(OSError):
+            free = shutil.disk_usage(folder).free / 2**20
+            error = f"{error}; {free:,.1f} MiB are free there"
+        raise UniftError(
+            f"could not write {what} in {folder}: {error}. Free space and run the same command again: it continues from "
+            "the last complete checkpoint"
+        ) from None
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -93,18 +111,16 @@ def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimiz
     final, temporary = root / step_name(step), root / f".{step_name(step)}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
-        save_pretrained(policy, temporary / "model")
-        weights = {n: p.detach() for n, p in policy.model.named_parameters() if p.requires_grad}
-        torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, temporary / "state.pt")
-        (temporary / "trainer.json").write_text(json.dumps(state | {"step": step}, indent=1))
-        publish_folder(temporary, final)
-    except (OSError, RuntimeError) as error:
+        with writing(f"the checkpoint of step {step}", root):
+            temporary.mkdir()
+            save_pretrained(policy, temporary / "model")
+            weights = {n: p.detach() for n, p in policy.model.named_parameters() if p.requires_grad}
+            torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, temporary / "state.pt")
+            (temporary / "trainer.json").write_text(json.dumps(state | {"step": step}, indent=1))
+            publish_folder(temporary, final)
+    except UniftError:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UniftError(
-            f"could not save the checkpoint of step {step}: {error}. Free space on {root} and run the same command "
-            "again: it continues from the last complete checkpoint"
-        ) from error
+        raise
     write_atomic(root / "latest", final.name)
     return final
 
@@ -218,7 +234,7 @@ def read_rollouts(folder: Path, step: int) -> tuple[str, list[Group]] | None:
 
 
 def append_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as handle:
+    with writing(path.name, path.parent), open(path, "a", encoding="utf-8") as handle:
         handle.write(json.dumps(metrics) + "\n")
 
 

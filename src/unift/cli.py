@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Unified Fine-Tuning: train a reasoning model from worked solutions and a way to check answers.",
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make, look at and convert rows.")
@@ -28,6 +30,8 @@ Settings = Annotated[Optional[list[str]], typer.Argument(help="settings as key=v
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", "-c", help="YAML file of settings")]
 Recipe = Annotated[Optional[str], typer.Option(help="a tuned task of the package (unift show --recipes)")]
 Method = Annotated[Optional[str], typer.Option("--method", "-m", help="preset (unift show lists them)")]
+Limit = Annotated[Optional[int], typer.Option(min=1, help="first so many rows")]
+Split = Annotated[str, typer.Option(help="of a data set hf:NAME")]
 # --run-folder: torchrun takes --run for an option of its own (an abbreviation of --run-path).
 RunFolder = Annotated[
     Optional[Path], typer.Option("--run", "--run-folder", help="run folder; an existing one is continued")
@@ -57,8 +61,10 @@ def _folder(config: Config, run: Path | None) -> Path:
     return Path("runs") / f"{config.method}-{config_hash(config)}"
 
 
-def _quiet_libraries() -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+def _quiet_libraries(*data: str | None) -> None:
+    """Models are local, so nothing asks the hub, unless rows (``data.train``, ``data.test``) come from it."""
+    if not any(str(name).startswith("hf:") for name in data):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bar of a GGUF file's conversion
@@ -90,7 +96,7 @@ def train(
     demo = _is_demo(config, recipe, parse_overrides(settings or [])) and method is None and not quiet
     from unift import processes
 
-    _quiet_libraries()
+    _quiet_libraries(resolved.data.train, resolved.data.test)
     if demo:
         processes.alone("the demo (unift train without a method or rows)")
         from unift.demo import run_demo
@@ -109,12 +115,17 @@ def train(
 
 
 def _summary(result: dict[str, Any]) -> str:
+    from unift.display import failures
+
     lines = []
     for name in ("base", "test", "train"):
         a = result.get(name)
         if a:
             label = {"base": "before, held-out", "test": "after, held-out", "train": "after, training rows"}[name]
             lines.append(f"{label}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}] of {a['n']}")
+    counts = result.get("scorer", {})
+    if failed := failures(counts):
+        lines.append(f"scores that failed: {failed}, of {counts['total']}; they are no rewards, and metrics.jsonl counts them")
     for name, a in result.get("test", {}).get("pass@k", {}).items():
         lines.append(f"{name}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]")
     return "\n".join(lines)
@@ -135,7 +146,6 @@ def evaluate(
     """Accuracy without hints, with intervals, on a split. A run folder brings its own settings."""
     from unift.config import parse_overrides, read_yaml, resolve
 
-    _quiet_libraries()
     folder = Path(model)
     stored = folder / "config.yaml"
     if retention:
@@ -144,6 +154,7 @@ def evaluate(
         from unift.retention import describe, measure
 
         config_of_run = resolve(None, file=read_yaml(stored), overrides=parse_overrides(settings or []))
+        _quiet_libraries(config_of_run.data.train)
         typer.echo(describe(measure(folder, retention, config_of_run)))
         return
     if stored.is_file():
@@ -155,6 +166,8 @@ def evaluate(
     else:
         resolved = _resolve(config, recipe or (None if config else DEMO), None, [*(settings or []), f"model.path={model}"])
     from unift import processes
+
+    _quiet_libraries(resolved.data.train, resolved.data.test)
     from unift.evaluate_run import evaluate_split
 
     text = evaluate_split(resolved, split, samples)
@@ -207,10 +220,11 @@ def show(
 @app.command()
 def doctor(settings: Settings = None, config: ConfigFile = None, recipe: Recipe = None, method: Method = None) -> None:
     """Check environment, rows, reward and tokenizer before time is spent. Exit code 1 if something fails."""
-    _quiet_libraries()
+    resolved = _resolve(config, recipe, method, settings)
+    _quiet_libraries(resolved.data.train, resolved.data.test)
     from unift.doctor import diagnose
 
-    checks = diagnose(_resolve(config, recipe, method, settings))
+    checks = diagnose(resolved)
     for check in checks:
         typer.echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.text}")
     if not all(check.ok for check in checks):
@@ -266,37 +280,40 @@ def merge_models(
 def data_make(
     task: Annotated[str, typer.Argument(help="countdown, knights or lock")],
     out: Annotated[Path, typer.Argument(help="file to write: .jsonl or .parquet")],
-    n: Annotated[int, typer.Option("--n", help="rows")] = 1000,
+    n: Annotated[int, typer.Option("--n", min=1, help="rows")] = 1000,
     split: Annotated[str, typer.Option(help="train or test; they never overlap")] = "train",
     seed: int = 0,
     option: Annotated[Optional[list[str]], typer.Option(help="generator option, key=value")] = None,
 ) -> None:
     """Generate problems with step-wise solutions."""
     from unift.config import parse_overrides
-    from unift.data import write_rows
+    from unift.data import check_writable, write_rows
     from unift.tasks import make_rows
 
+    check_writable(out)
     rows = make_rows(task, n, seed, split, **parse_overrides(option or []))
     write_rows(rows, out)
     typer.echo(f"{len(rows)} rows -> {out}")
 
 
 @data_app.command("inspect")
-def data_inspect(path: str, format: str = "auto", limit: Optional[int] = None) -> None:
+def data_inspect(path: str, format: str = "auto", split: Split = "train", limit: Limit = None) -> None:
     """Count rows, steps and lengths, and show one row."""
     import json
 
     from unift.data import inspect, read_rows
 
-    typer.echo(json.dumps(inspect(read_rows(path, format=format, limit=limit)), indent=1, ensure_ascii=False, default=str))
+    rows = read_rows(path, format=format, split=split, limit=limit, need_steps=False)
+    typer.echo(json.dumps(inspect(rows), indent=1, ensure_ascii=False, default=str))
 
 
 @data_app.command("convert")
-def data_convert(source: str, out: Path, format: str = "auto", limit: Optional[int] = None) -> None:
+def data_convert(source: str, out: Path, format: str = "auto", split: Split = "train", limit: Limit = None) -> None:
     """Read any accepted layout and write unift's (.jsonl or .parquet)."""
-    from unift.data import read_rows, write_rows
+    from unift.data import check_writable, read_rows, write_rows
 
-    rows = read_rows(source, format=format, limit=limit)
+    check_writable(out)
+    rows = read_rows(source, format=format, split=split, limit=limit, need_steps=False)
     write_rows(rows, out)
     typer.echo(f"{len(rows)} rows -> {out}")
 
@@ -309,6 +326,11 @@ def main() -> None:
         from unift.processes import label
 
         print(f"error: {label()}{error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: the disk is full: {error}. Nothing written before is lost", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)

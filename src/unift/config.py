@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,9 +23,11 @@ Norm = Literal[
     "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "microbatch_token_mean"
 ]
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Show(Section):
@@ -89,7 +91,7 @@ class Train(Section):
     lr: float = Field(default=1e-6, gt=0)
     decay: Literal["constant", "cosine", "linear"] = "constant"
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0, description="of the whole gradient; null = no clipping")
     token_budget: int = Field(default=16384, ge=1, description="padded tokens of one forward; changes memory, not the update")
@@ -139,12 +141,12 @@ class Data(Section):
 
 class Reward(Section):
     function: str = Field(default="auto", description="auto (the row's task), a task's name, module:function or file.py:function")
-    format_score: float = Field(default=0.0, description="for a parsable wrong answer")
+    format_score: float = Field(default=0.0, lt=1, description="for a parsable wrong answer")
     rule: Literal["unift", "paper"] = "unift"
     workers: int = Field(default=1, ge=1)
     timeout: float = Field(default=5.0, gt=0, description="seconds for one completion")
     error_rate: float = Field(default=0.1, ge=0, le=1, description="of failed scores above which the run stops")
-    memory_mb: int | None = None
+    memory_mb: int | None = Field(default=None, ge=1)
 
 
 class Eval(Section):
@@ -162,7 +164,7 @@ class Save(Section):
 
 class Log(Section):
     gradients_every: int = Field(default=10, ge=0, description="steps between measurements of both streams' gradients; 0 = never")
-    trackers: list[str] = Field(default_factory=list, description="wandb, tensorboard, trackio (through accelerate)")
+    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field(default_factory=list, description="through accelerate")
 
 
 class Config(Section):
@@ -210,7 +212,7 @@ def recipe_names() -> list[str]:
 def _packaged(folder: str, name: str, kind: str) -> str:
     names = _names(folder)
     if name not in names:
-        raise ConfigError(f"unknown {kind} {name!r}{_nearest(name, names)}. Known: {', '.join(names)}.")
+        raise ConfigError(f"unknown {kind} {name!r}{_nearest(name, names) or '.'} Known: {', '.join(names)}.")
     return (resources.files("unift") / folder / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -277,8 +279,11 @@ def _yaml_mapping(text: str, source: str) -> dict[str, Any]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"config file {str(path)!r} does not exist")
-    return _yaml_mapping(path.read_text(encoding="utf-8"), str(path))
+        raise ConfigError(f"config file {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}")
+    try:
+        return _yaml_mapping(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
 
 
 def _method_layers(method: str, recipe: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
@@ -344,6 +349,9 @@ def _explain(item: Any) -> str:
         everywhere = [f"{section}.{field}" for section in Config.model_fields for field in _fields_at([section])]
         hint = _nearest(str(path[-1]), known) or _nearest(name, everywhere)
         return f"unknown setting {name!r}{hint}"
+    if item["type"] in ("model_type", "model_attributes_type"):
+        known = ", ".join(f"{name}.{field}" for field in _fields_at(path)[:3])
+        return f"setting {name!r} is a section: set what is in it ({known}, ...); found {item['input']!r}"
     return f"setting {name!r}: {item['msg'].lower()}; found {item['input']!r}"
 
 
@@ -378,6 +386,9 @@ def check(config: Config) -> None:
             )
         if phase.show.low > phase.show.high:
             raise ConfigError(f"show.low={phase.show.low} is above show.high={phase.show.high}")
+    for name in config.baselines:
+        if name not in preset_names():
+            raise ConfigError(f"baselines: unknown method {name!r}{_nearest(name, preset_names())}")
     if config.data.task and config.data.train:
         raise ConfigError("data.task (generated rows) and data.train (a file) are both set; keep one")
     if not (config.data.task or config.data.train):

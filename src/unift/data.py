@@ -26,14 +26,17 @@ TASK_OF = {"countdown": "countdown", "kk_logic": "knights", "knights": "knights"
 def read_rows(
     path: str, *, format: str = "auto", split: str | None = None, limit: int | None = None, need_steps: bool = True
 ) -> list[Row]:
-    """Rows of a file, or of ``hf:owner/name`` (the datasets library and a network are then needed).
+    """Rows of a file, or of ``hf:owner/name`` (the datasets library and a network are then needed) or ``hf:FOLDER``, a
+    folder of data files or one that datasets saved. split: of a Hub data set, "train" by default.
 
     need_steps: refuse rows without a worked solution. Raises DataError.
     """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit}: expected 1 row or more")
     records = _hub(path[3:], split or "train") if path.startswith("hf:") else _file(path)
     if not records:
         raise DataError(f"{path} holds no rows")
-    records = records[:limit] if limit else records
+    records = records[:limit]
     layout = detect(records[0], path) if format == "auto" else format
     if layout not in _READERS:
         raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
@@ -43,6 +46,7 @@ def read_rows(
         if not isinstance(record, Mapping):
             raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
         row = _READERS[layout](record, where)
+        _check_text(row, where)
         if need_steps and not row.steps:
             raise DataError(f"{where}, column 'steps': no worked solution, which this method learns from")
         rows.append(row)
@@ -51,8 +55,10 @@ def read_rows(
 
 def _file(path: str) -> list[Any]:
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise DataError(f"{path} is a folder; expected a file of rows, .jsonl, .json or .parquet")
     if not file.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file (looked in {Path.cwd()})")
     if file.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
     try:
@@ -61,7 +67,7 @@ def _file(path: str) -> list[Any]:
 
             return pq.read_table(file).to_pylist()
         if file.suffix == ".json":
-            records = json.loads(file.read_text(encoding="utf-8"))
+            records = json.loads(file.read_text(encoding="utf-8-sig"))
             if not isinstance(records, list):
                 raise DataError(f"{path}: expected a JSON list of rows, found {type(records).__name__}")
             return records
@@ -69,28 +75,46 @@ def _file(path: str) -> list[Any]:
         raise DataError(f"{path} cannot be read as {file.suffix[1:]}: {error}") from error
     if file.suffix not in (".jsonl", ".ndjson"):
         raise DataError(f"{path}: unknown kind of file {file.suffix!r}; expected .jsonl, .json or .parquet")
+    return _json_lines(file, path)
+
+
+def _json_lines(file: Path, path: str) -> list[Any]:
+    """Lines end at \\n alone: JSON texts may hold the other characters that str.splitlines takes for line ends."""
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                records.append(json.loads(line))
+                records.append(json.loads(line.decode("utf-8")))
+            except UnicodeDecodeError as error:
+                bad = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
+                raise DataError(f"{path}, line {number}: not UTF-8 text ({bad}). Save the file as UTF-8") from None
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
+            except (RecursionError, ValueError) as error:
+                raise DataError(f"{path}, line {number}: cannot be read as JSON ({error})") from None
     return records
 
 
 def _hub(name: str, split: str) -> list[Any]:
     try:
-        from datasets import load_dataset
+        from datasets import DatasetDict, load_dataset, load_from_disk
 
-        return load_dataset(name, split=split).to_list()  # type: ignore[union-attr]
+        saved = [f for f in ("dataset_dict.json", "state.json") if (Path(name) / f).is_file()]
+        found = load_from_disk(name) if saved else load_dataset(name, split=split)
+        return (found[split] if isinstance(found, DatasetDict) else found).to_list()  # type: ignore[union-attr]
     except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
         raise DataError(f"hf:{name} (split {split!r}) could not be loaded: {type(error).__name__}: {error}") from error
 
 
 def detect(record: Any, path: str) -> str:
     """Layout of a file from the columns of its first row."""
-    columns = set(record) if isinstance(record, Mapping) else set()
+    if not isinstance(record, Mapping):
+        raise DataError(f"{path}, row 1: expected a mapping of columns, found {type(record).__name__} {record!r:.80}")
+    columns = set(record)
     if {"prompt", "hint"} <= columns or {"prompt", "reward_model"} <= columns:
         return "verl"
     if "prompt" in columns and columns & {"steps", "ending"}:
@@ -121,9 +145,16 @@ def split_steps(solution: str) -> tuple[str, ...]:
 def _prompt(value: Any, where: str) -> str | tuple[Mapping[str, str], ...]:
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, (list, tuple)) and value and all(isinstance(m, Mapping) and "content" in m for m in value):
+    if isinstance(value, (list, tuple)) and value and all(_is_message(m) for m in value):
         return tuple(dict(m) for m in value)
-    raise DataError(f"{where}, column 'prompt': expected a text or a list of messages, found {value!r:.80}")
+    found = "nothing" if value is None else f"{value!r:.80}"
+    raise DataError(
+        f"{where}, column 'prompt': expected a text or a list of messages {{role, content}} with text in them, found {found}"
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("content"), str)
 
 
 def _steps(value: Any, where: str, column: str) -> tuple[str, ...]:
@@ -138,9 +169,29 @@ def _steps(value: Any, where: str, column: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, where: str) -> str:
     """A completion given as text, or the assistant's content of a message list."""
-    return value if isinstance(value, str) else "".join(m["content"] for m in value or ())
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, (list, tuple)) and all(_is_message(m) for m in value):
+        return "".join(m["content"] for m in value)
+    raise DataError(f"{where}, column 'completion': expected a text or a list of messages, found {value!r:.80}")
+
+
+def _string(value: Any, where: str, column: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}, column {column!r}: expected a text, found {type(value).__name__} {value!r:.80}")
+    return value
+
+
+def _check_text(row: Row, where: str) -> None:
+    """JSON can spell half a surrogate pair, which no tokenizer takes."""
+    texts = [row.prompt] if isinstance(row.prompt, str) else [m["content"] for m in row.prompt]
+    for column, text in (("prompt", "".join(texts)), ("steps", row.solution)):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}, column {column!r}: {text[error.start]!r} is no character (half a pair)") from None
 
 
 def _build(
@@ -165,6 +216,7 @@ def _unift(record: Mapping[str, Any], where: str) -> Row:
     ending = record.get("ending")
     if ending is None:
         ending = f"\n<answer> {answer} </answer>" if steps and isinstance(answer, (str, int, float)) else ""
+    ending = _string(ending, where, "ending")
     return _build(
         _prompt(record.get("prompt"), where), steps, ending, answer, record, ("prompt", "steps", "ending", "answer", column)
     )
@@ -175,8 +227,9 @@ def _verl(record: Mapping[str, Any], where: str) -> Row:
     prompt = _prompt(record.get("prompt"), where)
     if not isinstance(prompt, str) and len(prompt) == 1:
         prompt = prompt[0]["content"]
-    steps, target = _steps(record.get("hint"), where, "hint"), record.get("answer") or ""
-    truth = (record.get("reward_model") or {}).get("ground_truth")
+    steps, target = _steps(record.get("hint"), where, "hint"), _string(record.get("answer") or "", where, "answer")
+    judge = record.get("reward_model")
+    truth = judge.get("ground_truth") if isinstance(judge, Mapping) else None
     if truth is None:
         raise DataError(f"{where}, column 'reward_model.ground_truth': missing; the verifier needs it")
     shown = "".join(steps)
@@ -190,7 +243,7 @@ def _trl(record: Mapping[str, Any], where: str) -> Row:
     answer = record.get("answer", record.get("solution"))
     if answer is None:
         raise DataError(f"{where}, column 'answer': missing; the verifier needs it (TRL rows may name it 'solution')")
-    steps = _steps(_text(record.get("completion")), where, "completion")
+    steps = _steps(_text(record.get("completion"), where), where, "completion")
     return _build(_prompt(record.get("prompt"), where), steps, "", answer, record, ("prompt", "completion", "answer"))
 
 
@@ -219,9 +272,10 @@ def write_rows(rows: Sequence[Row], path: str | Path) -> None:
     from unift.checkpoint import write_atomic
 
     path = Path(path)
+    check_writable(path)
     if path.suffix == ".jsonl":
         write_atomic(path, "".join(json.dumps(_record(r), ensure_ascii=False) + "\n" for r in rows))
-    elif path.suffix == ".parquet":
+    else:
         import io
 
         import pyarrow as pa
@@ -230,8 +284,16 @@ def write_rows(rows: Sequence[Row], path: str | Path) -> None:
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist([_record(r) for r in rows]), buffer)
         write_atomic(path, buffer.getvalue())
-    else:
+
+
+def check_writable(path: Path) -> None:
+    """Before time is spent on rows that could not be kept."""
+    if path.suffix not in (".jsonl", ".parquet"):
         raise UniftError(f"{path}: unknown kind of file {path.suffix!r}; expected .jsonl or .parquet")
+    if not path.parent.is_dir():
+        raise UniftError(f"{path}: there is no folder {path.parent}; create it first")
+    if path.is_dir():
+        raise UniftError(f"{path} is a folder; expected the name of a file")
 
 
 def canonical(row: Row) -> str:
@@ -257,14 +319,16 @@ def overlap(train: Sequence[Row], test: Sequence[Row]) -> list[str]:
 
 def inspect(rows: Sequence[Row]) -> dict[str, Any]:
     """Counts for people: steps, lengths in characters, repeated problems, one example."""
-    steps = Counter(len(r.steps) for r in rows)
+    counts = sorted(len(r.steps) for r in rows)
+    few = len(set(counts)) <= 10  # derivations have dozens of lengths, which nobody reads
+    steps = dict(Counter(counts)) if few else [counts[0], counts[len(counts) // 2], counts[-1]]
     lengths = sorted(len(r.solution) for r in rows)
     digest = hashlib.sha256("".join(r.id for r in rows).encode()).hexdigest()[:12]
     return {
         "rows": len(rows),
         "ids": digest,
         "tasks": dict(Counter(r.task for r in rows)),
-        "steps per row": dict(sorted(steps.items())),
+        "steps per row" if few else "steps per row (min, median, max)": steps,
         "solution characters (min, median, max)": [lengths[0], lengths[len(lengths) // 2], lengths[-1]],
         "repeated problems": len(rows) - len({canonical(r) for r in rows}),
         "example": _record(rows[0]),

@@ -42,8 +42,16 @@ def load(config: Config) -> Dataset:
             s.show.schedule != "none" or s.likelihood.tokens != "none" for s in (config, *config.phases)
         )
         train = read_rows(data.train, format=data.format, limit=data.train_rows, need_steps=needs_steps)
+        graded = [s.show.schedule for s in (config, *config.phases) if s.show.schedule not in ("none", "all")]
+        if graded and all(len(row.steps) == 1 for row in train):
+            raise DataError(
+                f"{data.train}, column 'steps': every solution is a single step, so show.schedule={graded[0]} could only "
+                "show all of it or nothing. Split the solutions into steps (a list of texts), or use method sft or rft"
+            )
         test = (
-            read_rows(data.test, format=data.format, limit=data.test_rows, need_steps=False) if data.test else []
+            read_rows(data.test, format=data.format, split="test", limit=data.test_rows, need_steps=False)
+            if data.test
+            else []
         )
         shared = overlap(train, test)
         if shared:
@@ -58,4 +66,30 @@ def load(config: Config) -> Dataset:
 
 def encode(tokenizer: Any, dataset: Dataset, config: Config) -> tuple[list[Encoded], list[Encoded]]:
     limit = config.data.max_prompt
-    return encode_rows(tokenizer, dataset.train, limit), encode_rows(tokenizer, dataset.test, limit)
+    train, test = encode_rows(tokenizer, dataset.train, limit), encode_rows(tokenizer, dataset.test, limit)
+    check_positions(config, train, test)
+    return train, test
+
+
+def check_positions(config: Config, train: list[Encoded], test: list[Encoded]) -> None:
+    """DataError where prompt, hint and completion can take more tokens than the model has positions (its config.json;
+    a GGUF file has none). Beyond them a model with learned positions fails, and one with rotary ones turns to noise."""
+    from unift.policy import locate
+
+    path = locate(config.model.path) / "config.json"
+    positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
+    if not isinstance(positions, int):
+        return
+    phases = config.phases or [config]
+    hinted = any(s.show.schedule != "none" for s in phases)
+    sampled = max([s.sample.max_tokens for s in phases if s.sample.completions], default=0)
+    evaluated = config.eval.max_tokens or max(s.sample.max_tokens for s in phases)
+    for name, rows, most in (("data.train", train, sampled), ("data.test", test, evaluated)):
+        for number, e in enumerate(rows, start=1):
+            hint = e.step_ends[-1] if hinted and name == "data.train" else 0
+            if len(e.prompt) + hint + most > positions:
+                raise DataError(
+                    f"{name}, row {number}: the prompt ({len(e.prompt)} tokens), its longest hint ({hint}) and a completion "
+                    f"({most}) take more than the {positions} positions of the model. Lower sample.max_tokens to "
+                    f"{max(positions - len(e.prompt) - hint, 0)} or less, or drop the row"
+                )

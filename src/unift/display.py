@@ -7,6 +7,7 @@ import time
 from collections import deque
 from typing import Any
 
+FAILURES = ("timeouts", "crashes", "exceptions", "bad_values")
 WINDOW = 50  # reports that the speed is measured over
 WIDE = 110  # columns of a terminal that show every part of a step; a narrower one leaves out parts below 2 %
 
@@ -35,6 +36,7 @@ def fields(
     metrics: dict[str, Any], total: int, accuracy: float | None, left: float | None, least: float = 0.0
 ) -> dict[str, str]:
     """The displayed numbers of one step, as text; ``-`` where the step has none. accuracy: share; left: seconds."""
+    failed = failures({name: metrics.get(f"reward/{name}", 0) for name in FAILURES})
     return {
         "step": f"{metrics['step']}/{total}",
         "reward": f"{metrics['reward']:.3f}" if "reward" in metrics else "-",
@@ -44,7 +46,13 @@ def fields(
         "time left": duration(left) if left is not None else "-",
         "ms of a step": split(metrics, least) or "-",
         "saved by shared prefix": f"{100 * metrics['tokens/shared_ratio']:.0f} %" if "tokens/shared_ratio" in metrics else "-",
+        **({"scores failed": failed} if failed else {}),
     }
+
+
+def failures(counts: dict[str, Any]) -> str:
+    """``5 timeouts, 1 crashes``: the failed scores so far by kind, empty if there are none."""
+    return ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in FAILURES if counts.get(name))
 
 
 class Live:

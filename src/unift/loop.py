@@ -165,7 +165,8 @@ class Run:
         result["scorer"] = {"train": self.scored, "eval": self.judged}
 
         def write() -> None:
-            policies.save_pretrained(self.policy, self.folder / "model")
+            with checkpoint.writing("the final model", self.folder):
+                policies.save_pretrained(self.policy, self.folder / "model")
             write_result(self.folder, result)
 
         processes.lead("the final model", write)

@@ -170,6 +170,13 @@ def locate(path: str) -> Path:
             f"model.path={path!r} is neither a folder nor embedded:NAME. unift does not download models: "
             "fetch the folder first, for example with `hf download`"
         )
+    if folder.is_file() and folder.suffix != ".gguf":
+        raise ConfigError(f"model.path={path!r} is a file of an unknown kind; expected a folder or a .gguf file")
+    if folder.is_dir() and not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
+        raise ConfigError(
+            f"model.path={path!r}: the folder has no config.json, so it is no Hugging Face model. Expected config.json, "
+            "weights (*.safetensors) and a tokenizer (tokenizer.json), or a .gguf file"
+        )
     return folder.parent if folder.is_file() else folder
 
 
@@ -209,8 +216,22 @@ def expected_path(config: ModelConfig, longest: float) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is some. Of several processes on a machine, each takes the GPU of its own number."""
-    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    """``auto`` is CUDA where there is some. Of several processes on a machine, each takes the GPU of its own number.
+
+    Raises ConfigError where the machine does not have the device.
+    """
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device.index is not None or processes.size() == 1:
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        gpus = torch.cuda.device_count()
+        found = f"{gpus} CUDA device{'s' * (gpus != 1)}"
+        reason = str(error).strip().partition("\n")[0][:120]
+        raise ConfigError(
+            f"model.device={name!r} cannot be used ({reason}). torch {torch.__version__} sees the CPU and {found}: "
+            "use auto, cpu or cuda:N"
+        ) from error
     if device.type != "cuda" or processes.size() == 1:
         return device
     if device.index is not None:
@@ -233,13 +254,13 @@ def load(config: ModelConfig, tokenizer: Any = None, longest: float = math.inf) 
     attention.register()
     folder, gguf = locate(config.path), _gguf(config)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config)
+    device = pick_device(config.device)
     try:
         extra = {"gguf_file": gguf} if gguf else {}
         dtype = getattr(torch, config.dtype)
         model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no causal language model could be read from {folder}: {error}") from error
-    device = pick_device(config.device)
     model = model.to(device=device).eval()  # type: ignore[call-arg]  # eval: no dropout; gradients flow all the same
     model.config.use_cache = False
     if gguf:
@@ -269,7 +290,9 @@ def _adapt(model: nn.Module, lora: Lora) -> nn.Module:
     try:
         return get_peft_model(model, settings)  # type: ignore[arg-type]
     except ValueError as error:
-        raise ConfigError(f"model.lora does not fit {type(model).__name__}: {error} Name other model.lora.targets") from error
+        raise ConfigError(
+            f"model.lora.targets={lora.targets!r} does not fit {type(model).__name__}: {error} Name other model.lora.targets"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------- save

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -84,20 +85,23 @@ def _lock(handle: int, folder: Path) -> None:
 
 
 def open_run(folder: Path, config: Config, data: str) -> dict[str, Any] | None:
-    """Create the folder, or check that it holds this very run. Returns the result if the run is already finished."""
+    """Create the folder, or check that it holds this very run. Returns the result if the run is already finished.
+
+    A folder in which nothing has been measured yet (the reward failed its check, say) takes the new settings.
+    """
     stored = folder / "config.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UniftError(f"cannot create the run folder {folder}: {error.strerror}") from error
-    if stored.is_file():
+        raise UniftError(f"cannot create the run folder {folder} ({error.strerror}). Name another one with --run") from error
+    if stored.is_file() and (folder / "metrics.jsonl").is_file():
         changed = configuration.differences(configuration.validate(configuration.read_yaml(stored)), config)
         if changed:
             raise ConfigError(
                 f"{folder} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
                 "Use another run folder (run=...), or the settings it began with"
             )
-        known = json.loads((folder / "environment.json").read_text()).get("data")
+        known = _json(folder / "environment.json").get("data")
         if known != data:
             raise DataError(
                 f"the training rows are not those that {folder} began with (fingerprint {data}, expected {known}). "
@@ -106,14 +110,22 @@ def open_run(folder: Path, config: Config, data: str) -> dict[str, Any] | None:
         for place in (folder, folder / "checkpoints", folder / "rollouts"):
             clean_temporary(place)
         result = folder / "result.json"
-        return json.loads(result.read_text()) if result.is_file() else None
+        return _json(result) if result.is_file() else None
     if any(folder.iterdir()):
-        foreign = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in ("environment.json", "log.txt")]
+        own = ("config.yaml", "environment.json", "log.txt")
+        foreign = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in own]
         if foreign:
             raise ConfigError(f"{folder} is not empty and holds no run (found {foreign[0]!r}). Use another run folder")
     write_atomic(folder / "environment.json", json.dumps(environment() | {"data": data}, indent=1))
     write_atomic(stored, configuration.to_yaml(config))
     return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UniftError(f"{path} cannot be read ({error}): the run folder is damaged. Use another one (--run)") from error
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -159,6 +171,9 @@ def trackers(config: Config, folder: Path) -> Iterator[Callable[[dict[str, Any],
     if not config.log.trackers or not processes.first():
         yield lambda metrics, step: None
         return
+    for name in config.log.trackers:
+        if importlib.util.find_spec(name) is None:  # accelerate would leave it out without a word
+            raise ConfigError(f"log.trackers={config.log.trackers}: {name} is not installed. Do: pip install {name}")
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 

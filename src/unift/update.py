@@ -167,9 +167,13 @@ def apply(
 
 
 def _stop(what: str, packs: Sequence[PackedBatch], dump: Path) -> None:
-    dump.parent.mkdir(parents=True, exist_ok=True)
-    torch.save([{k: v for k, v in vars(p).items() if isinstance(v, Tensor)} for p in packs], dump)
+    try:
+        dump.parent.mkdir(parents=True, exist_ok=True)
+        torch.save([{k: v for k, v in vars(p).items() if isinstance(v, Tensor)} for p in packs], dump)
+        where = f"the batch is in {dump}"
+    except (OSError, RuntimeError) as error:  # a full disk must not hide what happened
+        where = f"the batch could not be saved in {dump} ({error})"
     raise NonFiniteError(
-        f"{what}. The run stops before this reaches the weights; the batch is in {dump}. The last checkpoint is good: "
-        "lower train.lr, or look at the batch"
+        f"{what}. The run stops before this reaches the weights; {where}. What was saved before is good: lower "
+        "train.lr, or look at the batch"
     )

@@ -1,0 +1,52 @@
+"""The documents name tests as their proof: those exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.is_file()]
+
+
+def references(line: str) -> list[tuple[str, str]]:
+    """(file, test) of every `tests/file.py::test`, `file.py::test`, `::test` (of the file named before) and `tests/file.py`."""
+    found, file = [], ""
+    for word in re.findall(r"`([^`]+)`", line):
+        if match := re.fullmatch(r"(?:tests/)?(test_\w+\.py)?(?:::(\w+))?", word):
+            file = match[1] or file
+            found.append((file, match[2] or ""))
+    return [(f, t) for f, t in found if f or t]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_named_tests_exist(document):
+    for number, line in enumerate(document.read_text(encoding="utf-8").splitlines(), start=1):
+        for file, test in references(line):
+            where = f"{document.name}, line {number}: `{file}::{test}`"
+            path = ROOT / "tests" / file
+            assert file and path.is_file(), where
+            assert not test or re.search(rf"^def {test}\(", path.read_text(encoding="utf-8"), re.MULTILINE), where
+
+
+def test_references_are_found():
+    line = "| x | `tests/test_a.py::test_b`, `::test_c`, `test_d.py::test_e` and `tests/test_f.py`, not `other.py` |"
+    assert references(line) == [("test_a.py", "test_b"), ("test_a.py", "test_c"), ("test_d.py", "test_e"), ("test_f.py", "")]
+
+
+def test_every_trap_has_its_answer():
+    """All 33 of the method notes, each ruled out by construction or by a named test."""
+    lines = (ROOT / "docs" / "traps.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| \d", line)]
+    assert [int(number) for number, *_ in rows] == list(range(1, 34))
+    for number, trap, here in rows:
+        named = any(test for _, test in references(here))
+        assert trap and (named or here.startswith("C: ")), f"trap {number}: {here}"
+
+
+def test_every_promise_names_a_test():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Promises")[2].partition("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "promise" not in line and "---" not in line]
+    assert len(rows) >= 9 and all(references(row) for row in rows)
