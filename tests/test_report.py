@@ -74,7 +74,7 @@ def make_run(folder, steps=30, done=30, seed=0, method="uft", rollouts=True):
         a = {"accuracy": 0.5, "low": 0.456, "high": 0.544, "n": 500}
         passes = {"pass@4": {"accuracy": 0.75, "low": 0.7, "high": 0.8}}
         result = {"method": method, "seed": seed, "steps": steps, "seconds": 61.0, "tokens_sampled": 20000, "tokens_trained": 300}
-        result |= {"base": base, "test": a | {"pass@k": passes}, "train": a, "scorer": {"total": 90, "exceptions": 30}}
+        result |= {"base": base, "test": a | {"pass@k": passes}, "train": a, "scorer": {"train": {"total": 90, "exceptions": 30}, "eval": {"total": 6}}}
         (folder / "result.json").write_text(json.dumps(result))
     return folder
 

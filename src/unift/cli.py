@@ -123,9 +123,10 @@ def _summary(result: dict[str, Any]) -> str:
         if a:
             label = {"base": "before, held-out", "test": "after, held-out", "train": "after, training rows"}[name]
             lines.append(f"{label}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}] of {a['n']}")
-    counts = result.get("scorer", {})
-    if failed := failures(counts):
-        lines.append(f"scores that failed: {failed}, of {counts['total']}; they are no rewards, and metrics.jsonl counts them")
+    for name, where in (("train", "in training"), ("eval", "in evaluations")):
+        counts = result.get("scorer", {}).get(name, {})
+        if failed := failures(counts):
+            lines.append(f"scores that failed {where}: {failed}, of {counts['total']}; a failed score is no reward")
     for name, a in result.get("test", {}).get("pass@k", {}).items():
         lines.append(f"{name}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]")
     return "\n".join(lines)

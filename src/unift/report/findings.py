@@ -92,7 +92,7 @@ def _learning(run: RunData) -> list[tuple[str, str] | None]:
 
 
 def _scorer(run: RunData) -> list[tuple[str, str] | None]:
-    counts = dict((run.result or {}).get("scorer") or {})
+    counts = dict(((run.result or {}).get("scorer") or {}).get("train") or {})
     if not counts and run.metrics:
         last = run.metrics[-1]
         names = ("timeouts", "crashes", "exceptions", "bad_values")
