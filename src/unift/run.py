@@ -84,7 +84,7 @@ def _lock(handle: int, folder: Path) -> None:
 
 
 def open_run(folder: Path, config: Config, data: str) -> dict[str, Any] | None:
-    """Begin a run in the folder (which `claim` made), or check that it holds this very run. Returns the result if the run is already finished.
+    """Begin a run in the folder (`claim` made it), or check that it holds this very run; the result if that is finished.
 
     A folder in which nothing has been measured yet (the reward failed its check, say) takes the new settings.
     """
