@@ -88,6 +88,7 @@ def assert_same_run(folder, expected, bound, drawn):
     for x, y in zip(left, right, strict=True):
         x, y = ({k: v for k, v in m.items() if not k.startswith(NOISE)} for m in (x, y))
         assert x.keys() == y.keys()
+        assert x.pop("forward", None) == y.pop("forward", None)
         for name in x:
             assert x[name] == pytest.approx(y[name], rel=max(100 * bound, 1e-9), abs=1e-3 * bound), (y["step"], name)
     assert any(m["grad/policy_norm"] > 0 for m in right if "grad/policy_norm" in m)
