@@ -173,6 +173,7 @@ def write_rollouts(folder: Path, step: int, weights: str, groups: list[Group], t
             "hint": hint,
             "prompt_tokens": group.prompt,
             "hint_tokens": group.hint,
+            "discarded": group.discarded,
             "samples": [_sample_record(s) for s in group.samples],
         }
         lines.append(json.dumps(record, ensure_ascii=False))
@@ -190,7 +191,13 @@ def _sample_record(s: Sample) -> dict[str, Any]:
         "finished": s.finished,
         "score": score,
         "error": s.error,
+        "given": s.given,
     }
+
+
+def _sample(s: dict[str, Any]) -> Sample:
+    score = s["score"] and Score(**s["score"])
+    return Sample(s["tokens"], s["logps"], s["finished"], s["completion"], score, s["error"], s.get("given", 0))
 
 
 def read_rollouts(folder: Path, step: int) -> tuple[str, list[Group]] | None:
@@ -202,13 +209,9 @@ def read_rollouts(folder: Path, step: int) -> tuple[str, list[Group]] | None:
     groups = []
     for line in lines:
         r = json.loads(line)
-        samples = [
-            Sample(s["tokens"], s["logps"], s["finished"], s["completion"], s["score"] and Score(**s["score"]), s["error"])
-            for s in r["samples"]
-        ]
-        groups.append(
-            Group(r["row"], r["row_id"], r["prompt_tokens"], r["hint_tokens"], r["cuts"], r["cuts_total"], samples)
-        )
+        samples = [_sample(s) for s in r["samples"]]
+        place = (r["row"], r["row_id"], r["prompt_tokens"], r["hint_tokens"], r["cuts"], r["cuts_total"])
+        groups.append(Group(*place, samples, r.get("discarded", 0)))
     return json.loads(head)["weights"], groups
 
 

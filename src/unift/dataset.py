@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from unift import needs
 from unift.config import Config
 from unift.encode import Encoded, encode_rows
 from unift.types import DataError, Row
@@ -38,9 +39,7 @@ def load(config: Config) -> Dataset:
         from unift.data import overlap, read_rows
 
         assert data.train is not None
-        needs_steps = any(
-            s.show.schedule != "none" or s.likelihood.tokens != "none" for s in (config, *config.phases)
-        )
+        needs_steps = any(needs.solutions(s) for s in (config, *config.phases))
         train = read_rows(data.train, format=data.format, limit=data.train_rows, need_steps=needs_steps)
         test = (
             read_rows(data.test, format=data.format, limit=data.test_rows, need_steps=False) if data.test else []

@@ -8,7 +8,6 @@ state and a step number, and nothing else. Groups that were sampled and scored a
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -18,17 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from unift import checkpoint, credit, dataset, evaluate, hints, rng, update
+from unift import checkpoint, credit, dataset, evaluate, hints, needs, sampling, schedule, update
 from unift import config as configuration
 from unift import policy as policies
-from unift.batch import PackedBatch, items_of
+from unift.batch import DEMO, Item, Member, items_of
 from unift.config import Config, Phase
 from unift.encode import Encoded
-from unift.engines.native import Request
+from unift.memory import Memory
 from unift.policy import Policy
-from unift.rewards import Scorer, score_groups
+from unift.reference import Reference
+from unift.rewards import Scorer
 from unift.run import open_run, trackers, write_result
 from unift.types import Group, Row, UniftError
 
@@ -86,6 +85,7 @@ class Run:
         self.total = self.spans[-1][1]
         self.counters = {"tokens_sampled": 0, "tokens_trained": 0, "seconds": 0.0, "best": -1.0, "best_step": 0, "seen": 0}
         self.metrics_file = folder / "metrics.jsonl"
+        self.memory = Memory()
 
     # ------------------------------------------------------------------------------------------ the whole run
 
@@ -98,8 +98,11 @@ class Run:
                 continue
             optimizer = update.make_optimizer(self.policy, settings.train)
             reference = self._reference(start, settings)
+            self.memory = Memory()
             if done > start:
-                self.counters |= checkpoint.restore(self.folder, done, self.policy, optimizer)["counters"]
+                stored = checkpoint.restore(self.folder, done, self.policy, optimizer)
+                self.counters |= stored["counters"]
+                self.memory = Memory.load(stored.get("memory"))
             elif done == start and done > 0:
                 self.counters |= checkpoint.restore(self.folder, done, self.policy, None)["counters"]
             for step in range(max(start, done), stop):
@@ -163,18 +166,24 @@ class Run:
         stop: int,
         settings: Config | Phase,
         optimizer: torch.optim.Optimizer,
-        reference: Callable[[PackedBatch], Tensor] | None,
+        reference: Reference | None,
     ) -> dict[str, Any]:
         """Everything between two optimizer states. ``step`` counts from 0 over the run, schedules from ``start``."""
         clock = Clock()
-        groups = self._groups(step, start, stop, settings, clock)
-        scores = [[s.score.value for s in g.samples if s.score is not None] for g in groups]
-        advantages = [credit.advantages(r, settings.credit) for r in scores]
-        demos = [self.encoded[g.row].solution for g in groups] if settings.likelihood.tokens == "demo" else None
+        groups = self._groups(step, start, stop, settings, clock, reference)
         for group in groups:  # a sample whose scorer failed takes no part
             group.samples = [s for s in group.samples if s.score is not None]
-        items = items_of(groups, advantages, demos)
+        scores = [[s.score.value for s in g.samples if s.score is not None] for g in groups]
+        settings = schedule.at(settings, step - start, stop - start, groups)
+        advantages = [credit.group_advantages(g, settings) for g in groups]
+        demos = [self.encoded[g.row].solution for g in groups] if needs.demonstrations(settings) else None
+        items = items_of(groups, advantages, demos, settings, (self.config.seed, step))
         updates = update.prepare(self.policy, items, settings, reference)
+        waited = self.memory.collect(groups, settings.likelihood)
+        if waited:  # an update of the likelihood alone
+            alone = [Item(self.encoded[r].prompt, [], [Member(self.encoded[r].solution, DEMO)]) for r in waited]
+            updates += update.prepare(self.policy, alone, schedule.one_update(settings), reference)
+        self.memory.see(groups, settings.show)
         clock.lap("reference")
         lr = update.learning_rate(settings.train, step - start, stop - start)
         every = self.config.log.gradients_every
@@ -187,7 +196,7 @@ class Run:
         metrics: dict[str, Any] = {k: float(np.mean([p[k] for p in parts if k in p])) for k in parts[0]}
         for name in ("tokens/forwarded", "tokens/supervised"):
             metrics[name] = sum(p[name] for p in parts)
-        sampled = sum(len(s.tokens) for g in groups for s in g.samples)
+        sampled = sum(s.sampled for g in groups for s in g.samples) + sum(g.discarded for g in groups)
         plain = sum(len(i.prompt + i.hint) * max(len(i.members), 1) + sum(len(m.tokens) for m in i.members) for i in items)
         self.counters["tokens_sampled"] += sampled
         self.counters["tokens_trained"] += int(metrics["tokens/supervised"])
@@ -206,7 +215,9 @@ class Run:
             metrics |= {f"reward/{k}": v for k, v in self.scorer.counts.items() if k != "total"}
         return metrics
 
-    def _groups(self, step: int, start: int, stop: int, settings: Config | Phase, clock: Clock) -> list[Group]:
+    def _groups(
+        self, step: int, start: int, stop: int, settings: Config | Phase, clock: Clock, reference: Reference | None = None
+    ) -> list[Group]:
         """The step's groups with scores: from disk if these very weights sampled them before a kill, else sampled now."""
         seed, n = self.config.seed, settings.train.prompts
         keep = self.config.save.rollouts and settings.sample.completions > 0
@@ -216,27 +227,23 @@ class Run:
             if stored is not None and stored[0] == weights:
                 clock.lap("generate")
                 return stored[1]
-        groups = []
-        for index in hints.rows_of_step(seed, step, n, len(self.encoded)):
-            row, e = self.data.train[index], self.encoded[index]
-            k = hints.draw(settings.show, seed, step - start, stop - start, row.id, e.n_steps)
-            shown = e.hint(k, settings.show.cuts)
-            groups.append(Group(index, row.id, e.prompt, shown, k, min(settings.show.cuts, e.n_steps)))
+        here = (settings, seed, step, (start, stop - start), clock)
+        groups = self._sampled(hints.rows_of_step(seed, step, n, len(self.encoded)), 0, *here, reference)
         if settings.sample.completions == 0:
             return groups
-        shape = (settings.sample.completions, settings.sample.max_tokens)
-        # The position in the batch is part of the address: a small data set may bring a row twice in one step.
-        requests = [
-            Request(g.prompt + g.hint, rng.uniforms("sample", seed, step, i, g.row_id, shape=shape))
-            for i, g in enumerate(groups)
-        ]
-        sampled = evaluate.complete(self.policy, requests, settings.sample.max_tokens, settings.sample.temperature)
-        for group, samples in zip(groups, sampled, strict=True):
-            group.samples = samples
-        clock.lap("generate")
+        for attempt in range(1, settings.sample.refill + 1):
+            silent = [i for i, g in enumerate(groups) if sampling.without_signal(g)]
+            if not silent:
+                break
+            others = hints.refill_rows(seed, step, attempt, len(silent), len(self.encoded))
+            for i, fresh in zip(silent, self._sampled(others, attempt, *here, reference), strict=True):
+                spent = groups[i].discarded
+                if sampling.without_signal(fresh):
+                    groups[i].discarded = spent + sum(s.sampled for s in fresh.samples)
+                else:
+                    fresh.discarded = spent + sum(s.sampled for s in groups[i].samples)
+                    groups[i] = fresh
         hint_texts = self.policy.tokenizer.batch_decode([g.hint for g in groups], skip_special_tokens=True)
-        score_groups(self.scorer, self.data.train, groups, hint_texts)
-        clock.lap("score")
         if keep:
             prompts = self.policy.tokenizer.batch_decode([g.prompt for g in groups], skip_special_tokens=True)
             texts = list(zip(prompts, hint_texts, strict=True))
@@ -246,23 +253,36 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ pieces
 
-    def _reference(self, start: int, settings: Config | Phase) -> Callable[[PackedBatch], Tensor] | None:
-        """Log-probs under the weights that the phase began with; with LoRA, the adapters switched off."""
-        if settings.reference.kl == 0:
+    def _sampled(
+        self,
+        rows: Sequence[int],
+        attempt: int,
+        settings: Config | Phase,
+        seed: int,
+        step: int,
+        phase: tuple[int, int],
+        clock: Clock,
+        reference: Reference | None,
+    ) -> list[Group]:
+        """Groups of these rows with completions and scores."""
+        groups = sampling.begin(rows, self.data.train, self.encoded, settings, self.memory, seed, step, phase)
+        if settings.sample.completions == 0:
+            return groups
+        if settings.sample.source == "reference":
+            assert reference is not None
+            with reference.policy() as frozen:
+                sampling.complete(frozen, groups, settings, seed, step, attempt)
+        else:
+            sampling.complete(self.policy, groups, settings, seed, step, attempt)
+        clock.lap("generate")
+        sampling.score(self.scorer, self.data.train, groups, settings, self.policy)
+        clock.lap("score")
+        return groups
+
+    def _reference(self, start: int, settings: Config | Phase) -> Reference | None:
+        if not needs.reference(settings):
             return None
-        t = settings.sample.temperature
-        if self.policy.lora and start == 0:
-
-            def without_adapters(batch: PackedBatch) -> Tensor:
-                with self.policy.model.disable_adapter():  # type: ignore[operator]
-                    return policies.logprobs(self.policy, batch, t)[0]
-
-            return without_adapters
-        frozen = Policy(copy.deepcopy(self.policy.model), None, self.policy.device, self.policy.lora)
-        if start > 0:
-            checkpoint.restore(self.folder, start, frozen, None)
-        frozen.model.requires_grad_(False)
-        return lambda batch: policies.logprobs(frozen, batch, t)[0]
+        return Reference(self.policy, self.folder, start, settings.sample.temperature)
 
     def _due(self, every: int, finished: int, stop: int) -> bool:
         return finished == stop or (every > 0 and finished % every == 0)
@@ -285,6 +305,7 @@ class Run:
     def _save(self, finished: int, optimizer: torch.optim.Optimizer) -> None:
         state = {
             "counters": self.counters,
+            "memory": self.memory.dump(),
             "data": self.data.fingerprint,
             "config": configuration.config_hash(self.config),
             "seed": self.config.seed,
@@ -338,7 +359,8 @@ def group_metrics(groups: Sequence[Group], scores: Sequence[Sequence[float]], se
     }
     by_hint: dict[int, list[float]] = {}
     for group, values in zip(groups, scores, strict=True):
-        by_hint.setdefault(group.cuts, []).extend(values)
+        if settings.show.unit == "cuts":
+            by_hint.setdefault(group.cuts, []).extend(values)
     return metrics | {f"reward/by_hint/{k}": float(np.mean(v)) for k, v in sorted(by_hint.items()) if v}
 
 

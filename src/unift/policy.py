@@ -50,10 +50,26 @@ class Policy:
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, layout: attention.Layout) -> Tensor:
-        """Last hidden states [T, width] of a flat row of tokens."""
+    @property
+    def embeddings(self) -> nn.Embedding:
+        return self.base.get_input_embeddings()
+
+    def hidden(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        layout: attention.Layout,
+        delta_TD: Tensor | None = None,
+        inputs_fixed: bool = False,
+    ) -> Tensor:
+        """Last hidden states [T, width] of a flat row of tokens. ``delta_TD`` is added to the input embeddings;
+        ``inputs_fixed``: no gradient through these."""
+        given: dict[str, Tensor] = {"input_ids": tokens_T[None]}
+        if delta_TD is not None:
+            clean_TD = self.embeddings(tokens_T)
+            given = {"inputs_embeds": ((clean_TD.detach() if inputs_fixed else clean_TD) + delta_TD)[None]}
         with attention.layout(layout):
-            out = self.trunk(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False)
+            out = self.trunk(**given, position_ids=positions_T[None], use_cache=False)
         return out.last_hidden_state[0]
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
@@ -126,7 +142,7 @@ def logprobs(policy: Policy, batch: PackedBatch, temperature: float = 1.0) -> tu
     are scored under the untempered policy (trap 8)."""
     from unift.batch import COMPLETION
 
-    hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
+    hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout, batch.delta_TD, batch.inputs_fixed)
     scale_S = torch.where(batch.role_S == COMPLETION, 1.0 / temperature, 1.0)
     head = policy.head
     return chunked_logprobs(hidden_TD.index_select(0, batch.at_S), head.weight, head.bias, batch.target_S, scale_S)

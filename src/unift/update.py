@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unift import objectives
+from unift import inputs, objectives
 from unift.batch import COMPLETION, Item, PackedBatch, cut, pack, weigh
 from unift.config import Config, Phase, Train
 from unift.policy import Policy, logprobs
@@ -49,8 +49,14 @@ def prepare(
     for first in range(0, len(items), size):
         part = items[first : first + size]
         weights = weigh(part, settings)
-        packs = [pack(part, which, weights, settings) for which in cut(part, settings.train.token_budget)]
-        updates.append([p.to(policy.device) for p in packs if p is not None])
+        packs = []
+        for which in cut(part, settings.train.token_budget):
+            packed = pack(part, which, weights, settings)
+            if packed is not None:
+                packs.append(packed.to(policy.device))
+                if inputs.active(settings):
+                    packs[-1:] = inputs.perturbed(policy, packs[-1], [part[i] for i in which], settings)
+        updates.append(packs)
     for number, packs in enumerate(updates):
         with torch.no_grad():
             if number > 0:
@@ -83,8 +89,10 @@ def apply(
     worst_gap = 0.0
     for batch in packs:
         l_S, entropy_S = logprobs(policy, batch, settings.sample.temperature)
-        with_entropy = entropy_S if settings.policy.entropy else None
-        losses = objectives.losses(l_S, with_entropy, batch, settings.policy, settings.reference.estimator)
+        with_entropy = entropy_S if settings.policy.entropy or settings.policy.off_policy_top < 1 else None
+        losses = objectives.losses(
+            l_S, with_entropy, batch, settings.policy, settings.reference.estimator, settings.likelihood
+        )
         loss = losses["policy"] + losses["likelihood"]
         if not torch.isfinite(loss):
             _stop(f"the loss is {loss.item()}", packs, dump)
@@ -139,7 +147,7 @@ def apply(
         metrics["sampling/sampling_logp_difference/mean"] = gap / seen if len(packs) and packs[0].old_S is None else 0.0
         metrics["sampling/sampling_logp_difference/max"] = worst_gap if len(packs) and packs[0].old_S is None else 0.0
         metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"] = clipped_low / seen, clipped_high / seen
-        if settings.reference.kl:
+        if settings.reference.kl and settings.reference.into == "loss":
             metrics["kl"] = totals["kl"] / settings.reference.kl
     if measure:
         a, b = (torch.cat([x.flatten() for x in streams[n]]).double() for n in ("policy", "likelihood"))
