@@ -33,7 +33,9 @@ class Member:
     logps: list[float] | None = None  # under the sampler, of the sampled tokens
     given: int = 0  # leading tokens that come from the solution: a hint that this member alone has seen
     pair: int = -1  # members of one item with the same number: preferred (advantage > 0) and rejected
-    label: float = math.nan  # score in [0, 1] (una), or a row's partition u (discriminative)
+    label: float = math.nan  # score in [0, 1] (una), or log P0 of a negative (discriminative)
+    returns: list[float] | None = None  # what the critic should say at each sampled token,
+    values: list[float] | None = None  # and what it said when the completion was sampled
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class PackedBatch:
     sequence_S: Tensor  # which sequence of this pack; a hint and its demonstration are one
     pair_S: Tensor  # number of a preference pair inside its item; -1: none
     label_S: Tensor
+    return_S: Tensor  # NaN without a critic
+    value_S: Tensor
     old_S: Tensor | None = None  # log-prob at the start of the step; None: this update is the first, ratio = 1
     ref_S: Tensor | None = None
     delta_TD: Tensor | None = None  # added to the input embeddings
@@ -213,6 +217,7 @@ def without_signal(item: Item, settings: Config | Phase) -> bool:
     """True when the completions of this item cannot move the policy: all advantages 0, no KL, no entropy bonus."""
     pulled = settings.reference.kl != 0 and settings.reference.into == "loss"
     quiet = not pulled and settings.policy.entropy == 0 and settings.policy.loss not in SEQUENCE_LOSSES
+    quiet = quiet and settings.credit.baseline != "critic"
     return quiet and not any(np.any(m.advantage) for m in item.members if m.role == COMPLETION)
 
 
@@ -237,7 +242,7 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, settings
     positions: list[int] = []
     prefixes: list[range] = []
     members: list[list[range]] = []
-    names = ("at", "target", "role", "item", "member", "a", "p", "l", "k", "e", "s", "q", "pair", "y")
+    names = ("at", "target", "role", "item", "member", "a", "p", "l", "k", "e", "s", "q", "pair", "y", "r", "v")
     columns: dict[str, list[Any]] = {n: [] for n in names}
 
     def supervise(at: Sequence[int], targets: Sequence[int], role: int, item: int, member: int, **values: Any) -> None:
@@ -247,7 +252,7 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, settings
         columns["at"] += at
         columns["target"] += targets
 
-    blank: dict[str, Any] = {"a": 0.0, "p": 0.0, "l": 0.0, "k": 0.0, "e": 0.0, "s": math.nan, "q": 0, "pair": -1, "y": math.nan}
+    blank: dict[str, Any] = {**dict.fromkeys("aplke", 0.0), **dict.fromkeys("syrv", math.nan), "q": 0, "pair": -1}
     sequences = 0
     outside = settings.policy.off_policy != "none" or settings.policy.loss in SEQUENCE_LOSSES
     shown = settings.likelihood.tokens == "hint"
@@ -292,6 +297,8 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, settings
                 kl = settings.reference.kl * w if to_loss else 0.0
                 sampler = list(m.logps) if m.logps is not None else [math.nan] * (len(m.tokens) - n)
                 values = {"a": m.advantage, "k": kl, "e": settings.policy.entropy * w, "s": sampler}
+                if m.returns is not None and m.values is not None:
+                    values |= {"r": m.returns, "v": m.values}
                 supervise(at[n:], m.tokens[n:], COMPLETION, b, j, **pushed | values)
     if not columns["target"]:
         return None
@@ -304,7 +311,7 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, settings
         *(col(n, torch.long) for n in ("at", "target", "role", "item", "member")),
         *(col(n) for n in ("a", "p", "l", "k", "e", "s")),
         *(col(n, torch.long) for n in ("q", "pair")),
-        col("y"),
+        *(col(n) for n in ("y", "r", "v")),
     )
 
 

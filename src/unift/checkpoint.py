@@ -95,7 +95,7 @@ def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimiz
     try:
         temporary.mkdir()
         save_pretrained(policy, temporary / "model")
-        weights = {n: p.detach() for n, p in policy.model.named_parameters() if p.requires_grad}
+        weights = {n: p.detach() for n, p in policy.named_parameters()}
         torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, temporary / "state.pt")
         (temporary / "trainer.json").write_text(json.dumps(state | {"step": step}, indent=1))
         publish_folder(temporary, final)
@@ -120,7 +120,11 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
 
     where = folder / "checkpoints" / step_name(step)
     stored = torch.load(where / "state.pt", map_location=policy.device, weights_only=True)
-    own = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+    own = dict(policy.named_parameters())
+    if optimizer is None or policy.critic is None:  # a critic belongs to the phase that trained it
+        own, stored["weights"] = (
+            {n: p for n, p in some.items() if not n.startswith("critic.")} for some in (own, stored["weights"])
+        )
     if own.keys() != stored["weights"].keys():
         raise UniftError(f"{where} was saved from another model: its parameters have other names")
     with torch.no_grad():

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unift import checkpoint, credit, dataset, evaluate, hints, needs, sampling, schedule, update
+from unift import checkpoint, credit, critic, dataset, evaluate, hints, needs, returns, sampling, schedule, update
 from unift import config as configuration
 from unift import policy as policies
 from unift.batch import DEMO, Item, Member, items_of
@@ -96,6 +96,7 @@ class Run:
         for start, stop, settings in self.spans:
             if stop <= done:
                 continue
+            self.policy.critic = critic.new_critic(self.policy) if needs.critic(settings) else None
             optimizer = update.make_optimizer(self.policy, settings.train)
             reference = self._reference(start, settings)
             self.memory = Memory()
@@ -178,6 +179,8 @@ class Run:
         advantages = [credit.group_advantages(g, settings) for g in groups]
         demos = [self.encoded[g.row].solution for g in groups] if needs.demonstrations(settings) else None
         items = items_of(groups, advantages, demos, settings, (self.config.seed, step))
+        if returns.active(settings):
+            items = self._token_credit(items, groups, settings, reference)
         updates = update.prepare(self.policy, items, settings, reference)
         waited = self.memory.collect(groups, settings.likelihood)
         if waited:  # an update of the likelihood alone
@@ -278,6 +281,17 @@ class Run:
         sampling.score(self.scorer, self.data.train, groups, settings, self.policy)
         clock.lap("score")
         return groups
+
+    def _token_credit(
+        self, items: list[Item], groups: list[Group], settings: Config | Phase, reference: Reference | None
+    ) -> list[Item]:
+        """Advantages a token: from the reference's log-probs and the critic's values at the sampled tokens."""
+        ref = values = None
+        if reference is not None and settings.reference.into == "reward":
+            ref = returns.measured(lambda b: reference(b.to(self.policy.device)), items, settings)
+        if self.policy.critic is not None:
+            values = returns.measured(lambda b: critic.values(self.policy, b.to(self.policy.device)), items, settings)
+        return returns.spread(items, [credit.shaped_scores(g, settings) for g in groups], settings, ref, values)
 
     def _reference(self, start: int, settings: Config | Phase) -> Reference | None:
         if not needs.reference(settings):

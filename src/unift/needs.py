@@ -16,7 +16,7 @@ def old(s: Config | Phase) -> bool:
     """Log-probs at the start of a step: several updates a step, with a ratio in one of the streams."""
     ratio = s.likelihood.tokens != "none" and s.likelihood.rule == "ratio"
     pushes = s.sample.completions > 0 and s.policy.loss in ("clip", "cispo", "gspo")
-    return s.train.updates > 1 and (ratio or pushes)
+    return s.train.updates * s.train.epochs > 1 and (ratio or pushes)
 
 
 def critic(s: Config | Phase) -> bool:

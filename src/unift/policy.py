@@ -34,6 +34,7 @@ class Policy:
     tokenizer: Any
     device: torch.device
     lora: bool = False
+    critic: nn.Linear | None = None  # value head, while a phase with a critic runs
 
     @property
     def base(self) -> Any:
@@ -47,8 +48,13 @@ class Policy:
     def head(self) -> nn.Linear:
         return self.base.get_output_embeddings()
 
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What is trained: of the model, then of the critic."""
+        own = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        return own + [(f"critic.{n}", p) for n, p in (self.critic.named_parameters() if self.critic is not None else ())]
+
     def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return [p for _, p in self.named_parameters()]
 
     @property
     def embeddings(self) -> nn.Embedding:
@@ -140,12 +146,17 @@ def chunked_logprobs(
 def logprobs(policy: Policy, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(l_S, entropy_S) of a pack. Completions use logits / temperature as the sampler did; hints and demonstrations
     are scored under the untempered policy (trap 8)."""
-    from unift.batch import COMPLETION
-
     hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout, batch.delta_TD, batch.inputs_fixed)
-    scale_S = torch.where(batch.role_S == COMPLETION, 1.0 / temperature, 1.0)
+    scale_S = scale_of(batch, temperature)
     head = policy.head
     return chunked_logprobs(hidden_TD.index_select(0, batch.at_S), head.weight, head.bias, batch.target_S, scale_S)
+
+
+def scale_of(batch: PackedBatch, temperature: float) -> Tensor:
+    """Factor of the logits: 1/T at sampled tokens, 1 at tokens of the data."""
+    from unift.batch import COMPLETION
+
+    return torch.where(batch.role_S == COMPLETION, 1.0 / temperature, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------- load

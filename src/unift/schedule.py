@@ -53,4 +53,4 @@ def at(settings: S, step: int, total: int, groups: Sequence[Group]) -> S:
 
 
 def one_update(settings: S) -> S:
-    return settings.model_copy(update={"train": settings.train.model_copy(update={"updates": 1})})
+    return settings.model_copy(update={"train": settings.train.model_copy(update={"updates": 1, "epochs": 1})})

@@ -187,6 +187,7 @@ class Train(Section):
     steps: int = Field(default=500, ge=1)
     prompts: int = Field(default=32, ge=1, description="prompts a step (rows, not completions)")
     updates: int = Field(default=1, ge=1, description="optimizer updates a step; must divide prompts")
+    epochs: int = Field(default=1, ge=1, description="passes over the groups of a step, each of so many updates")
     lr: float = Field(default=1e-6, gt=0)
     decay: Literal["constant", "cosine", "linear"] = "constant"
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unift import inputs, objectives
+from unift import critic, inputs, objectives
 from unift.batch import COMPLETION, Item, PackedBatch, cut, pack, weigh
 from unift.config import Config, Phase, Train
 from unift.policy import Policy, logprobs
@@ -59,11 +59,11 @@ def prepare(
         updates.append(packs)
     for number, packs in enumerate(updates):
         with torch.no_grad():
-            if number > 0:
+            if number > 0 or settings.train.epochs > 1:
                 packs[:] = [replace(p, old_S=logprobs(policy, p, settings.sample.temperature)[0].double()) for p in packs]
             if reference is not None:
                 packs[:] = reference_logprobs(reference, packs)
-    return updates
+    return updates * settings.train.epochs
 
 
 def apply(
@@ -84,15 +84,21 @@ def apply(
     streams: dict[str, list[Tensor]] = {
         name: [torch.zeros_like(p) for p in parameters] for name in (("policy", "likelihood") if measure else ())
     }
-    totals = dict.fromkeys(("policy", "likelihood", "kl"), 0.0)
+    totals = dict.fromkeys(("policy", "likelihood", "kl", "value"), 0.0)
     entropy = tokens = clipped_low = clipped_high = gap = 0.0
     worst_gap = 0.0
     for batch in packs:
-        l_S, entropy_S = logprobs(policy, batch, settings.sample.temperature)
+        if policy.critic is None:
+            l_S, entropy_S = logprobs(policy, batch, settings.sample.temperature)
+        else:
+            l_S, entropy_S, v_S = critic.logprobs_and_values(policy, batch, settings.sample.temperature)
         with_entropy = entropy_S if settings.policy.entropy or settings.policy.off_policy_top < 1 else None
         losses = objectives.losses(
             l_S, with_entropy, batch, settings.policy, settings.reference.estimator, settings.likelihood
         )
+        if policy.critic is not None:
+            losses["value"] = settings.credit.value_weight * critic.value_loss(v_S, batch, settings.credit.value_clip)
+            losses["policy"] = losses["policy"] + losses["value"]
         loss = losses["policy"] + losses["likelihood"]
         if not torch.isfinite(loss):
             _stop(f"the loss is {loss.item()}", packs, dump)
@@ -127,7 +133,7 @@ def apply(
             p.grad = torch.zeros_like(p)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.train.clip_norm or math.inf))
     if not math.isfinite(norm):
-        bad = next(n for n, p in policy.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+        bad = next(n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
         _stop(f"the gradient of {bad} is not finite", packs, dump)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -149,6 +155,8 @@ def apply(
         metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"] = clipped_low / seen, clipped_high / seen
         if settings.reference.kl and settings.reference.into == "loss":
             metrics["kl"] = totals["kl"] / settings.reference.kl
+    if policy.critic is not None:
+        metrics["loss/value"] = totals["value"]
     if measure:
         a, b = (torch.cat([x.flatten() for x in streams[n]]).double() for n in ("policy", "likelihood"))
         metrics["grad/policy_norm"], metrics["grad/hint_norm"] = float(a.norm()), float(b.norm())
