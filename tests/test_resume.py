@@ -43,8 +43,12 @@ def tiny(method: str = "uft", *more: str):
 
 
 def outcome(folder: Path) -> tuple[bytes, list[dict], dict[str, bytes]]:
+    return outcome_of(folder, STEPS)
+
+
+def outcome_of(folder: Path, steps: int) -> tuple[bytes, list[dict], dict[str, bytes]]:
     """Everything of a run that must not depend on kills: weights and optimizer, metrics but for clocks, rollouts."""
-    state = torch.load(folder / "checkpoints" / checkpoint.step_name(STEPS) / "state.pt", weights_only=True)
+    state = torch.load(folder / "checkpoints" / checkpoint.step_name(steps) / "state.pt", weights_only=True)
     flat = [t for t in state["weights"].values()]
     for entry in state["optimizer"]["state"].values():
         flat += [v for v in entry.values() if isinstance(v, torch.Tensor)]
