@@ -10,8 +10,7 @@ import torch
 from conftest import close, gradients, random_tokens, settings, tiny_policy
 from test_resume import outcome_of
 
-from unift import credit, critic, family, needs, objectives, returns, sampling, schedule, update
-from unift.batch import items_of
+from unift import assign, critic, family, needs, objectives, sampling, schedule, update
 from unift.config import parse_overrides, plan, preset_names, resolve
 from unift.encode import Encoded
 from unift.loop import Run, train
@@ -48,6 +47,7 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
     policy, _ = tiny_policy(torch.float64)
     policy.tokenizer = Decoder()
     reference, _ = tiny_policy(torch.float64, seed=1)
+    reference.tokenizer = Decoder()
     if needs.critic(s):
         policy.critic = critic.new_critic(policy)
         torch.nn.init.constant_(policy.critic.weight, 0.05)
@@ -56,18 +56,13 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
     encoded = [Encoded(random_tokens(gen, 3 + i), [*random_tokens(gen, 8), 1], [0, 2, 4, 6]) for i in range(6)]
     groups = sampling.begin(range(6), rows, encoded, s, Memory(), 0, step, (0, 500))
     if s.sample.completions:
-        sampling.complete(policy, groups, s, 0, step)
+        sampling.complete(reference if s.sample.source == "reference" else policy, groups, s, 0, step)
         for g in groups:
             for n, sample in enumerate(g.samples):
                 sample.score = Score(float((sample.tokens[-1] + n) % 2) if g.row else 0.0)  # the first row fails
     s = schedule.at(s, step, 500, groups)
-    demos = [encoded[g.row].solution for g in groups] if needs.demonstrations(s) else None
-    items = items_of(groups, [credit.group_advantages(g, s) for g in groups], demos, s, (0, step))
     score = lambda b: logprobs(reference, b, s.sample.temperature)[0]  # noqa: E731
-    if returns.active(s):
-        ref = returns.measured(score, items, s) if s.reference.into == "reward" else None
-        values = returns.measured(lambda b: critic.values(policy, b), items, s) if policy.critic is not None else None
-        items = returns.spread(items, [credit.shaped_scores(g, s) for g in groups], s, ref, values)
+    items = assign.items(groups, encoded, [None] * 6, s, policy, score, Memory(), (0, step))
     one = schedule.one_update(s)
     one = one.model_copy(update={"train": one.train.model_copy(update={"token_budget": budget})})
     items = items if order is None else [items[i] for i in order]

@@ -33,7 +33,7 @@ class Member:
     logps: list[float] | None = None  # under the sampler, of the sampled tokens
     given: int = 0  # leading tokens that come from the solution: a hint that this member alone has seen
     pair: int = -1  # members of one item with the same number: preferred (advantage > 0) and rejected
-    label: float = math.nan  # score in [0, 1] (una), or log P0 of a negative (discriminative)
+    label: float = math.nan  # score in [0, 1] of a whole sequence (una)
     returns: list[float] | None = None  # what the critic should say at each sampled token,
     values: list[float] | None = None  # and what it said when the completion was sampled
 
@@ -285,7 +285,8 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, settings
             sequences += 1
             if m.role == DEMO:
                 own = pushed | {"a": m.advantage} if outside else {}
-                supervise(at, m.tokens, DEMO, b, j, **own | {"l": likelihood, "q": solution})
+                q = solution if likelihood else sequences - 1
+                supervise(at, m.tokens, DEMO, b, j, **own | {"l": likelihood, "q": q})
             elif m.role == OWN:
                 supervise(at, m.tokens, OWN, b, j, l=weights.own[i][j], q=sequences - 1)
             else:

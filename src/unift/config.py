@@ -249,14 +249,15 @@ def check(config: Config) -> None:
                     f"train.micro_prompts={train.micro_prompts} does not divide the "
                     f"{train.prompts // train.updates} prompts of an update"
                 )
-        compared = phase.credit.baseline in ("group_mean", "leave_one_out") and phase.policy.loss not in ("none", "discriminative")
+        compared = phase.credit.baseline in ("group_mean", "leave_one_out") and phase.policy.loss not in ("none", *SEQUENCE_LOSSES)
         if sample.completions == 1 and compared and not sample.demonstration:
             raise ConfigError(
                 f"sample.completions=1 leaves baseline {phase.credit.baseline!r} nothing to compare with: every "
                 "advantage would be 0. Use 2 or more, or credit.baseline=none"
             )
         silent = phase.likelihood.tokens == "none" or phase.likelihood.weight == 0
-        if (sample.completions == 0 or phase.policy.loss == "none") and silent:
+        pairs = sample.rejected is not None and phase.policy.loss in SEQUENCE_LOSSES
+        if (sample.completions == 0 or phase.policy.loss == "none") and silent and not pairs:
             raise ConfigError(
                 f"nothing to learn from: sample.completions={sample.completions}, policy.loss={phase.policy.loss} and no "
                 "likelihood. Set likelihood.tokens and likelihood.weight, or sample completions"
@@ -318,8 +319,30 @@ def _check_together(phase: Config | Phase) -> None:
             f"inputs.noise={phase.inputs.noise} and inputs.own={phase.inputs.own} both change the embeddings; keep one",
         ),
         (
-            sample.refill > 0 and phase.policy.loss in ("none", "discriminative"),
-            "sample.refill replaces groups without signal for the policy; policy.loss does not look at scores",
+            sample.refill > 0 and (phase.policy.loss == "none" or phase.credit.baseline == "partition"),
+            "sample.refill replaces groups whose scores are all equal; here the policy stream does not look at scores",
+        ),
+        (
+            phase.policy.loss in SEQUENCE_LOSSES and phase.policy.norm != "seq_mean_token_sum",
+            f"policy.loss={phase.policy.loss} counts sequences: use policy.norm=seq_mean_token_sum",
+        ),
+        (
+            sample.rejected is not None and (phase.policy.loss not in SEQUENCE_LOSSES or not sample.demonstration),
+            "sample.rejected names what the solution is preferred to: it needs policy.loss=dpo or una and "
+            "sample.demonstration=true",
+        ),
+        (
+            phase.policy.loss in SEQUENCE_LOSSES and likelihood.tokens != "none",
+            f"policy.loss={phase.policy.loss} has the solution as a member (sample.demonstration); set likelihood.tokens=none",
+        ),
+        (
+            phase.credit.baseline == "partition" and not (sample.demonstration and sample.source == "reference" and g > 0),
+            "credit.baseline=partition sets the solution against completions of the reference: it needs "
+            "sample.demonstration=true, sample.source=reference and completions",
+        ),
+        (
+            phase.credit.baseline == "partition" and sample.temperature != 1,
+            "credit.baseline=partition divides by the reference's own probability of a completion: sample.temperature must be 1",
         ),
     ]
     for wrong, text in wants:

@@ -41,12 +41,13 @@ def _sampled(s: Config | Phase) -> str:
 
 
 def _credit(s: Config | Phase) -> str:
-    if not s.sample.completions or s.policy.loss in ("none", "discriminative"):
+    if not s.sample.completions or s.policy.loss == "none":
         return "-"
     if s.policy.loss in SEQUENCE_LOSSES:
-        return "the score"
+        return "right before wrong" if s.policy.loss == "dpo" else "the score"
     c = s.credit
-    names = {"group_mean": "r - mean", "leave_one_out": "r - mean of the others", "none": "r", "sign": "+1 / -1", "critic": "GAE"}
+    names = {"group_mean": "r - mean", "leave_one_out": "r - mean of the others", "none": "r", "sign": "+1 / -1", "critic": "GAE",
+             "partition": f"solution against the others, {c.score}"}
     text = names[c.baseline]
     if c.positive != 1:
         text += f", positive times {c.positive:g}" + (f" exp({c.positive_entropy:g} H)" if c.positive_entropy else "")
@@ -59,9 +60,10 @@ def _credit(s: Config | Phase) -> str:
 
 def _policy(s: Config | Phase) -> str:
     p = s.policy
-    if not s.sample.completions or p.loss == "none":
+    if (not s.sample.completions and not s.sample.rejected) or p.loss == "none":
         return "-"
-    text = {"clip": f"clip {p.low:g}/{p.high:g}", "cispo": f"cispo {p.high:g}", "gspo": f"gspo {p.low:g}/{p.high:g}"}.get(p.loss, p.loss)
+    bounds = {"clip": f" {p.low:g}/{p.high:g}", "gspo": f" {p.low:g}/{p.high:g}", "cispo": f" {p.high:g}"}
+    text = p.loss + bounds.get(p.loss, "")
     if p.off_policy != "none":
         part = f", top {100 * p.off_policy_top:g} %" if p.off_policy_top < 1 else ""
         text += f"; solution: {p.off_policy}{part}"

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from unift import checkpoint, credit, critic, dataset, evaluate, hints, needs, returns, sampling, schedule, update
+from unift import assign, checkpoint, critic, dataset, evaluate, hints, needs, sampling, schedule, update
 from unift import config as configuration
 from unift import policy as policies
-from unift.batch import DEMO, Item, Member, items_of
+from unift.batch import DEMO, Item, Member
 from unift.config import Config, Phase
 from unift.encode import Encoded
 from unift.memory import Memory
@@ -84,6 +84,8 @@ class Run:
         self.spans = configuration.plan(config)
         self.total = self.spans[-1][1]
         self.counters = {"tokens_sampled": 0, "tokens_trained": 0, "seconds": 0.0, "best": -1.0, "best_step": 0, "seen": 0}
+        columns = {s.sample.rejected for _, _, s in self.spans if s.sample.rejected}
+        self.rejected = dataset.encode_column(policy.tokenizer, data.train, columns, config.data.max_prompt)
         self.metrics_file = folder / "metrics.jsonl"
         self.memory = Memory()
 
@@ -176,11 +178,10 @@ class Run:
             group.samples = [s for s in group.samples if s.score is not None]
         scores = [[s.score.value for s in g.samples if s.score is not None] for g in groups]
         settings = schedule.at(settings, step - start, stop - start, groups)
-        advantages = [credit.group_advantages(g, settings) for g in groups]
-        demos = [self.encoded[g.row].solution for g in groups] if needs.demonstrations(settings) else None
-        items = items_of(groups, advantages, demos, settings, (self.config.seed, step))
-        if returns.active(settings):
-            items = self._token_credit(items, groups, settings, reference)
+        place = (self.config.seed, step)
+        items = assign.items(
+            groups, self.encoded, self.rejected, settings, self.policy, reference, self.memory, place
+        )
         updates = update.prepare(self.policy, items, settings, reference)
         waited = self.memory.collect(groups, settings.likelihood)
         if waited:  # an update of the likelihood alone
@@ -281,17 +282,6 @@ class Run:
         sampling.score(self.scorer, self.data.train, groups, settings, self.policy)
         clock.lap("score")
         return groups
-
-    def _token_credit(
-        self, items: list[Item], groups: list[Group], settings: Config | Phase, reference: Reference | None
-    ) -> list[Item]:
-        """Advantages a token: from the reference's log-probs and the critic's values at the sampled tokens."""
-        ref = values = None
-        if reference is not None and settings.reference.into == "reward":
-            ref = returns.measured(lambda b: reference(b.to(self.policy.device)), items, settings)
-        if self.policy.critic is not None:
-            values = returns.measured(lambda b: critic.values(self.policy, b.to(self.policy.device)), items, settings)
-        return returns.spread(items, [credit.shaped_scores(g, settings) for g in groups], settings, ref, values)
 
     def _reference(self, start: int, settings: Config | Phase) -> Reference | None:
         if not needs.reference(settings):

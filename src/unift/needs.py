@@ -9,6 +9,7 @@ from unift.settings import REFERENCE_RULES
 def reference(s: Config | Phase) -> bool:
     """The model that the phase began with: for a KL, a rule that compares with it, or to sample from."""
     pulls = s.reference.kl != 0 or s.policy.loss in ("dpo", "una")
+    pulls = pulls or (s.credit.baseline == "partition" and s.credit.score == "ratio")
     return pulls or s.likelihood.rule in REFERENCE_RULES or s.sample.source == "reference"
 
 
@@ -27,7 +28,8 @@ def verifier(s: Config | Phase) -> bool:
     """Scores of completions: to push the policy, to choose own completions, to gate, or to set a row's hint."""
     if s.sample.completions == 0:
         return False
-    used = s.policy.loss not in ("none", "discriminative") or s.likelihood.keep != "all" or s.likelihood.gate is not None
+    pushed = s.policy.loss != "none" and s.credit.baseline != "partition"
+    used = pushed or s.likelihood.keep != "all" or s.likelihood.gate is not None
     return used or s.show.schedule in ("adaptive", "bisection")
 
 

@@ -88,11 +88,13 @@ def most_uncertain(entropy_S: Tensor, sequence_S: Tensor, share: float) -> Tenso
 def off_policy_surrogate(l_S: Tensor, old_S: Tensor, a_S: Tensor, policy: Policy) -> Tensor:
     """Tokens of the solution that stand in a group and share its advantage.
 
-    ratio: as if sampled, rho from the start of the step (Prefix-RFT). shaped: A pi / (pi + gamma) (LUFFY).
-    probability: A pi, the ratio to an expert whose density is taken as 1 (SRFT); e = A pi.
+    reinforce: A l (discriminative fine-tuning). ratio: as if sampled, rho from the start of the step (Prefix-RFT).
+    shaped: A pi / (pi + gamma) (LUFFY). probability: A pi, the ratio to an expert whose density is taken as 1 (SRFT).
     """
     if policy.off_policy == "shaped":
         return a_S * rules.shaped(l_S, policy.threshold)
+    if policy.off_policy == "reinforce":
+        return reinforce(l_S, a_S)
     if policy.off_policy == "probability":
         return a_S * l_S.exp()
     return clipped_surrogate(l_S, old_S, a_S, policy.low, policy.high, policy.dual_clip)

@@ -22,7 +22,9 @@ Tokens = list[list[list[float]]]  # item, member, sampled token
 
 def active(settings: Settings) -> bool:
     in_reward = settings.reference.kl != 0 and settings.reference.into == "reward"
-    return settings.sample.completions > 0 and (settings.credit.whiten or settings.credit.baseline == "critic" or in_reward)
+    return settings.sample.completions > 0 and (
+        settings.credit.whiten or settings.credit.baseline in ("critic", "partition") or in_reward
+    )
 
 
 def gae(rewards_N: Sequence[float], values_N: Sequence[float], gamma: float, lam: float) -> np.ndarray:

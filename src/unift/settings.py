@@ -15,7 +15,7 @@ Rule = Literal[
 ]  # fmt: skip
 
 
-SEQUENCE_LOSSES = ("dpo", "una", "discriminative")  # losses of whole sequences: a demonstration is one of them
+SEQUENCE_LOSSES = ("dpo", "una")  # losses of whole sequences: a demonstration is one of them
 REFERENCE_RULES = ("importance", "pearson", "hellinger")  # likelihood rules that look at log(pi / reference)
 
 
@@ -62,6 +62,7 @@ class SampleFrom(Section):
         default="policy", description="who samples: the policy, or the model the phase began with"
     )
     demonstration: bool = Field(default=False, description="the solution is one more member of the group, with score 1")
+    rejected: str | None = Field(default=None, description="column with an answer that the solution is preferred to")
     refill: int = Field(
         default=0, ge=0, description="rounds in which groups without signal are replaced by other prompts"
     )
@@ -76,7 +77,7 @@ class SampleFrom(Section):
 class Credit(Section):
     """What each completion is worth: scores of a group -> advantages."""
 
-    baseline: Literal["group_mean", "leave_one_out", "none", "sign", "critic"] = "group_mean"
+    baseline: Literal["group_mean", "leave_one_out", "none", "sign", "critic", "partition"] = "group_mean"
     scale: Literal["sample_std", "population_std", "none"] = "sample_std"
     epsilon: float = Field(default=1e-6, ge=0)
     whiten: bool = Field(
@@ -89,6 +90,11 @@ class Credit(Section):
     positive_entropy: float = Field(
         default=0.0, description="positive advantages times exp(this * H), H the policy's mean entropy"
     )
+    score: Literal["ratio", "mean"] = Field(
+        default="ratio", description="partition: a sequence's score is sum log(pi / reference), or mean log pi"
+    )
+    tau: float = Field(default=1.0, gt=0, description="partition: temperature of the scores")
+    momentum: float = Field(default=0.85, gt=0, le=1, description="partition: weight of the newest estimate of a row's")
     gamma: float = Field(default=1.0, ge=0, le=1, description="discount of later tokens' rewards (critic)")
     lam: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda (critic)")
     value_weight: float = Field(default=2.5, ge=0, description="of the squared error of the critic")
@@ -100,7 +106,7 @@ class Credit(Section):
 class Policy(Section):
     """How the completions push their log-probs."""
 
-    loss: Literal["clip", "reinforce", "cispo", "gspo", "dpo", "una", "discriminative", "none"] = "clip"
+    loss: Literal["clip", "reinforce", "cispo", "gspo", "dpo", "una", "none"] = "clip"
     low: float = Field(default=0.2, ge=0, description="ratio is clipped below 1 - low")
     high: float = Field(default=0.2, ge=0, description="ratio is clipped above 1 + high")
     dual_clip: float | None = Field(default=None, gt=1, description="cap of the ratio where the advantage is negative")
@@ -109,7 +115,7 @@ class Policy(Section):
     weight: float | Literal["complement"] = Field(
         default=1.0, description="of the stream; complement = 1 - likelihood.weight"
     )
-    off_policy: Literal["none", "ratio", "shaped", "probability"] = Field(
+    off_policy: Literal["none", "reinforce", "ratio", "shaped", "probability"] = Field(
         default="none", description="how tokens of the solution inside a group push with the group's advantage"
     )
     off_policy_top: float = Field(
@@ -117,8 +123,6 @@ class Policy(Section):
     )
     threshold: float = Field(default=0.1, gt=0, description="gamma of shaped: A * pi / (pi + threshold)")
     beta: float = Field(default=0.1, gt=0, description="implicit reward beta * log(pi / reference) of dpo and una")
-    tau: float = Field(default=1.0, gt=0, description="temperature of the partition of discriminative")
-    momentum: float = Field(default=0.85, gt=0, le=1, description="weight of the newest estimate of a row's partition")
 
 
 class Likelihood(Section):
