@@ -177,6 +177,39 @@ def test_runs_and_resumes_bitwise(name, tmp_path, monkeypatch):
     assert outcome_of(tmp_path / "cut", steps) == expected
 
 
+@pytest.mark.parametrize("name", ["adaptive", "relift", "dapo", "discriminative"])
+def test_a_kill_between_sampling_and_training_counts_nothing_twice(name, tmp_path, monkeypatch):
+    """What a run remembers about its rows moves with the weights: sampled-only steps leave the old memory."""
+    (tmp_path / "coin.py").write_text("def score(completion, row):\n    return float(sum(map(ord, completion)) % 3 == 0)\n")
+    tiny = [
+        "train.steps=3", "train.prompts=8", "data.train_rows=8", "data.test_rows=2", "eval.every=0", "save.every=1",
+        "save.keep=9", "save.rollouts=true", "threads=1", f"reward.function={tmp_path}/coin.py:score",
+    ]  # fmt: skip
+    tiny += ["likelihood.buffer=2"] if name == "relift" else []
+    config = resolve(name, recipe="lock", overrides=parse_overrides(tiny))
+    train(config, tmp_path / "whole")
+    real = Run._groups
+
+    def stop(self, step, *args):
+        groups = real(self, step, *args)
+        if step == 1:
+            raise Killed
+        return groups
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_groups", stop)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "cut")
+    train(config, tmp_path / "cut")
+    assert outcome_of(tmp_path / "cut", 3) == outcome_of(tmp_path / "whole", 3)
+    import json
+
+    kept = [json.loads((tmp_path / x / "checkpoints" / "step_000003" / "trainer.json").read_text())["memory"] for x in ("cut", "whole")]
+    assert kept[0] == kept[1]
+    used = {"adaptive": "hints", "relift": "waiting", "discriminative": "partition"}.get(name)
+    assert used is None or used == "waiting" or kept[0][used]
+
+
 def test_refill_and_buffer_happen(tmp_path):
     """The two things that change which rows a step trains on do occur in such runs: counted in tokens and updates."""
     (tmp_path / "coin.py").write_text("def score(completion, row):\n    return float(sum(map(ord, completion)) % 5 == 0)\n")

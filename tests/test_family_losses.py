@@ -356,6 +356,8 @@ def test_relift_buffer():
     small = config.likelihood.model_copy(update={"buffer": 3})
     memory = Memory()
     assert memory.collect(groups, small) == [] and memory.waiting == [0, 2]
+    unknown = replace(groups[0], samples=[Sample([5], [-1.0], True, error="timeout")])
+    assert memory.collect([unknown], small) == [] and memory.waiting == [0, 2]  # nothing was learnt about the row
     again = Memory.load(memory.dump())
     assert again == memory and again.collect(groups, small) == [0, 2, 0] and again.waiting == [2]
     _, e = weights_of(items, config)

@@ -108,7 +108,7 @@ def items_of(
             gate, waits = settings.likelihood.gate, settings.likelihood.buffer > 0
             own = settings.likelihood.keep if "own" in settings.likelihood.tokens else None
             push, as_member = settings.policy.loss != "none", settings.sample.demonstration
-        failed = gate is not None and success_rate(group) <= gate
+        failed = gate is not None and fails(group, gate)
         supervised = gate is None or (failed and not waits)
         members = []
         if push and (not failed or waits):
@@ -126,6 +126,11 @@ def success_rate(group: Group) -> float:
     """Share of right completions among the scored ones; 0 without any."""
     right = [s.score.right for s in group.samples if s.score is not None]
     return sum(right) / len(right) if right else 0.0
+
+
+def fails(group: Group, gate: float) -> bool:
+    """At most the share ``gate`` of its completions is right. A group of which nothing could be scored is not known to."""
+    return any(s.score is not None for s in group.samples) and success_rate(group) <= gate
 
 
 def kept(group: Group, which: str) -> list[list[int]]:
@@ -304,15 +309,28 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, settings
     if not columns["target"]:
         return None
     # float64: a few numbers per target token; sums of losses then hardly depend on the cut into micro-batches.
-    col = lambda name, dtype=torch.float64: torch.tensor(columns[name], dtype=dtype)  # noqa: E731
+    whole = {"at", "target", "role", "item", "member", "q", "pair"}
+    col = {n: torch.tensor(v, dtype=torch.long if n in whole else torch.float64) for n, v in columns.items()}
     return PackedBatch(
-        torch.tensor(tokens),
-        torch.tensor(positions),
-        make_layout(prefixes, members, len(tokens)),
-        *(col(n, torch.long) for n in ("at", "target", "role", "item", "member")),
-        *(col(n) for n in ("a", "p", "l", "k", "e", "s")),
-        *(col(n, torch.long) for n in ("q", "pair")),
-        *(col(n) for n in ("y", "r", "v")),
+        tokens_T=torch.tensor(tokens),
+        positions_T=torch.tensor(positions),
+        layout=make_layout(prefixes, members, len(tokens)),
+        at_S=col["at"],
+        target_S=col["target"],
+        role_S=col["role"],
+        item_S=col["item"],
+        member_S=col["member"],
+        advantage_S=col["a"],
+        policy_w_S=col["p"],
+        likelihood_w_S=col["l"],
+        kl_w_S=col["k"],
+        entropy_w_S=col["e"],
+        sampler_S=col["s"],
+        sequence_S=col["q"],
+        pair_S=col["pair"],
+        label_S=col["y"],
+        return_S=col["r"],
+        value_S=col["v"],
     )
 
 

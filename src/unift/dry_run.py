@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from unift import config as configuration
-from unift import hints
+from unift import hints, needs
 from unift.config import Config
 from unift.policy import locate
 
@@ -47,7 +47,8 @@ def _memory(config: Config) -> str:
         parameters += vocab * width
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[config.model.dtype]
     trained = parameters * size * 4 if config.model.lora is None else parameters * size
-    reference = parameters * size if config.reference.kl and config.model.lora is None else 0
+    copied = any(needs.reference(s) for _, _, s in configuration.plan(config))
+    reference = parameters * size if copied and config.model.lora is None else 0
     activations = config.train.token_budget * layers * (10 * width + 3 * inner) * size
     gib = 2**30
     return (

@@ -179,14 +179,14 @@ class Run:
         scores = [[s.score.value for s in g.samples if s.score is not None] for g in groups]
         settings = schedule.at(settings, step - start, stop - start, groups)
         place = (self.config.seed, step)
-        items = assign.items(
-            groups, self.encoded, self.rejected, settings, self.policy, reference, self.memory, place
-        )
+        items = assign.items(groups, self.encoded, self.rejected, settings, self.policy, reference, self.memory, place)
         updates = update.prepare(self.policy, items, settings, reference)
         waited = self.memory.collect(groups, settings.likelihood)
         if waited:  # an update of the likelihood alone
             alone = [Item(self.encoded[r].prompt, [], [Member(self.encoded[r].solution, DEMO)]) for r in waited]
             updates += update.prepare(self.policy, alone, schedule.one_update(settings), reference)
+        own_length = settings.show.schedule in ("adaptive", "bisection")
+        shown = self.memory.mean_share(groups, settings.show) if own_length else None
         self.memory.see(groups, settings.show)
         clock.lap("reference")
         lr = update.learning_rate(settings.train, step - start, stop - start)
@@ -207,7 +207,7 @@ class Run:
         self.counters["seen"] += sum(r >= 1 for group in scores for r in group)
         metrics |= group_metrics(groups, scores, settings)
         metrics |= {
-            "hint/prob": hints.probability(settings.show, step - start, stop - start),
+            "hint/prob": hints.probability(settings.show, step - start, stop - start) if shown is None else shown,
             "tokens/sampled": self.counters["tokens_sampled"],
             "tokens/trained": self.counters["tokens_trained"],
             "tokens/shared_ratio": 1 - metrics["tokens/forwarded"] / max(plain, 1),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unift import hints
-from unift.batch import success_rate
+from unift.batch import fails, success_rate
 from unift.settings import Likelihood, Show
 from unift.types import Group
 
@@ -44,11 +44,16 @@ class Memory:
             shown = group.cuts / group.cuts_total if group.cuts_total else 0.0
             self.hints[group.row_id] = hints.advance(show, self.hints.get(group.row_id), shown, success_rate(group))
 
+    def mean_share(self, groups: Sequence[Group], show: Show) -> float:
+        """Mean of the rows' expected shares (adaptive, bisection), before this step moves them."""
+        states = [self.hints.get(g.row_id, hints.initial_state(show)) for g in groups]
+        return sum(low + high for low, high in states) / (2 * len(states))
+
     def collect(self, groups: Sequence[Group], likelihood: Likelihood) -> list[int]:
         """Gated rows join the queue; once it holds ``buffer`` rows, so many are taken from its head, else none."""
         if likelihood.gate is None or not likelihood.buffer:
             return []
-        self.waiting += [g.row for g in groups if success_rate(g) <= likelihood.gate]
+        self.waiting += [g.row for g in groups if fails(g, likelihood.gate)]
         if len(self.waiting) < likelihood.buffer:
             return []
         taken, self.waiting = self.waiting[: likelihood.buffer], self.waiting[likelihood.buffer :]

@@ -78,8 +78,10 @@ def most_uncertain(entropy_S: Tensor, sequence_S: Tensor, share: float) -> Tenso
     Prefix-RFT (arXiv 2507.01679). Counted per sequence: its code ranks a whole micro-batch, which depends on the cut.
     """
     keep_S = torch.zeros_like(sequence_S, dtype=torch.bool)
-    for number in sequence_S.unique().tolist():
+    for number in range(int(sequence_S.max()) + 1 if len(sequence_S) else 0):
         at = torch.nonzero(sequence_S == number)[:, 0]
+        if not len(at):
+            continue
         n = max(1, round(share * len(at)))
         keep_S[at[torch.argsort(entropy_S[at], descending=True, stable=True)[:n]]] = True
     return keep_S

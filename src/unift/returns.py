@@ -27,7 +27,7 @@ def active(settings: Settings) -> bool:
     )
 
 
-def gae(rewards_N: Sequence[float], values_N: Sequence[float], gamma: float, lam: float) -> np.ndarray:
+def gae(rewards_N: Sequence[float] | np.ndarray, values_N: Sequence[float], gamma: float, lam: float) -> np.ndarray:
     """Generalised advantages (arXiv 1506.02438, eq. 16): delta_t = r_t + gamma V_{t+1} - V_t, V = 0 after the end,
     A_t = sum_k (gamma lam)^k delta_{t+k}. The return of a token is A_t + V_t."""
     r, v = np.asarray(rewards_N, dtype=np.float64), np.asarray(values_N, dtype=np.float64)

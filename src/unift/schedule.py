@@ -10,7 +10,7 @@ from unift import hints
 from unift.config import Config, Phase
 from unift.types import Group
 
-S = TypeVar("S", Config, Phase)
+S = TypeVar("S", bound=Config | Phase)
 
 
 def entropy(groups: Sequence[Group]) -> float:

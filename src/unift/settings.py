@@ -56,7 +56,9 @@ class SampleFrom(Section):
     """How many completions of each prompt+hint are sampled, and from where."""
 
     completions: int = Field(default=8, ge=0, description="G; 0 = none (supervised)")
-    temperature: float = Field(default=1.0, gt=0, description="divides the logits when sampling and in every log-prob")
+    temperature: float = Field(
+        default=1.0, gt=0, description="divides the logits when sampling and in the completions' log-probs; hints at 1"
+    )
     max_tokens: int = Field(default=64, ge=1, description="length limit of a completion, tokens")
     source: Literal["policy", "reference"] = Field(
         default="policy", description="who samples: the policy, or the model the phase began with"
