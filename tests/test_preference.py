@@ -170,6 +170,31 @@ def test_settings_that_do_not_fit(method, item, said):
         settings(method, item)
 
 
+@pytest.mark.parametrize("method", ["dpo", "una"])
+def test_rejected_answers_of_a_file(method, tmp_path):
+    """Off-line pairs, end to end: every second row has a rejected answer, and the loss of the pairs falls."""
+    import json
+
+    from unift import checkpoint
+    from unift.config import parse_overrides, resolve
+    from unift.data import write_rows
+    from unift.loop import train
+    from unift.tasks import make_rows
+
+    path = tmp_path / "rows.jsonl"
+    write_rows(make_rows("lock", 8, 0, "train", length=5), path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[::2]:
+        row["bad"] = "".join(row["steps"])[::-1] + "."
+    path.write_text("\n".join(map(json.dumps, rows)))
+    more = ["sample.completions=0", "sample.demonstration=true", "sample.rejected=bad", "train.lr=1e-3", "threads=1"]
+    more += [f"data.train={path}", "model.path=embedded:lock", "train.steps=4", "train.prompts=8", "train.warmup=0"]
+    train(resolve(method, overrides=parse_overrides([*more, "policy.beta=0.1"])), tmp_path / "run")
+    loss = [m["loss"] for m in checkpoint.read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
+    first = math.log(2) if method == "dpo" else (4 * 2 * math.log(2) + 4 * 0.25) / 12
+    assert loss[0] == pytest.approx(first, rel=1e-6) and loss == sorted(loss, reverse=True)
+
+
 # ---------------------------------------------------------------------------------------------- partitions
 
 

@@ -28,7 +28,8 @@ def _shown(s: Config | Phase) -> str:
 
 
 def _sampled(s: Config | Phase) -> str:
-    sample, parts = s.sample, []
+    sample = s.sample
+    parts: list[str] = []
     if sample.completions:
         parts.append(f"{sample.completions}" + (" of the reference" if sample.source == "reference" else ""))
     if sample.first:

@@ -75,9 +75,9 @@ def tail(l_S: Tensor, sequence_S: Tensor, gamma: float) -> Tensor:
     if gamma == 0 or not len(l_S):
         return l_S
     order = torch.argsort(sequence_S, stable=True)
-    _, counts = torch.unique_consecutive(sequence_S[order], return_counts=True)
-    parts = []
-    for c in torch.split(-l_S[order], counts.tolist()):
+    counts: list[int] = [n for n in torch.bincount(sequence_S).tolist() if n]
+    parts: list[Tensor] = []
+    for c in torch.split(-l_S[order], counts):
         n = len(c)
         i = torch.arange(n, device=c.device, dtype=c.dtype)
         decay_NN = torch.triu(gamma ** (i[None] - i[:, None]).clamp(min=0))

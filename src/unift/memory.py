@@ -21,9 +21,9 @@ class Memory:
     """``hints``: (low, high) of a row's hint length. ``waiting``: indices of gated rows, oldest first.
     ``partition``: u of a row (discriminative), log domain."""
 
-    hints: dict[str, tuple[float, float]] = field(default_factory=dict)
-    waiting: list[int] = field(default_factory=list)
-    partition: dict[str, float] = field(default_factory=dict)
+    hints: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    waiting: list[int] = field(default_factory=list[int])
+    partition: dict[str, float] = field(default_factory=dict[str, float])
 
     def dump(self) -> dict[str, Any]:
         return {"hints": {k: list(v) for k, v in self.hints.items()}, "waiting": self.waiting, "partition": self.partition}
