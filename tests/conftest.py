@@ -175,7 +175,12 @@ def packed_loss(policy, items, config, budget=10**6, reference=None, old=None):
                 batch = replace(batch, old_S=logprobs(old, batch, t)[0].double())
         l_S, entropy_S = logprobs(policy, batch, t)
         parts = objectives.losses(
-            l_S, entropy_S if config.policy.entropy else None, batch, config.policy, config.reference.estimator
+            l_S,
+            entropy_S if config.policy.entropy or config.policy.off_policy_top < 1 else None,
+            batch,
+            config.policy,
+            config.reference.estimator,
+            config.likelihood,
         )
         loss = parts["policy"] + parts["likelihood"]
         loss.backward()

@@ -39,6 +39,15 @@ def test_mistakes(words, said, tmp_path):
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
+def test_methods_prints_the_family():
+    from unift.config import preset_names
+
+    done = unift("methods")
+    assert done.returncode == 0, done.stderr
+    names = {line.split("|")[1].split(",")[0].strip() for line in done.stdout.splitlines()[2:]}
+    assert names == set(preset_names())
+
+
 def test_dry_run_trains_nothing(tmp_path):
     done = unift("train", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0 and "32 prompts x 8 completions = 256 sequences" in done.stdout

@@ -8,35 +8,48 @@ Shapes: T forwarded tokens, S loss positions (one per supervised token), B group
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unift.attention import PackedLayout
 from unift.config import Config, Phase
+from unift.settings import SEQUENCE_LOSSES
 from unift.types import Group
 
-COMPLETION, HINT, DEMO = 1, 2, 3
+COMPLETION, HINT, DEMO, OWN = 1, 2, 3, 4  # OWN: a sampled completion that is supervised like a demonstration
 
 
 @dataclass(frozen=True)
 class Member:
     tokens: list[int]
     role: int
-    advantage: float = 0.0
-    logps: list[float] | None = None  # under the sampler
+    advantage: float | list[float] = 0.0  # one for the member, or one a sampled token
+    logps: list[float] | None = None  # under the sampler, of the sampled tokens
+    given: int = 0  # leading tokens that come from the solution: a hint that this member alone has seen
+    pair: int = -1  # members of one item with the same number: preferred (advantage > 0) and rejected
+    label: float = math.nan  # score in [0, 1] of a whole sequence (una)
+    returns: list[float] | None = None  # what the critic should say at each sampled token,
+    values: list[float] | None = None  # and what it said when the completion was sampled
 
 
 @dataclass(frozen=True)
 class Item:
-    """One group ready to be packed. ``policy_on``: its completions push the policy (False when that is exactly zero)."""
+    """One group ready to be packed. ``supervised``: the likelihood stream is on for its hint and demonstration.
+
+    ``address`` names the group for draws that belong to it (noise on its input embeddings).
+    """
 
     prompt: list[int]
     hint: list[int]
     members: list[Member]
+    supervised: bool = True
+    address: tuple[object, ...] = ()
 
     @property
     def tokens_forwarded(self) -> int:
@@ -59,27 +72,74 @@ class PackedBatch:
     kl_w_S: Tensor
     entropy_w_S: Tensor
     sampler_S: Tensor  # log-prob under the sampler; NaN where nothing was sampled
+    sequence_S: Tensor  # which sequence of this pack; a hint and its demonstration are one
+    pair_S: Tensor  # number of a preference pair inside its item; -1: none
+    label_S: Tensor
+    return_S: Tensor  # NaN without a critic
+    value_S: Tensor
     old_S: Tensor | None = None  # log-prob at the start of the step; None: this update is the first, ratio = 1
     ref_S: Tensor | None = None
+    delta_TD: Tensor | None = None  # added to the input embeddings
+    inputs_fixed: bool = False  # no gradient through the input embeddings
 
     def to(self, device: Any) -> PackedBatch:
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, layout=self.layout.to(device), **moved)
 
 
-def items_of(groups: Sequence[Group], advantages: Sequence[Sequence[float]], demos: Sequence[list[int]] | None) -> list[Item]:
-    """Groups with their advantages (aligned with ``group.samples``). ``demos``: whole solutions, where supervised."""
+def items_of(
+    groups: Sequence[Group],
+    advantages: Sequence[Sequence[float]],
+    demos: Sequence[list[int]] | None,
+    settings: Config | Phase | None = None,
+    address: tuple[object, ...] = (),
+) -> list[Item]:
+    """Groups with their advantages (aligned with ``group.samples``, then the demonstration where it is a member).
+
+    ``demos``: whole solutions, where they carry a loss. ``settings``: who takes part (gate, own completions); None: all.
+    """
     items = []
     for i, group in enumerate(groups):
-        members = [
-            Member(s.tokens, COMPLETION, a, s.logps)
-            for s, a in zip(group.samples, advantages[i], strict=True)
-            if s.tokens and s.score is not None
-        ]
-        if demos is not None:
-            members.append(Member(demos[i][len(group.hint) :], DEMO))
-        items.append(Item(group.prompt, group.hint, members))
+        own_a = advantages[i][: len(group.samples)]
+        samples = [(s, a) for s, a in zip(group.samples, own_a, strict=True) if s.tokens and s.score is not None]
+        gate, own, push, as_member = None, None, True, False
+        waits = False
+        if settings is not None:
+            gate, waits = settings.likelihood.gate, settings.likelihood.buffer > 0
+            own = settings.likelihood.keep if "own" in settings.likelihood.tokens else None
+            push, as_member = settings.policy.loss != "none", settings.sample.demonstration
+        failed = gate is not None and fails(group, gate)
+        supervised = gate is None or (failed and not waits)
+        members = []
+        if push and (not failed or waits):
+            members = [Member(s.tokens, COMPLETION, a, s.logps, s.given) for s, a in samples]
+        if own is not None:
+            members += [Member(tokens, OWN) for tokens in kept(group, own)]
+        if demos is not None and (supervised or as_member):
+            a = advantages[i][len(group.samples)] if as_member else 0.0
+            members.append(Member(demos[i][len(group.hint) :], DEMO, a))
+        items.append(Item(group.prompt, group.hint, members, supervised, (*address, group.row_id)))
     return items
+
+
+def success_rate(group: Group) -> float:
+    """Share of right completions among the scored ones; 0 without any."""
+    right = [s.score.right for s in group.samples if s.score is not None]
+    return sum(right) / len(right) if right else 0.0
+
+
+def fails(group: Group, gate: float) -> bool:
+    """At most the share ``gate`` of its completions is right. A group of which nothing could be scored is not known to."""
+    return any(s.score is not None for s in group.samples) and success_rate(group) <= gate
+
+
+def kept(group: Group, which: str) -> list[list[int]]:
+    """Own completions that are supervised: ``all``, the ``right`` ones without repeats, or the first of those."""
+    scored = [s for s in group.samples if s.tokens and s.score is not None]
+    if which == "all":
+        return [s.tokens for s in scored]
+    right = list(dict.fromkeys(tuple(s.tokens) for s in scored if s.score is not None and s.score.right))
+    return [list(t) for t in (right[:1] if which == "one_right" else right)]
 
 
 # ---------------------------------------------------------------------------------------------- normalisers
@@ -110,28 +170,49 @@ def _unit_weights(lengths: Sequence[Sequence[int]], norm: str, max_tokens: int, 
 
 @dataclass(frozen=True)
 class Weights:
-    """Per-token weights of every item: ``policy[i][j]`` for member j, ``hint[i]`` and ``demo[i]``."""
+    """Per-token weights of every item: ``policy[i][j]`` for member j, ``likelihood[i]`` for hint and demonstration,
+    ``own[i][j]`` for a member that is supervised by itself."""
 
     policy: list[list[float]]
     likelihood: list[float]
+    own: list[list[float]]
+
+
+def _in_policy(member: Member, settings: Config | Phase) -> int:
+    """Tokens of a member that push with the group's advantage."""
+    outside = settings.policy.off_policy != "none"  # do tokens of the solution push, too?
+    if member.role == COMPLETION:
+        return len(member.tokens) - (0 if outside else member.given)
+    return len(member.tokens) if member.role == DEMO and (outside or settings.policy.loss in SEQUENCE_LOSSES) else 0
 
 
 def weigh(items: Sequence[Item], settings: Config | Phase) -> Weights:
     """Normalisers of one optimizer batch. Hints count once a group: the G copies share it, their mean is the same."""
-    kind, norms = settings.likelihood.tokens, (settings.policy.norm, settings.likelihood.norm)
+    likelihood, kind = settings.likelihood, settings.likelihood.tokens
     micro, max_tokens = settings.train.micro_prompts, settings.sample.max_tokens
-    completions = [[len(m.tokens) if m.role == COMPLETION else 0 for m in item.members] for item in items]
+    completions = [[_in_policy(m, settings) for m in item.members] for item in items]
     supervised = []
     for item in items:
-        n = len(item.hint) if kind != "none" else 0
-        if kind == "demo":
+        n = len(item.hint) if kind not in ("none", "own") else 0
+        if kind in ("demo", "demo+own"):
             n += sum(len(m.tokens) for m in item.members if m.role == DEMO)
-        supervised.append([n])
-    likelihood = _unit_weights(supervised, norms[1], max_tokens, micro)
+        if kind == "hint":
+            n += max((m.given for m in item.members), default=0)
+        supervised.append([n if item.supervised else 0, *(len(m.tokens) if m.role == OWN else 0 for m in item.members)])
+    unit = _unit_weights(supervised, likelihood.norm, max_tokens, micro)
+    policy = _unit_weights(completions, settings.policy.norm, max_tokens, micro)
+    share = policy_weight(settings)
+    scaled = [[likelihood.weight * x if k else 0.0 for x, k in zip(w, n)] for w, n in zip(unit, supervised, strict=True)]
     return Weights(
-        _unit_weights(completions, norms[0], max_tokens, micro),
-        [settings.likelihood.weight * w[0] if n[0] else 0.0 for w, n in zip(likelihood, supervised, strict=True)],
+        policy if share == 1 else [[share * w for w in row] for row in policy],
+        [row[0] for row in scaled],
+        [row[1:] for row in scaled],
     )
+
+
+def policy_weight(settings: Config | Phase) -> float:
+    share = settings.policy.weight
+    return 1.0 - settings.likelihood.weight if isinstance(share, str) else share
 
 
 # ---------------------------------------------------------------------------------------------- packing
@@ -139,8 +220,10 @@ def weigh(items: Sequence[Item], settings: Config | Phase) -> Weights:
 
 def without_signal(item: Item, settings: Config | Phase) -> bool:
     """True when the completions of this item cannot move the policy: all advantages 0, no KL, no entropy bonus."""
-    quiet = settings.reference.kl == 0 and settings.policy.entropy == 0
-    return quiet and all(m.advantage == 0 for m in item.members if m.role == COMPLETION)
+    pulled = settings.reference.kl != 0 and settings.reference.into == "loss"
+    quiet = not pulled and settings.policy.entropy == 0 and settings.policy.loss not in SEQUENCE_LOSSES
+    quiet = quiet and settings.credit.baseline != "critic"
+    return quiet and not any(np.any(m.advantage) for m in item.members if m.role == COMPLETION)
 
 
 def cut(items: Sequence[Item], budget: int) -> list[list[int]]:
@@ -164,16 +247,21 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, settings
     positions: list[int] = []
     prefixes: list[range] = []
     members: list[list[range]] = []
-    columns: dict[str, list[Any]] = {n: [] for n in ("at", "target", "role", "item", "member", "a", "p", "l", "k", "e", "s")}
+    names = ("at", "target", "role", "item", "member", "a", "p", "l", "k", "e", "s", "q", "pair", "y", "r", "v")
+    columns: dict[str, list[Any]] = {n: [] for n in names}
 
     def supervise(at: Sequence[int], targets: Sequence[int], role: int, item: int, member: int, **values: Any) -> None:
         n = len(targets)
-        for name, value in {"role": role, "item": item, "member": member, **values}.items():
+        for name, value in {**blank, "role": role, "item": item, "member": member, **values}.items():
             columns[name] += value if isinstance(value, list) else [value] * n
         columns["at"] += at
         columns["target"] += targets
 
-    blank = {"a": 0.0, "p": 0.0, "l": 0.0, "k": 0.0, "e": 0.0, "s": float("nan")}
+    blank: dict[str, Any] = {**dict.fromkeys("aplke", 0.0), **dict.fromkeys("syrv", math.nan), "q": 0, "pair": -1}
+    sequences = 0
+    outside = settings.policy.off_policy != "none" or settings.policy.loss in SEQUENCE_LOSSES
+    shown = settings.likelihood.tokens == "hint"
+    to_loss = settings.reference.into == "loss"
     for b, i in enumerate(which):
         item = items[i]
         silent = without_signal(item, settings)
@@ -183,36 +271,66 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, settings
         tokens += prefix
         positions += range(len(prefix))
         prefixes.append(range(start, start + len(prefix)))
-        likelihood = weights.likelihood[i]
+        likelihood, solution = weights.likelihood[i], sequences
+        sequences += 1
         if item.hint and likelihood:
             first = start + len(item.prompt) - 1
             at = range(first, first + len(item.hint))
-            supervise(at, item.hint, HINT, b, -1, **blank | {"l": likelihood})
+            supervise(at, item.hint, HINT, b, -1, l=likelihood, q=solution)
         members.append([])
+        copies = sum(1 for _, m in kept if m.given)
         for j, m in kept:
             begin = len(tokens)
             tokens += m.tokens[:-1]
             positions += range(len(prefix), len(prefix) + len(m.tokens) - 1)
             members[-1].append(range(begin, len(tokens)))
             at = [start + len(prefix) - 1, *range(begin, len(tokens))]
+            w = weights.policy[i][j]
+            pushed = {"p": w, "pair": m.pair, "y": m.label, "q": sequences}
+            sequences += 1
             if m.role == DEMO:
-                supervise(at, m.tokens, DEMO, b, j, **blank | {"l": likelihood})
+                own = pushed | {"a": m.advantage} if outside else {}
+                q = solution if likelihood else sequences - 1
+                supervise(at, m.tokens, DEMO, b, j, **own | {"l": likelihood, "q": q})
+            elif m.role == OWN:
+                supervise(at, m.tokens, OWN, b, j, l=weights.own[i][j], q=sequences - 1)
             else:
-                w = weights.policy[i][j]
-                kl, entropy = settings.reference.kl * w, settings.policy.entropy * w
-                sampler = list(m.logps) if m.logps is not None else [float("nan")] * len(m.tokens)
-                values = {"a": m.advantage, "p": w, "k": kl, "e": entropy, "s": sampler}
-                supervise(at, m.tokens, COMPLETION, b, j, **blank | values)
+                n = m.given
+                if n and (outside or (shown and likelihood)):  # a given token has one advantage: the member's first
+                    a = m.advantage[0] if isinstance(m.advantage, list) else m.advantage
+                    push = pushed | {"a": a} if outside else {"q": sequences - 1}
+                    supervise(at[:n], m.tokens[:n], HINT, b, j, **push | {"l": likelihood / copies if shown else 0.0})
+                kl = settings.reference.kl * w if to_loss else 0.0
+                sampler = list(m.logps) if m.logps is not None else [math.nan] * (len(m.tokens) - n)
+                values = {"a": m.advantage, "k": kl, "e": settings.policy.entropy * w, "s": sampler}
+                if m.returns is not None and m.values is not None:
+                    values |= {"r": m.returns, "v": m.values}
+                supervise(at[n:], m.tokens[n:], COMPLETION, b, j, **pushed | values)
     if not columns["target"]:
         return None
     # float64: a few numbers per target token; sums of losses then hardly depend on the cut into micro-batches.
-    col = lambda name, dtype=torch.float64: torch.tensor(columns[name], dtype=dtype)  # noqa: E731
+    whole = {"at", "target", "role", "item", "member", "q", "pair"}
+    col = {n: torch.tensor(v, dtype=torch.long if n in whole else torch.float64) for n, v in columns.items()}
     return PackedBatch(
-        torch.tensor(tokens),
-        torch.tensor(positions),
-        make_layout(prefixes, members, len(tokens)),
-        *(col(n, torch.long) for n in ("at", "target", "role", "item", "member")),
-        *(col(n) for n in ("a", "p", "l", "k", "e", "s")),
+        tokens_T=torch.tensor(tokens),
+        positions_T=torch.tensor(positions),
+        layout=make_layout(prefixes, members, len(tokens)),
+        at_S=col["at"],
+        target_S=col["target"],
+        role_S=col["role"],
+        item_S=col["item"],
+        member_S=col["member"],
+        advantage_S=col["a"],
+        policy_w_S=col["p"],
+        likelihood_w_S=col["l"],
+        kl_w_S=col["k"],
+        entropy_w_S=col["e"],
+        sampler_S=col["s"],
+        sequence_S=col["q"],
+        pair_S=col["pair"],
+        label_S=col["y"],
+        return_S=col["r"],
+        value_S=col["v"],
     )
 
 

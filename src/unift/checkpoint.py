@@ -114,7 +114,7 @@ def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimiz
         with writing(f"the checkpoint of step {step}", root):
             temporary.mkdir()
             save_pretrained(policy, temporary / "model")
-            weights = {n: p.detach() for n, p in policy.model.named_parameters() if p.requires_grad}
+            weights = {n: p.detach() for n, p in policy.named_parameters()}
             torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, temporary / "state.pt")
             (temporary / "trainer.json").write_text(json.dumps(state | {"step": step}, indent=1))
             publish_folder(temporary, final)
@@ -138,7 +138,11 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
     if not (where / "state.pt").is_file():
         raise UniftError(f"{where}/state.pt is missing. Several machines need a run folder that all of them see")
     stored = torch.load(where / "state.pt", map_location=policy.device, weights_only=True)
-    own = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+    own = dict(policy.named_parameters())
+    if optimizer is None or policy.critic is None:  # a critic belongs to the phase that trained it
+        own, stored["weights"] = (
+            {n: p for n, p in some.items() if not n.startswith("critic.")} for some in (own, stored["weights"])
+        )
     if own.keys() != stored["weights"].keys():
         raise UniftError(f"{where} was saved from another model: its parameters have other names")
     with torch.no_grad():
@@ -191,6 +195,7 @@ def write_rollouts(folder: Path, step: int, weights: str, groups: list[Group], t
             "hint": hint,
             "prompt_tokens": group.prompt,
             "hint_tokens": group.hint,
+            "discarded": group.discarded,
             "samples": [_sample_record(s) for s in group.samples],
         }
         lines.append(json.dumps(record, ensure_ascii=False))
@@ -208,7 +213,13 @@ def _sample_record(s: Sample) -> dict[str, Any]:
         "finished": s.finished,
         "score": score,
         "error": s.error,
+        "given": s.given,
     }
+
+
+def _sample(s: dict[str, Any]) -> Sample:
+    score = s["score"] and Score(**s["score"])
+    return Sample(s["tokens"], s["logps"], s["finished"], s["completion"], score, s["error"], s.get("given", 0))
 
 
 def read_rollouts(folder: Path, step: int) -> tuple[str, list[Group]] | None:
@@ -220,13 +231,9 @@ def read_rollouts(folder: Path, step: int) -> tuple[str, list[Group]] | None:
     groups = []
     for line in lines:
         r = json.loads(line)
-        samples = [
-            Sample(s["tokens"], s["logps"], s["finished"], s["completion"], s["score"] and Score(**s["score"]), s["error"])
-            for s in r["samples"]
-        ]
-        groups.append(
-            Group(r["row"], r["row_id"], r["prompt_tokens"], r["hint_tokens"], r["cuts"], r["cuts_total"], samples)
-        )
+        samples = [_sample(s) for s in r["samples"]]
+        place = (r["row"], r["row_id"], r["prompt_tokens"], r["hint_tokens"], r["cuts"], r["cuts_total"])
+        groups.append(Group(*place, samples, r.get("discarded", 0)))
     return json.loads(head)["weights"], groups
 
 

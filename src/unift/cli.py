@@ -219,6 +219,14 @@ def show(
 
 
 @app.command()
+def methods() -> None:
+    """The family as a table: what each method shows, samples, credits and pushes, and what it needs."""
+    from unift.family import table
+
+    typer.echo(table())
+
+
+@app.command()
 def doctor(settings: Settings = None, config: ConfigFile = None, recipe: Recipe = None, method: Method = None) -> None:
     """Check environment, rows, reward and tokenizer before time is spent. Exit code 1 if something fails."""
     resolved = _resolve(config, recipe, method, settings)

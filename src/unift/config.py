@@ -12,159 +12,39 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from unift.settings import (
+    SEQUENCE_LOSSES,
+    Credit,
+    Data,
+    Eval,
+    Inputs,
+    Likelihood,
+    Log,
+    Lora,
+    Model,
+    Norm,
+    Phase,
+    Policy,
+    Reference,
+    Reward,
+    SampleFrom,
+    Save,
+    Section,
+    Show,
+    Train,
+)
 from unift.types import ConfigError
 
-Norm = Literal[
-    "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "microbatch_token_mean"
-]
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Show(Section):
-    """How much of the solution is revealed before the model speaks."""
-
-    schedule: Literal["none", "all", "cosine", "constant", "uniform", "staircase"] = "none"
-    high: float = Field(default=0.95, ge=0, le=1, description="p at the first step (cosine), or p throughout (constant)")
-    low: float = Field(default=0.05, ge=0, le=1, description="p at the last hinted step (cosine)")
-    until: float = Field(default=0.6, ge=0, le=1, description="share of the steps with hints (cosine, staircase); then none")
-    draw: Literal["binomial", "rounded"] = Field(default="binomial", description="k ~ Binomial(cuts, p), or k = round(cuts * p)")
-    cuts: int = Field(default=5, ge=1, description="the solution is cut into at most this many pieces")
-
-
-class SampleFrom(Section):
-    """How many completions of each prompt+hint the policy samples."""
-
-    completions: int = Field(default=8, ge=0, description="G; 0 = none (supervised)")
-    temperature: float = Field(default=1.0, gt=0, description="divides the logits when sampling and in every log-prob")
-    max_tokens: int = Field(default=64, ge=1, description="length limit of a completion, tokens")
-
-
-class Credit(Section):
-    """What each completion is worth: scores of a group -> advantages."""
-
-    baseline: Literal["group_mean", "leave_one_out", "none"] = "group_mean"
-    scale: Literal["sample_std", "population_std", "none"] = "sample_std"
-    epsilon: float = Field(default=1e-6, ge=0)
-
-
-class Policy(Section):
-    """How the completions push their log-probs."""
-
-    loss: Literal["clip", "reinforce"] = "clip"
-    low: float = Field(default=0.2, ge=0, description="ratio is clipped below 1 - low")
-    high: float = Field(default=0.2, ge=0, description="ratio is clipped above 1 + high")
-    dual_clip: float | None = Field(default=None, gt=1, description="cap of the ratio where the advantage is negative")
-    norm: Norm = "token_mean"
-    entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus on completions")
-
-
-class Likelihood(Section):
-    """How the solution's tokens push their log-probs."""
-
-    tokens: Literal["none", "hint", "demo"] = Field(default="none", description="the revealed steps, or the whole solution + EOS")
-    rule: Literal["nll"] = "nll"
-    weight: float = Field(default=0.0, ge=0)
-    norm: Norm = "token_mean"
-
-
-class Reference(Section):
-    """The pull towards the model that the phase began with, on completions only."""
-
-    kl: float = Field(default=0.0, ge=0)
-    estimator: Literal["k2", "k3"] = "k3"
-
-
-class Train(Section):
-    steps: int = Field(default=500, ge=1)
-    prompts: int = Field(default=32, ge=1, description="prompts a step (rows, not completions)")
-    updates: int = Field(default=1, ge=1, description="optimizer updates a step; must divide prompts")
-    lr: float = Field(default=1e-6, gt=0)
-    decay: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip_norm: float | None = Field(default=1.0, gt=0, description="of the whole gradient; null = no clipping")
-    token_budget: int = Field(default=16384, ge=1, description="padded tokens of one forward; changes memory, not the update")
-    micro_prompts: int | None = Field(default=None, ge=1, description="prompts of a micro-batch (microbatch_token_mean only)")
-
-
-class Phase(Section):
-    """One stretch of a run with its own method (SFT, then RFT). The optimizer and the KL reference start anew."""
-
-    method: str
-    share: float = Field(gt=0, le=1, description="of train.steps")
-    show: Show = Show()
-    sample: SampleFrom = SampleFrom()
-    credit: Credit = Credit()
-    policy: Policy = Policy()
-    likelihood: Likelihood = Likelihood()
-    reference: Reference = Reference()
-    train: Train = Train()
-
-
-class Lora(Section):
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)
-    targets: str | list[str] = "all-linear"
-
-
-class Model(Section):
-    path: str = Field(default="embedded:lock", description="folder, or embedded:NAME for a base inside the package")
-    gguf: str | None = Field(default=None, description="GGUF file inside the folder")
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    device: str = "auto"
-    forward: Literal["auto", "shared", "plain"] = Field(default="auto", description="shared prefixes, or the model's own forward")
-    lora: Lora | None = None
-
-
-class Data(Section):
-    task: str | None = Field(default=None, description="built-in generator: countdown, knights, lock")
-    options: dict[str, Any] = Field(default_factory=dict, description="of the generator")
-    train: str | None = Field(default=None, description="file of rows, or hf:owner/name")
-    test: str | None = None
-    format: str = "auto"
-    train_rows: int | None = Field(default=None, ge=1)
-    test_rows: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, description="of the generator and of the split; apart from the run's seed")
-    max_prompt: int = Field(default=2048, ge=1, description="tokens of prompt + whole solution; a longer row is an error")
-
-
-class Reward(Section):
-    function: str = Field(default="auto", description="auto (the row's task), a task's name, module:function or file.py:function")
-    format_score: float = Field(default=0.0, lt=1, description="for a parsable wrong answer")
-    rule: Literal["unift", "paper"] = "unift"
-    workers: int = Field(default=1, ge=1)
-    timeout: float = Field(default=5.0, gt=0, description="seconds for one completion")
-    error_rate: float = Field(default=0.1, ge=0, le=1, description="of failed scores above which the run stops")
-    memory_mb: int | None = Field(default=None, ge=1)
-
-
-class Eval(Section):
-    every: int = Field(default=50, ge=0, description="steps; 0 = only at the end")
-    rows: int | None = Field(default=None, ge=1, description="first so many rows of the test split")
-    samples: int = Field(default=0, ge=0, description="sampled completions a row for pass@k at the end; 0 = greedy only")
-    max_tokens: int | None = Field(default=None, ge=1, description="default: sample.max_tokens")
-
-
-class Save(Section):
-    every: int = Field(default=50, ge=0, description="steps between checkpoints; 0 = only at the end")
-    keep: int = Field(default=2, ge=1, description="last so many are kept, and the best")
-    rollouts: bool = True
-
-
-class Log(Section):
-    gradients_every: int = Field(default=10, ge=0, description="steps between measurements of both streams' gradients; 0 = never")
-    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field(default_factory=list, description="through accelerate")
+__all__ = [
+    "Config", "Credit", "Inputs", "Likelihood", "Lora", "Model", "Norm", "Phase", "Policy", "Show", "Train", "check",
+    "config_hash", "differences", "numeric_settings", "parse_overrides", "plan", "preset_names", "preset_text", "read_yaml",
+    "recipe_names", "recipe_text", "resolve", "to_yaml", "validate",
+]  # fmt: skip
 
 
 class Config(Section):
@@ -182,6 +62,7 @@ class Config(Section):
     policy: Policy = Policy()
     likelihood: Likelihood = Likelihood()
     reference: Reference = Reference()
+    inputs: Inputs = Inputs()
     train: Train = Train()
     phases: list[Phase] = Field(default_factory=list)
     eval: Eval = Eval()
@@ -189,7 +70,7 @@ class Config(Section):
     log: Log = Log()
 
 
-METHOD_SECTIONS = ("show", "sample", "credit", "policy", "likelihood", "reference", "train")
+METHOD_SECTIONS = ("show", "sample", "credit", "policy", "likelihood", "reference", "inputs", "train")
 # A continued run may change these: they do not touch the numbers.
 FREE_KEYS = ("run", "save", "log", "baselines", "reward.workers", "reward.timeout", "reward.error_rate", "threads")
 
@@ -374,16 +255,20 @@ def check(config: Config) -> None:
                     f"train.micro_prompts={train.micro_prompts} does not divide the "
                     f"{train.prompts // train.updates} prompts of an update"
                 )
-        if sample.completions == 1 and phase.credit.baseline != "none":
+        compared = phase.credit.baseline in ("group_mean", "leave_one_out") and phase.policy.loss not in ("none", *SEQUENCE_LOSSES)
+        if sample.completions == 1 and compared and not sample.demonstration:
             raise ConfigError(
                 f"sample.completions=1 leaves baseline {phase.credit.baseline!r} nothing to compare with: every "
                 "advantage would be 0. Use 2 or more, or credit.baseline=none"
             )
-        if sample.completions == 0 and (phase.likelihood.tokens == "none" or phase.likelihood.weight == 0):
+        silent = phase.likelihood.tokens == "none" or phase.likelihood.weight == 0
+        pairs = sample.rejected is not None and phase.policy.loss in SEQUENCE_LOSSES
+        if (sample.completions == 0 or phase.policy.loss == "none") and silent and not pairs:
             raise ConfigError(
-                "nothing to learn from: sample.completions=0 and no likelihood. Set likelihood.tokens and "
-                "likelihood.weight, or sample completions"
+                f"nothing to learn from: sample.completions={sample.completions}, policy.loss={phase.policy.loss} and no "
+                "likelihood. Set likelihood.tokens and likelihood.weight, or sample completions"
             )
+        _check_together(phase)
         if phase.show.low > phase.show.high:
             raise ConfigError(f"show.low={phase.show.low} is above show.high={phase.show.high}")
     for name in config.baselines:
@@ -393,6 +278,85 @@ def check(config: Config) -> None:
         raise ConfigError("data.task (generated rows) and data.train (a file) are both set; keep one")
     if not (config.data.task or config.data.train):
         raise ConfigError("no rows: set data.train=FILE, or data.task to a built-in task, or use --recipe")
+
+
+def _check_together(phase: Config | Phase) -> None:
+    """Settings of different sections that only make sense together."""
+    sample, likelihood, g = phase.sample, phase.likelihood, phase.sample.completions
+    wants = [
+        ("own" in likelihood.tokens and g == 0, f"likelihood.tokens={likelihood.tokens} needs sample.completions > 0"),
+        (likelihood.gate is not None and g == 0, "likelihood.gate needs completions, whose success rate it compares"),
+        (
+            likelihood.gate is not None and likelihood.tokens not in ("hint", "demo"),
+            f"likelihood.gate chooses groups whose hint or demo is supervised; found likelihood.tokens={likelihood.tokens}",
+        ),
+        (
+            likelihood.buffer > 0 and (likelihood.gate is None or likelihood.tokens != "demo"),
+            "likelihood.buffer holds gated rows: it needs likelihood.gate and likelihood.tokens=demo",
+        ),
+        (
+            likelihood.schedule == "hint" and phase.show.schedule not in ("cosine", "window"),
+            f"likelihood.schedule=hint follows a falling hint; found show.schedule={phase.show.schedule}. Use cosine or window",
+        ),
+        (
+            phase.policy.weight == "complement" and likelihood.weight > 1,
+            f"policy.weight=complement is 1 - likelihood.weight, which is negative at {likelihood.weight}",
+        ),
+        (
+            phase.show.members is not None and not 0 < phase.show.members <= g,
+            f"show.members={phase.show.members}, but a group has sample.completions={g}",
+        ),
+        (
+            sample.demonstration and phase.policy.off_policy == "none" and phase.policy.loss not in SEQUENCE_LOSSES,
+            "sample.demonstration=true puts the solution into the group: policy.off_policy must say how it pushes",
+        ),
+        (
+            phase.show.schedule in ("adaptive", "bisection") and g == 0,
+            f"show.schedule={phase.show.schedule} follows the success of completions; sample.completions is 0",
+        ),
+        (
+            phase.show.unit == "tokens" and phase.show.schedule == "staircase",
+            "show.schedule=staircase counts cuts: use show.unit=cuts",
+        ),
+        (
+            (phase.inputs.noise != "none" or phase.inputs.own > 0) and g > 0,
+            "inputs.noise and inputs.own perturb supervised phases only; completions are sampled from clean inputs. "
+            "Set sample.completions=0",
+        ),
+        (
+            phase.inputs.noise != "none" and phase.inputs.own > 0,
+            f"inputs.noise={phase.inputs.noise} and inputs.own={phase.inputs.own} both change the embeddings; keep one",
+        ),
+        (
+            sample.refill > 0 and (phase.policy.loss == "none" or phase.credit.baseline == "partition"),
+            "sample.refill replaces groups whose scores are all equal; here the policy stream does not look at scores",
+        ),
+        (
+            phase.policy.loss in SEQUENCE_LOSSES and phase.policy.norm != "seq_mean_token_sum",
+            f"policy.loss={phase.policy.loss} counts sequences: use policy.norm=seq_mean_token_sum",
+        ),
+        (
+            sample.rejected is not None and (phase.policy.loss not in SEQUENCE_LOSSES or not sample.demonstration),
+            "sample.rejected names what the solution is preferred to: it needs policy.loss=dpo or una and "
+            "sample.demonstration=true",
+        ),
+        (
+            phase.policy.loss in SEQUENCE_LOSSES and likelihood.tokens != "none",
+            f"policy.loss={phase.policy.loss} has the solution as a member (sample.demonstration); set likelihood.tokens=none",
+        ),
+        (
+            phase.credit.baseline == "partition" and not (sample.demonstration and sample.source == "reference" and g > 0),
+            "credit.baseline=partition sets the solution against completions of the reference: it needs "
+            "sample.demonstration=true, sample.source=reference and completions",
+        ),
+        (
+            phase.credit.baseline == "partition" and sample.temperature != 1,
+            "credit.baseline=partition divides by the reference's own probability of a completion: sample.temperature must be 1",
+        ),
+    ]
+    for wrong, text in wants:
+        if wrong:
+            raise ConfigError(text)
 
 
 def plan(config: Config) -> list[tuple[int, int, Config | Phase]]:

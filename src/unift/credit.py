@@ -1,4 +1,5 @@
-"""What each completion of a group is worth: scores -> advantages. Statistics never leave the group."""
+"""What each completion of a group is worth: scores -> advantages. Statistics of the group only; credit that spreads over
+tokens (a critic, a KL in the reward, whitening over a batch) is in ``returns.py``."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from unift.config import Credit
+    from unift.config import Config, Credit, Phase
+    from unift.types import Group
 
 
 def advantages(scores_G: list[float], credit: Credit) -> list[float]:
@@ -15,21 +17,48 @@ def advantages(scores_G: list[float], credit: Credit) -> list[float]:
 
     group_mean:    A_i = r_i - mean(r)                      (Dr.GRPO, arXiv 2503.20783; GRPO before scaling)
     leave_one_out: A_i = r_i - mean_{j != i}(r_j)           (RLOO, arXiv 2402.14740)
-    scale: divided by (std(r) + epsilon), sample (n-1) or population std (GRPO, arXiv 2402.03300).
+    sign:          A_i = 1 for a right completion, -1 for a wrong one (SRFT, arXiv 2506.19767)
+    scale: divided by (std(r) + epsilon), sample (n-1) or population std (GRPO, arXiv 2402.03300); none with sign.
+    positive: factor of the positive ones, last.
 
-    A group whose scores are all equal has exactly zero advantage: decided by equality, not by a small std.
+    With group_mean and leave_one_out, a group whose scores are all equal has exactly zero advantage: decided by
+    equality, not by a small std.
     """
     r = np.asarray(scores_G, dtype=np.float64)
     if r.size == 0:
         return []
-    if credit.baseline != "none" and (r == r[0]).all():
+    if credit.baseline in ("group_mean", "leave_one_out") and (r == r[0]).all():
         return [0.0] * r.size
     if credit.baseline == "group_mean":
         a = r - r.mean()
     elif credit.baseline == "leave_one_out":
         a = (r - r.mean()) * r.size / (r.size - 1)
+    elif credit.baseline == "sign":
+        a = np.where(r >= 1, 1.0, -1.0)
     else:
         a = r.copy()
-    if credit.scale != "none" and r.size > 1:
+    if credit.scale != "none" and credit.baseline != "sign" and r.size > 1:
         a /= r.std(ddof=1 if credit.scale == "sample_std" else 0) + credit.epsilon
+    if credit.positive != 1:
+        a = np.where(a > 0, credit.positive * a, a)
     return a.tolist()
+
+
+def overlong(length: int, max_tokens: int, buffer: int) -> float:
+    """DAPO's soft penalty (arXiv 2503.14476, eq. 13): 0 up to max_tokens - buffer, then linearly to -1 at max_tokens."""
+    return -max(0.0, (length - (max_tokens - buffer)) / buffer) if buffer else 0.0
+
+
+def shaped_scores(group: Group, settings: Config | Phase) -> list[float]:
+    """What the samples are worth before any baseline: the verifier's score and the penalty on length."""
+    return [
+        s.score.value + overlong(s.sampled, settings.sample.max_tokens, settings.credit.overlong)
+        for s in group.samples
+        if s.score is not None
+    ]
+
+
+def group_advantages(group: Group, settings: Config | Phase) -> list[float]:
+    """Advantages of a group's samples, then of the demonstration where it is a member (score 1)."""
+    as_member = [1.0] if settings.sample.demonstration else []
+    return advantages([*shaped_scores(group, settings), *as_member], settings.credit)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from unift import needs
 from unift.config import Config
-from unift.encode import Encoded, encode_rows
+from unift.encode import Encoded, encode_row, encode_rows
 from unift.types import DataError, Row
 
 
@@ -38,9 +40,7 @@ def load(config: Config) -> Dataset:
         from unift.data import overlap, read_rows
 
         assert data.train is not None
-        needs_steps = any(
-            s.show.schedule != "none" or s.likelihood.tokens != "none" for s in (config, *config.phases)
-        )
+        needs_steps = any(needs.solutions(s) for s in (config, *config.phases))
         train = read_rows(data.train, format=data.format, limit=data.train_rows, need_steps=needs_steps)
         graded = [s.show.schedule for s in (config, *config.phases) if s.show.schedule not in ("none", "all")]
         if graded and all(len(row.steps) == 1 for row in train):
@@ -93,3 +93,26 @@ def check_positions(config: Config, train: list[Encoded], test: list[Encoded]) -
                     f"({most}) take more than the {positions} positions of the model. Lower sample.max_tokens to "
                     f"{max(positions - len(e.prompt) - hint, 0)} or less, or drop the row"
                 )
+
+
+def encode_column(tokenizer: Any, rows: Sequence[Row], columns: Iterable[str], limit: int) -> list[list[int] | None]:
+    """Tokens of an answer that stands in a column of its own (+ EOS), per row; None where the row has none.
+
+    It is tokenised with the prompt, as the solution is. DataError for anything but a text.
+    """
+    names = list(columns)
+    if not names:
+        return [None] * len(rows)
+    if len(names) > 1:
+        raise DataError(f"sample.rejected names several columns over the phases: {', '.join(sorted(names))}; use one")
+    out: list[list[int] | None] = []
+    for number, row in enumerate(rows, start=1):
+        text = row.extra.get(names[0])
+        if text is not None and (not isinstance(text, str) or not text):
+            raise DataError(f"row {number} (id {row.id}), column {names[0]!r}: expected a text or nothing, found {text!r}")
+        other = None if text is None else replace(row, steps=(), ending=text)
+        out.append(None if other is None else encode_row(tokenizer, other, limit, number).solution)
+    if all(tokens is None for tokens in out):
+        known = sorted({name for row in rows for name in row.extra})
+        raise DataError(f"no row has a column {names[0]!r} (sample.rejected). Columns: {', '.join(known) or 'none'}")
+    return out

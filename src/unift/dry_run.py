@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from unift import config as configuration
-from unift import hints
+from unift import hints, needs
 from unift.config import Config
 from unift.policy import locate
 
@@ -47,7 +47,8 @@ def _memory(config: Config) -> str:
         parameters += vocab * width
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[config.model.dtype]
     trained = parameters * size * 4 if config.model.lora is None else parameters * size
-    reference = parameters * size if config.reference.kl and config.model.lora is None else 0
+    copied = any(needs.reference(s) for _, _, s in configuration.plan(config))
+    reference = parameters * size if copied and config.model.lora is None else 0
     activations = config.train.token_budget * layers * (10 * width + 3 * inner) * size
     gib = 2**30
     return (
@@ -64,5 +65,8 @@ def _schedule(config: Config) -> list[str]:
         marks = sorted({0, n // 10, n // 5, n // 4, n // 2, 3 * n // 5, 3 * n // 4, n - 1})
         for step in marks:
             share = hints.expected_share(s.show, step, n)
+            if share != share:
+                lines.append(f"  step {start + step + 1:>6} depends on each row's success")
+                continue
             lines.append(f"  step {start + step + 1:>6} {'#' * round(30 * share):<30} {100 * share:5.1f} %")
     return lines

@@ -34,6 +34,11 @@ class Encoded:
         """The first sep[k] steps as token ids (hints.separators)."""
         return self.solution[: self.step_ends[hints.separators(self.n_steps, cuts)[cuts_shown]]]
 
+    @property
+    def steps_tokens(self) -> int:
+        """Tokens of all steps: the longest hint."""
+        return self.step_ends[-1]
+
 
 def prompt_text(tokenizer: Any, row: Row) -> tuple[str, str]:
     """(prompt without trailing spaces, those spaces). Chat messages go through the tokenizer's own template."""

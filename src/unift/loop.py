@@ -8,7 +8,6 @@ state and a step number, and nothing else. Groups that were sampled and scored a
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -18,17 +17,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from unift import checkpoint, credit, dataset, evaluate, hints, processes, rng, update
+from unift import assign, checkpoint, critic, dataset, evaluate, hints, needs, processes, sampling, schedule, update
 from unift import config as configuration
 from unift import policy as policies
-from unift.batch import PackedBatch, items_of
+from unift.batch import DEMO, Item, Member
 from unift.config import Config, Phase
 from unift.encode import Encoded
-from unift.engines.native import Request
+from unift.memory import Memory
 from unift.policy import Policy
-from unift.rewards import Scorer, count_outcomes, score_groups
+from unift.reference import Reference
+from unift.rewards import Scorer, count_outcomes
 from unift.run import check_trackers, claim, open_run, trackers, write_result
 from unift.types import Group, Row, UniftError
 
@@ -99,7 +98,10 @@ class Run:
         self.counters = {"tokens_sampled": 0, "tokens_trained": 0, "seconds": 0.0, "best": -1.0, "best_step": 0, "seen": 0}
         self.scored = dict.fromkeys(scorer.counts, 0)  # outcomes of training completions
         self.judged = dict.fromkeys(scorer.counts, 0)  # outcomes in evaluations
+        columns = {s.sample.rejected for _, _, s in self.spans if s.sample.rejected}
+        self.rejected = dataset.encode_column(policy.tokenizer, data.train, columns, config.data.max_prompt)
         self.metrics_file = folder / "metrics.jsonl"
+        self.memory = Memory()
 
     # ------------------------------------------------------------------------------------------ the whole run
 
@@ -110,8 +112,10 @@ class Run:
         for start, stop, settings in self.spans:
             if stop <= done:
                 continue
+            self.policy.critic = critic.new_critic(self.policy) if needs.critic(settings) else None
             optimizer = update.make_optimizer(self.policy, settings.train)
             reference = self._reference(start, settings)
+            self.memory = Memory()
             if done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
                 self._restore(done, optimizer if done > start else None)
             for step in range(max(start, done), stop):
@@ -181,20 +185,27 @@ class Run:
         stop: int,
         settings: Config | Phase,
         optimizer: torch.optim.Optimizer,
-        reference: Callable[[PackedBatch], Tensor] | None,
+        reference: Reference | None,
     ) -> dict[str, Any]:
         """Everything between two optimizer states. ``step`` counts from 0 over the run, schedules from ``start``."""
         clock = Clock()
-        groups = self._groups(step, start, stop, settings, clock)
+        groups = self._groups(step, start, stop, settings, clock, reference)
         for name, n in count_outcomes(groups).items():
             self.scored[name] += n
-        scores = [[s.score.value for s in g.samples if s.score is not None] for g in groups]
-        advantages = [credit.advantages(r, settings.credit) for r in scores]
-        demos = [self.encoded[g.row].solution for g in groups] if settings.likelihood.tokens == "demo" else None
         for group in groups:  # a sample whose scorer failed takes no part
             group.samples = [s for s in group.samples if s.score is not None]
-        items = items_of(groups, advantages, demos)
+        scores = [[s.score.value for s in g.samples if s.score is not None] for g in groups]
+        settings = schedule.at(settings, step - start, stop - start, groups)
+        place = (self.config.seed, step)
+        items = assign.items(groups, self.encoded, self.rejected, settings, self.policy, reference, self.memory, place)
         updates = update.prepare(self.policy, items, settings, reference)
+        waited = self.memory.collect(groups, settings.likelihood)
+        if waited:  # an update of the likelihood alone
+            alone = [Item(self.encoded[r].prompt, [], [Member(self.encoded[r].solution, DEMO)]) for r in waited]
+            updates += update.prepare(self.policy, alone, schedule.one_update(settings), reference)
+        own_length = settings.show.schedule in ("adaptive", "bisection")
+        shown = self.memory.mean_share(groups, settings.show) if own_length else None
+        self.memory.see(groups, settings.show)
         clock.lap("reference")
         lr = update.learning_rate(settings.train, step - start, stop - start)
         every = self.config.log.gradients_every
@@ -208,14 +219,14 @@ class Run:
         metrics: dict[str, Any] = {k: float(np.mean([p[k] for p in parts if k in p])) for k in parts[0]}
         for name in ("tokens/forwarded", "tokens/supervised"):
             metrics[name] = sum(p[name] for p in parts)
-        sampled = sum(len(s.tokens) for g in groups for s in g.samples)
+        sampled = sum(s.sampled for g in groups for s in g.samples) + sum(g.discarded for g in groups)
         plain = sum(len(i.prompt + i.hint) * max(len(i.members), 1) + sum(len(m.tokens) for m in i.members) for i in items)
         self.counters["tokens_sampled"] += sampled
         self.counters["tokens_trained"] += int(metrics["tokens/supervised"])
         self.counters["seen"] += sum(r >= 1 for group in scores for r in group)
         metrics |= group_metrics(groups, scores, settings)
         metrics |= {
-            "hint/prob": hints.probability(settings.show, step - start, stop - start),
+            "hint/prob": hints.probability(settings.show, step - start, stop - start) if shown is None else shown,
             "tokens/sampled": self.counters["tokens_sampled"],
             "tokens/trained": self.counters["tokens_trained"],
             "tokens/shared_ratio": 1 - metrics["tokens/forwarded"] / max(plain, 1),
@@ -227,11 +238,10 @@ class Run:
             metrics |= {f"reward/{k}": v for k, v in self.scored.items() if k != "total"}
         return metrics
 
-    def _groups(self, step: int, start: int, stop: int, settings: Config | Phase, clock: Clock) -> list[Group]:
-        """The step's groups with scores: from disk if these very weights sampled them before a kill, else sampled now.
-
-        Every process draws all rows and hints, samples and scores its share of the groups, and gets those of the others.
-        """
+    def _groups(
+        self, step: int, start: int, stop: int, settings: Config | Phase, clock: Clock, reference: Reference | None = None
+    ) -> list[Group]:
+        """The step's groups with scores: from disk if these very weights sampled them before a kill, else sampled now."""
         seed, n = self.config.seed, settings.train.prompts
         keep = self.config.save.rollouts and settings.sample.completions > 0
         weights = ""
@@ -240,31 +250,23 @@ class Run:
             if stored is not None:
                 clock.lap("generate")
                 return stored
-        groups = []
-        for index in hints.rows_of_step(seed, step, n, len(self.encoded)):
-            row, e = self.data.train[index], self.encoded[index]
-            k = hints.draw(settings.show, seed, step - start, stop - start, row.id, e.n_steps)
-            shown = e.hint(k, settings.show.cuts)
-            groups.append(Group(index, row.id, e.prompt, shown, k, min(settings.show.cuts, e.n_steps)))
+        here = (settings, seed, step, (start, stop - start), clock)
+        groups = self._sampled(hints.rows_of_step(seed, step, n, len(self.encoded)), 0, *here, reference)
         if settings.sample.completions == 0:
             return groups
-        own = processes.share(len(groups))
-        shape = (settings.sample.completions, settings.sample.max_tokens)
-        # The position in the batch is part of the address: a small data set may bring a row twice in one step.
-        requests = [
-            Request(groups[i].prompt + groups[i].hint, rng.uniforms("sample", seed, step, i, groups[i].row_id, shape=shape))
-            for i in own
-        ]
-        sampled = evaluate.complete(self.policy, requests, settings.sample.max_tokens, settings.sample.temperature)
-        for i, samples in zip(own, sampled, strict=True):
-            groups[i].samples = samples
-        clock.lap("generate")
+        for attempt in range(1, settings.sample.refill + 1):
+            silent = [i for i, g in enumerate(groups) if sampling.without_signal(g)]
+            if not silent:
+                break
+            others = hints.refill_rows(seed, step, attempt, len(silent), len(self.encoded))
+            for i, fresh in zip(silent, self._sampled(others, attempt, *here, reference), strict=True):
+                spent = groups[i].discarded
+                if sampling.without_signal(fresh):
+                    groups[i].discarded = spent + sum(s.sampled for s in fresh.samples)
+                else:
+                    fresh.discarded = spent + sum(s.sampled for s in groups[i].samples)
+                    groups[i] = fresh
         hint_texts = self.policy.tokenizer.batch_decode([g.hint for g in groups], skip_special_tokens=True)
-        score_groups(self.scorer, self.data.train, [groups[i] for i in own], [hint_texts[i] for i in own])
-        clock.lap("score")
-        if processes.size() > 1:
-            groups = processes.interleave(processes.gather("the groups of a step", [groups[i] for i in own]))
-            clock.lap("wait")
         if keep and processes.first():
             prompts = self.policy.tokenizer.batch_decode([g.prompt for g in groups], skip_special_tokens=True)
             texts = list(zip(prompts, hint_texts, strict=True))
@@ -279,23 +281,44 @@ class Run:
         weights, stored = checkpoint.fingerprint(self.policy), checkpoint.read_rollouts(self.folder, step)
         return weights, stored[1] if stored is not None and stored[0] == weights else None
 
-    def _reference(self, start: int, settings: Config | Phase) -> Callable[[PackedBatch], Tensor] | None:
-        """Log-probs under the weights that the phase began with; with LoRA, the adapters switched off."""
-        if settings.reference.kl == 0:
+    def _sampled(
+        self,
+        rows: Sequence[int],
+        attempt: int,
+        settings: Config | Phase,
+        seed: int,
+        step: int,
+        phase: tuple[int, int],
+        clock: Clock,
+        reference: Reference | None,
+    ) -> list[Group]:
+        """Groups of these rows with completions and scores.
+
+        Every process draws all rows and hints, samples and scores its share of the groups, and gets those of the others.
+        """
+        groups = sampling.begin(rows, self.data.train, self.encoded, settings, self.memory, seed, step, phase)
+        if settings.sample.completions == 0:
+            return groups
+        places = processes.share(len(groups))
+        own = [groups[i] for i in places]
+        if settings.sample.source == "reference":
+            assert reference is not None
+            with reference.policy() as frozen:
+                sampling.complete(frozen, own, places, settings, seed, step, attempt)
+        else:
+            sampling.complete(self.policy, own, places, settings, seed, step, attempt)
+        clock.lap("generate")
+        sampling.score(self.scorer, self.data.train, own, settings, self.policy)
+        clock.lap("score")
+        if processes.size() > 1:
+            groups = processes.interleave(processes.gather("the groups of a step", own))
+            clock.lap("wait")
+        return groups
+
+    def _reference(self, start: int, settings: Config | Phase) -> Reference | None:
+        if not needs.reference(settings):
             return None
-        t = settings.sample.temperature
-        if self.policy.lora and start == 0:
-
-            def without_adapters(batch: PackedBatch) -> Tensor:
-                with self.policy.model.disable_adapter():  # type: ignore[operator]
-                    return policies.logprobs(self.policy, batch, t)[0]
-
-            return without_adapters
-        frozen = Policy(copy.deepcopy(self.policy.model), None, self.policy.device, self.policy.lora)
-        if start > 0:
-            checkpoint.restore(self.folder, start, frozen, None)
-        frozen.model.requires_grad_(False)
-        return lambda batch: policies.logprobs(frozen, batch, t)[0]
+        return Reference(self.policy, self.folder, start, settings.sample.temperature)
 
     def _due(self, every: int, finished: int, stop: int) -> bool:
         return finished == stop or (every > 0 and finished % every == 0)
@@ -332,6 +355,8 @@ class Run:
         self.scored |= stored["scorer"]["train"]
         self.judged |= stored["scorer"]["eval"]
         recent = stored["scorer"]["recent"]
+        if optimizer is not None:  # a phase begins without memory of its rows
+            self.memory = Memory.load(stored.get("memory"))
         self.scorer.recall([recent[i] for i in processes.share(len(recent))])
 
     def _save(self, finished: int, optimizer: torch.optim.Optimizer) -> None:
@@ -344,6 +369,7 @@ class Run:
         state = {
             "counters": self.counters,
             "scorer": {"train": self.scored, "eval": self.judged, "recent": recent},
+            "memory": self.memory.dump(),
             "data": self.data.fingerprint,
             "config": configuration.config_hash(self.config),
             "seed": self.config.seed,
@@ -397,7 +423,8 @@ def group_metrics(groups: Sequence[Group], scores: Sequence[Sequence[float]], se
     }
     by_hint: dict[int, list[float]] = {}
     for group, values in zip(groups, scores, strict=True):
-        by_hint.setdefault(group.cuts, []).extend(values)
+        if settings.show.unit == "cuts":
+            by_hint.setdefault(group.cuts, []).extend(values)
     return metrics | {f"reward/by_hint/{k}": float(np.mean(v)) for k, v in sorted(by_hint.items()) if v}
 
 

@@ -1,7 +1,8 @@
-"""The one loss, token by token. Everything here is elementwise on the chosen tokens' log-probs ``l``.
+"""The one loss, token by token. Everything here is elementwise on the chosen tokens' log-probs ``l``, or couples the
+tokens of one sequence, or the sequences of one group; never more.
 
     L = - sum_t wp_t * surrogate(l_t) + sum_t wk_t * kl(l_t, l_ref_t) - sum_t we_t * H_t      (policy stream)
-        - sum_t wl_t * l_t                                                                    (likelihood stream)
+        - sum_t wl_t * g(l_t)                                                                 (likelihood stream)
 
 The weights w carry coefficient / Z with Z counted once over the whole optimizer batch, so micro-batches simply add up
 (DESIGN section 1; UFT eq. 3.3). ``e_t = -dL/dl_t`` is the effective weight that the tests compare with closed forms.
@@ -14,9 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from unift import likelihood as rules
+from unift.settings import SEQUENCE_LOSSES, Likelihood
+
 if TYPE_CHECKING:
     from unift.batch import PackedBatch
     from unift.config import Policy
+
+COMPLETION = 1
 
 
 def clipped_surrogate(l_S: Tensor, old_S: Tensor, a_S: Tensor, low: float, high: float, dual: float | None) -> Tensor:
@@ -25,7 +31,10 @@ def clipped_surrogate(l_S: Tensor, old_S: Tensor, a_S: Tensor, low: float, high:
     ``dual`` = c bounds the surrogate from below by c*A where A < 0 (dual clip, arXiv 1912.09729).
     Gradient at rho = 1 is A; 0 where the clip is active.
     """
-    ratio_S = torch.exp(l_S - old_S)
+    return _clip(torch.exp(l_S - old_S), a_S, low, high, dual)
+
+
+def _clip(ratio_S: Tensor, a_S: Tensor, low: float, high: float, dual: float | None) -> Tensor:
     surrogate_S = torch.minimum(ratio_S * a_S, ratio_S.clamp(1 - low, 1 + high) * a_S)
     if dual is not None:
         surrogate_S = torch.where(a_S < 0, torch.maximum(surrogate_S, dual * a_S), surrogate_S)
@@ -35,6 +44,22 @@ def clipped_surrogate(l_S: Tensor, old_S: Tensor, a_S: Tensor, low: float, high:
 def reinforce(l_S: Tensor, a_S: Tensor) -> Tensor:
     """A * l: the score-function estimator without a ratio (Williams 1992)."""
     return a_S * l_S
+
+
+def clipped_importance(l_S: Tensor, old_S: Tensor, a_S: Tensor, low: float, high: float) -> Tensor:
+    """CISPO (arXiv 2506.13585): sg(clip(rho, 1-low, 1+high)) A l. Every token keeps a gradient; e = clip(rho) A."""
+    return torch.exp(l_S - old_S).clamp(1 - low, 1 + high).detach() * a_S * l_S
+
+
+def sequence_ratio(
+    l_S: Tensor, old_S: Tensor, a_S: Tensor, sequence_S: Tensor, own_S: Tensor, low: float, high: float, dual: float | None
+) -> Tensor:
+    """GSPO (arXiv 2507.18071, eq. 5 and the token variant): s = exp(mean_t(l - old)) over the completion's own tokens,
+    clipped as a whole; each token has the value of s and its own share of the gradient. e = s A where not clipped."""
+    d_S = torch.where(own_S, l_S - old_S, 0.0)
+    count = rules.sequence_sum(own_S.to(d_S.dtype), sequence_S).clamp(min=1)
+    s_S = (rules.sequence_sum(d_S.detach(), sequence_S) / count)[sequence_S].exp()
+    return _clip(s_S * torch.exp(l_S - l_S.detach()), a_S, low, high, dual)
 
 
 def kl_penalty(l_S: Tensor, ref_S: Tensor, estimator: str) -> Tensor:
@@ -47,21 +72,84 @@ def kl_penalty(l_S: Tensor, ref_S: Tensor, estimator: str) -> Tensor:
     return d_S.square() / 2 if estimator == "k2" else torch.exp(d_S) - d_S - 1
 
 
-def losses(l_S: Tensor, entropy_S: Tensor | None, batch: PackedBatch, policy: Policy, estimator: str) -> dict[str, Tensor]:
+def most_uncertain(entropy_S: Tensor, sequence_S: Tensor, share: float) -> Tensor:
+    """True at the ``share`` of each sequence's tokens with the highest entropy (at least one; ties: the earlier token).
+
+    Prefix-RFT (arXiv 2507.01679). Counted per sequence: its code ranks a whole micro-batch, which depends on the cut.
+    """
+    keep_S = torch.zeros_like(sequence_S, dtype=torch.bool)
+    for number in range(int(sequence_S.max()) + 1 if len(sequence_S) else 0):
+        at = torch.nonzero(sequence_S == number)[:, 0]
+        if not len(at):
+            continue
+        n = max(1, round(share * len(at)))
+        keep_S[at[torch.argsort(entropy_S[at], descending=True, stable=True)[:n]]] = True
+    return keep_S
+
+
+def off_policy_surrogate(l_S: Tensor, old_S: Tensor, a_S: Tensor, policy: Policy) -> Tensor:
+    """Tokens of the solution that stand in a group and share its advantage.
+
+    reinforce: A l (discriminative fine-tuning). ratio: as if sampled, rho from the start of the step (Prefix-RFT).
+    shaped: A pi / (pi + gamma) (LUFFY). probability: A pi, the ratio to an expert whose density is taken as 1 (SRFT).
+    """
+    if policy.off_policy == "shaped":
+        return a_S * rules.shaped(l_S, policy.threshold)
+    if policy.off_policy == "reinforce":
+        return reinforce(l_S, a_S)
+    if policy.off_policy == "probability":
+        return a_S * l_S.exp()
+    return clipped_surrogate(l_S, old_S, a_S, policy.low, policy.high, policy.dual_clip)
+
+
+def surrogate(l_S: Tensor, old_S: Tensor, entropy_S: Tensor | None, batch: PackedBatch, policy: Policy) -> Tensor:
+    """What every token's policy weight multiplies."""
+    a_S, own_S = batch.advantage_S, batch.role_S == COMPLETION
+    if policy.loss == "reinforce":
+        out_S = reinforce(l_S, a_S)
+    elif policy.loss == "cispo":
+        out_S = clipped_importance(l_S, old_S, a_S, policy.low, policy.high)
+    elif policy.loss == "gspo":
+        out_S = sequence_ratio(l_S, old_S, a_S, batch.sequence_S, own_S, policy.low, policy.high, policy.dual_clip)
+    else:
+        out_S = clipped_surrogate(l_S, old_S, a_S, policy.low, policy.high, policy.dual_clip)
+    if policy.off_policy == "none":
+        return out_S
+    off_S = ~own_S & (batch.policy_w_S != 0)
+    other_S = off_policy_surrogate(l_S, old_S, a_S, policy)
+    if policy.off_policy_top < 1:
+        if entropy_S is None:
+            raise ValueError("policy.off_policy_top needs the entropies")
+        keep_S = off_S.clone()
+        keep_S[off_S] = most_uncertain(entropy_S.detach()[off_S], batch.sequence_S[off_S], policy.off_policy_top)
+        other_S = torch.where(keep_S, other_S, 0.0)
+    return torch.where(off_S, other_S, out_S)
+
+
+def losses(
+    l_S: Tensor,
+    entropy_S: Tensor | None,
+    batch: PackedBatch,
+    policy: Policy,
+    estimator: str,
+    likelihood: Likelihood | None = None,
+) -> dict[str, Tensor]:
     """Scalar losses of both streams of a packed batch: ``policy`` (with ``kl`` and ``entropy`` inside) and ``likelihood``."""
     old_S = l_S.detach() if batch.old_S is None else batch.old_S
-    if policy.loss == "reinforce":
-        surrogate_S = reinforce(l_S, batch.advantage_S)
+    if policy.loss in SEQUENCE_LOSSES:
+        from unift import preference
+
+        pushed = -preference.loss(l_S, batch, policy)
     else:
-        surrogate_S = clipped_surrogate(l_S, old_S, batch.advantage_S, policy.low, policy.high, policy.dual_clip)
-    out = {
-        "policy": -(batch.policy_w_S * surrogate_S).sum(),
-        "likelihood": -(batch.likelihood_w_S * l_S).sum(),
-    }
-    if batch.ref_S is not None:
+        pushed = (batch.policy_w_S * surrogate(l_S, old_S, entropy_S, batch, policy)).sum()
+    g_S = l_S
+    if likelihood is not None and likelihood.rule != "nll":
+        g_S = rules.terms(l_S, old_S, batch.ref_S, batch.sequence_S, batch.likelihood_w_S != 0, likelihood)
+    out = {"policy": -pushed, "likelihood": -(batch.likelihood_w_S * g_S).sum()}
+    if batch.ref_S is not None and bool(batch.kl_w_S.any()):
         out["kl"] = (batch.kl_w_S * kl_penalty(l_S, batch.ref_S, estimator)).sum()
         out["policy"] = out["policy"] + out["kl"]
-    if entropy_S is not None:
+    if entropy_S is not None and policy.entropy:
         out["entropy"] = (batch.entropy_w_S * entropy_S).sum()
         out["policy"] = out["policy"] - out["entropy"]
     return out

@@ -38,6 +38,7 @@ class Policy:
     lora: bool = False
     why_plain: str = ""  # why the model takes the plain path; empty on the shared-prefix path
     cached: bool = False  # the plain sampler may use the model's own cache
+    critic: nn.Linear | None = None  # value head, while a phase with a critic runs
 
     @property
     def shared(self) -> bool:
@@ -61,13 +62,34 @@ class Policy:
     def head(self) -> nn.Linear:
         return self.base.get_output_embeddings()
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What is trained: of the model, then of the critic."""
+        own = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        return own + [(f"critic.{n}", p) for n, p in (self.critic.named_parameters() if self.critic is not None else ())]
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, layout: attention.Layout) -> Tensor:
-        """Last hidden states [T, width] of a flat row of tokens."""
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for _, p in self.named_parameters()]
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        return self.base.get_input_embeddings()
+
+    def hidden(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        layout: attention.Layout,
+        delta_TD: Tensor | None = None,
+        inputs_fixed: bool = False,
+    ) -> Tensor:
+        """Last hidden states [T, width] of a flat row of tokens. ``delta_TD`` is added to the input embeddings;
+        ``inputs_fixed``: no gradient through these."""
+        given: dict[str, Tensor] = {"input_ids": tokens_T[None]}
+        if delta_TD is not None:
+            clean_TD = self.embeddings(tokens_T)
+            given = {"inputs_embeds": ((clean_TD.detach() if inputs_fixed else clean_TD) + delta_TD)[None]}
         with attention.layout(layout):
-            out = self.trunk(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False)
+            out = self.trunk(**given, position_ids=positions_T[None], use_cache=False)
         return out.last_hidden_state[0]
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
@@ -142,14 +164,19 @@ def chunked_logprobs(
 def logprobs(policy: Policy, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(l_S, entropy_S) of a pack. Completions use logits / temperature as the sampler did; hints and demonstrations
     are scored under the untempered policy (trap 8)."""
-    from unift.batch import COMPLETION
-
-    scale_S = torch.where(batch.role_S == COMPLETION, 1.0 / temperature, 1.0)
+    scale_S = scale_of(batch, temperature)
     if not policy.shared:
         return plain.logprobs(policy.base, batch, scale_S)
-    hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
+    hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout, batch.delta_TD, batch.inputs_fixed)
     head = policy.head
     return chunked_logprobs(hidden_TD.index_select(0, batch.at_S), head.weight, head.bias, batch.target_S, scale_S)
+
+
+def scale_of(batch: PackedBatch, temperature: float) -> Tensor:
+    """Factor of the logits: 1/T at sampled tokens, 1 at tokens of the data."""
+    from unift.batch import COMPLETION
+
+    return torch.where(batch.role_S == COMPLETION, 1.0 / temperature, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------- load

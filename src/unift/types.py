@@ -70,11 +70,16 @@ class Sample:
     """One completion: token ids and their log-probs under the sampling policy, then text and score."""
 
     tokens: list[int]
-    logps: list[float]
+    logps: list[float]  # of the sampled tokens: one less than tokens for each given one
     finished: bool  # ended with EOS (kept as the last token) rather than at the length limit
     text: str = ""  # decoded without special tokens, for scorers and people only
     score: Score | None = None
     error: str = ""  # "timeout", "crash", "exception: ...", "bad value: ..." when the scorer failed
+    given: int = 0  # leading tokens that are a hint which this sample alone has seen; ``text`` leaves them out
+
+    @property
+    def sampled(self) -> int:
+        return len(self.tokens) - self.given
 
 
 @dataclass
@@ -88,3 +93,4 @@ class Group:
     cuts: int  # k: how many cuts of the solution are shown
     cuts_total: int  # min(L, number of steps)
     samples: list[Sample] = field(default_factory=list)
+    discarded: int = 0  # tokens sampled for prompts that this one replaced (dynamic sampling)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unift import objectives, processes
+from unift import critic, inputs, objectives, processes
 from unift.batch import COMPLETION, Item, PackedBatch, cut, pack, weigh
 from unift.config import Config, Phase, Train
 from unift.policy import Policy, logprobs
@@ -51,16 +51,22 @@ def prepare(
         part = items[first : first + size]
         weights = weigh(part, settings)
         own = processes.balanced_share([i.tokens_forwarded for i in part])
-        cuts = cut([part[i] for i in own], settings.train.token_budget)
-        packs = [pack(part, [own[i] for i in which], weights, settings) for which in cuts]
-        updates.append([p.to(policy.device) for p in packs if p is not None])
+        packs = []
+        for which in cut([part[i] for i in own], settings.train.token_budget):
+            items_of_pack = [own[i] for i in which]
+            packed = pack(part, items_of_pack, weights, settings)
+            if packed is not None:
+                packs.append(packed.to(policy.device))
+                if inputs.active(settings):
+                    packs[-1:] = inputs.perturbed(policy, packs[-1], [part[i] for i in items_of_pack], settings)
+        updates.append(packs)
     for number, packs in enumerate(updates):
         with torch.no_grad():
-            if number > 0:
+            if number > 0 or settings.train.epochs > 1:
                 packs[:] = [replace(p, old_S=logprobs(policy, p, settings.sample.temperature)[0].double()) for p in packs]
             if reference is not None:
                 packs[:] = reference_logprobs(reference, packs)
-    return updates
+    return updates * settings.train.epochs
 
 
 def apply(
@@ -81,13 +87,21 @@ def apply(
     streams: dict[str, list[Tensor]] = {
         name: [torch.zeros_like(p) for p in parameters] for name in (("policy", "likelihood") if measure else ())
     }
-    totals = dict.fromkeys(("policy", "likelihood", "kl"), 0.0)
+    totals = dict.fromkeys(("policy", "likelihood", "kl", "value"), 0.0)
     entropy = tokens = clipped_low = clipped_high = gap = 0.0
     worst_gap = 0.0
     for batch in packs:
-        l_S, entropy_S = logprobs(policy, batch, settings.sample.temperature)
-        with_entropy = entropy_S if settings.policy.entropy else None
-        losses = objectives.losses(l_S, with_entropy, batch, settings.policy, settings.reference.estimator)
+        if policy.critic is None:
+            l_S, entropy_S = logprobs(policy, batch, settings.sample.temperature)
+        else:
+            l_S, entropy_S, v_S = critic.logprobs_and_values(policy, batch, settings.sample.temperature)
+        with_entropy = entropy_S if settings.policy.entropy or settings.policy.off_policy_top < 1 else None
+        losses = objectives.losses(
+            l_S, with_entropy, batch, settings.policy, settings.reference.estimator, settings.likelihood
+        )
+        if policy.critic is not None:
+            losses["value"] = settings.credit.value_weight * critic.value_loss(v_S, batch, settings.credit.value_clip)
+            losses["policy"] = losses["policy"] + losses["value"]
         loss = losses["policy"] + losses["likelihood"]
         if not torch.isfinite(loss):
             _stop(f"the loss is {loss.item()}", packs, dump)
@@ -136,7 +150,7 @@ def apply(
         processes.add_up("the gradients", [p.grad for p in parameters if p.grad is not None])
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.train.clip_norm or math.inf))
     if not math.isfinite(norm):
-        bad = next(n for n, p in policy.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+        bad = next(n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
         _stop(f"the gradient of {bad} is not finite", packs, dump)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -156,8 +170,10 @@ def apply(
         metrics["sampling/sampling_logp_difference/mean"] = gap / seen
         metrics["sampling/sampling_logp_difference/max"] = worst_gap
         metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"] = clipped_low / seen, clipped_high / seen
-        if settings.reference.kl:
+        if settings.reference.kl and settings.reference.into == "loss":
             metrics["kl"] = totals["kl"] / settings.reference.kl
+    if policy.critic is not None:
+        metrics["loss/value"] = totals["value"]
     if measure:
         a, b = (torch.cat([x.flatten() for x in streams[n]]).double() for n in ("policy", "likelihood"))
         metrics["grad/policy_norm"], metrics["grad/hint_norm"] = float(a.norm()), float(b.norm())

@@ -1,0 +1,58 @@
+"""Scored groups -> items: who takes part, and what every member or token is worth. The last stop before packing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from unift import credit, critic, needs, partition, preference, returns
+from unift import policy as policies
+from unift.batch import Item, PackedBatch, items_of
+from unift.config import Config, Phase
+from unift.encode import Encoded
+from unift.memory import Memory
+from unift.policy import Policy
+from unift.settings import SEQUENCE_LOSSES
+from unift.types import Group
+
+Score = Callable[[PackedBatch], Tensor]  # log-probs of a pack
+
+
+def items(
+    groups: Sequence[Group],
+    encoded: Sequence[Encoded],
+    rejected: Sequence[list[int] | None],
+    settings: Config | Phase,
+    policy: Policy,
+    reference: Score | None,
+    memory: Memory,
+    address: tuple[object, ...],
+) -> list[Item]:
+    """``encoded`` and ``rejected``: of the rows (``group.row`` is the index). ``address``: (seed, step).
+
+    Credit that needs log-probs or values of the sampled tokens measures them here, once, over all items of the step.
+    ``memory.partition`` moves on where the method keeps one.
+    """
+    demos = [encoded[g.row].solution for g in groups] if needs.demonstrations(settings) else None
+    made = items_of(groups, [credit.group_advantages(g, settings) for g in groups], demos, settings, address)
+    if settings.policy.loss in SEQUENCE_LOSSES:
+        return preference.label(made, groups, settings, [rejected[g.row] for g in groups])
+    if not returns.active(settings):
+        return made
+
+    def logps(batch: PackedBatch) -> Tensor:
+        return policies.logprobs(policy, batch.to(policy.device), settings.sample.temperature)[0]
+
+    in_reward = settings.reference.kl != 0 and settings.reference.into == "reward"
+    compared = settings.credit.baseline == "partition" and settings.credit.score == "ratio"
+    ref = None
+    if in_reward or compared:
+        assert reference is not None
+        ref = returns.measured(lambda b: reference(b.to(policy.device)), made, settings)
+    if settings.credit.baseline == "partition":
+        return partition.spread(made, settings, returns.measured(logps, made, settings), ref, memory.partition)
+    values = None
+    if policy.critic is not None:
+        values = returns.measured(lambda b: critic.values(policy, b.to(policy.device)), made, settings)
+    return returns.spread(made, [credit.shaped_scores(g, settings) for g in groups], settings, ref, values)

@@ -1,0 +1,119 @@
+"""Credit that spreads over the tokens of a completion or over the whole batch: a KL in the reward, a critic, whitening.
+
+Group statistics are in ``credit.py``. What comes out is an advantage for each token, fixed before anything is packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unift import credit
+from unift.batch import COMPLETION, Item, PackedBatch, cut, pack, weigh
+from unift.config import Config, Phase
+
+Settings = Config | Phase
+Tokens = list[list[list[float]]]  # item, member, sampled token
+
+
+def active(settings: Settings) -> bool:
+    in_reward = settings.reference.kl != 0 and settings.reference.into == "reward"
+    return settings.sample.completions > 0 and (
+        settings.credit.whiten or settings.credit.baseline in ("critic", "partition") or in_reward
+    )
+
+
+def gae(rewards_N: Sequence[float] | np.ndarray, values_N: Sequence[float], gamma: float, lam: float) -> np.ndarray:
+    """Generalised advantages (arXiv 1506.02438, eq. 16): delta_t = r_t + gamma V_{t+1} - V_t, V = 0 after the end,
+    A_t = sum_k (gamma lam)^k delta_{t+k}. The return of a token is A_t + V_t."""
+    r, v = np.asarray(rewards_N, dtype=np.float64), np.asarray(values_N, dtype=np.float64)
+    delta = r + gamma * np.append(v[1:], 0.0) - v
+    out, tail = np.zeros_like(delta), 0.0
+    for t in range(len(delta) - 1, -1, -1):
+        tail = delta[t] + gamma * lam * tail
+        out[t] = tail
+    return out
+
+
+def whitened(values: Sequence[np.ndarray], epsilon: float) -> list[np.ndarray]:
+    """Mean 0 and (population) std 1 over all tokens (REINFORCE++, arXiv 2501.03262; ReFT). All equal: exactly 0."""
+    flat = np.concatenate(list(values)) if values else np.zeros(0)
+    if not flat.size or (flat == flat[0]).all():
+        return [np.zeros_like(v) for v in values]
+    return [(v - flat.mean()) / (flat.std() + epsilon) for v in values]
+
+
+def measured(of: Callable[[PackedBatch], Tensor], items: Sequence[Item], settings: Settings) -> Tokens:
+    """``of`` (log-probs, values: one number a loss position) at every sampled token of every completion, no gradient."""
+    probe = [
+        replace(item, members=[replace(m, advantage=1.0) if m.role == COMPLETION else m for m in item.members])
+        for item in items
+    ]
+    out: Tokens = [[[] for _ in item.members] for item in items]
+    weights = weigh(probe, settings)
+    for which in cut(probe, settings.train.token_budget):
+        batch = pack(probe, which, weights, settings)
+        if batch is None:
+            continue
+        with torch.no_grad():
+            values = of(batch).double().tolist()
+        rows = zip(values, batch.role_S.tolist(), batch.item_S.tolist(), batch.member_S.tolist(), strict=True)
+        for value, role, b, j in rows:
+            if role == COMPLETION:
+                out[which[b]][j].append(value)
+    return out
+
+
+def spread(
+    items: Sequence[Item],
+    scores: Sequence[Sequence[float]],
+    settings: Settings,
+    ref: Tokens | None = None,
+    values: Tokens | None = None,
+) -> list[Item]:
+    """Items with their token credit. ``scores[i]``: of the completions of item i, in order.
+
+    With beta = reference.kl and d_t = l_t - l_ref,t under the sampling policy (k1), where the KL goes into the reward:
+      group baselines: the score of a completion is r - beta sum_t d_t (RLOO, arXiv 2402.14740);
+      none:            A_t = r - beta sum_{k >= t} d_k (REINFORCE++);
+      critic:          r_t = -beta d_t, plus r on the last token, then GAE (ReFT, arXiv 2401.08967).
+    Then whitening over all tokens of the step, where asked for.
+    """
+    c, beta = settings.credit, settings.reference.kl if settings.reference.into == "reward" else 0.0
+    places: list[tuple[int, int]] = []
+    credits: list[np.ndarray] = []
+    returns: list[list[float] | None] = []
+    for i, item in enumerate(items):
+        own = [(j, m) for j, m in enumerate(item.members) if m.role == COMPLETION]
+        drift = [np.zeros(len(m.tokens) - m.given) for _, m in own]
+        if beta and ref is not None:
+            drift = [np.asarray(m.logps) - np.asarray(ref[i][j]) for j, m in own]
+        if c.baseline not in ("none", "critic"):
+            total = [r - beta * float(d.sum()) for r, d in zip(scores[i], drift, strict=True)]
+            grouped = credit.advantages(total, c)
+        for n, (j, _) in enumerate(own):
+            places.append((i, j))
+            back: list[float] | None = None
+            if c.baseline == "critic":
+                assert values is not None
+                reward = -beta * drift[n]
+                reward[-1] += scores[i][n]
+                a = gae(reward, values[i][j], c.gamma, c.lam)
+                back = (a + np.asarray(values[i][j])).tolist()
+            elif c.baseline == "none":
+                a = scores[i][n] - beta * drift[n][::-1].cumsum()[::-1]
+            else:
+                a = np.full(len(drift[n]), grouped[n])
+            credits.append(a)
+            returns.append(back)
+    if c.whiten:
+        credits = whitened(credits, c.epsilon)
+    members = [list(item.members) for item in items]
+    for (i, j), a, back in zip(places, credits, returns, strict=True):
+        old = values[i][j] if values is not None else None
+        members[i][j] = replace(members[i][j], advantage=a.tolist(), returns=back, values=old)
+    return [replace(item, members=m) for item, m in zip(items, members, strict=True)]
