@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from unift import assign, checkpoint, critic, dataset, evaluate, hints, needs, processes, sampling, schedule, update
+from unift import assign, checkpoint, critic, dataset, evaluate, hints, inputs, needs, processes, sampling, schedule, update
 from unift import config as configuration
 from unift import policy as policies
 from unift.batch import DEMO, Item, Member
@@ -29,7 +29,7 @@ from unift.policy import Policy
 from unift.reference import Reference
 from unift.rewards import Scorer, count_outcomes
 from unift.run import check_trackers, claim, open_run, trackers, write_result
-from unift.types import Group, Row, UniftError
+from unift.types import ConfigError, Group, Row, UniftError
 
 T = TypeVar("T")
 Report = Callable[[dict[str, Any], int], None]
@@ -106,6 +106,8 @@ class Run:
     # ------------------------------------------------------------------------------------------ the whole run
 
     def go(self) -> dict[str, Any]:
+        for _, _, settings in self.spans:
+            check_forward(self.policy, settings)
         saved = processes.lead("the list of checkpoints", lambda: checkpoint.steps_saved(self.folder))
         done = saved[-1] if saved else 0
         base = self._begin(done)
@@ -380,6 +382,16 @@ class Run:
         if best == finished:
             checkpoint.write_atomic(self.folder / "checkpoints" / "best", checkpoint.step_name(best))
         checkpoint.prune(self.folder, self.config.save.keep, [*starts, best])
+
+
+def check_forward(policy: Policy, settings: Config | Phase) -> None:
+    """A critic and changed inputs read and write inside the trunk, which the plain path leaves to the model."""
+    wants = "a critic" if needs.critic(settings) else "changed input embeddings" if inputs.active(settings) else ""
+    if wants and not policy.shared:
+        raise ConfigError(
+            f"method {settings.method} needs {wants}, which works on the shared-prefix path only; this model takes the "
+            f"plain one: {policy.why_plain}. Use another method or another model"
+        )
 
 
 class Clock:

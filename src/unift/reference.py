@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -22,7 +23,7 @@ class Reference:
         self.temperature = temperature
         self.live = policy if policy.lora and start == 0 else None
         if self.live is None:
-            self.frozen = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.device, policy.lora)
+            self.frozen = replace(policy, model=copy.deepcopy(policy.model), critic=None)
             if start > 0:
                 checkpoint.restore(folder, start, self.frozen, None)
             self.frozen.model.requires_grad_(False)
