@@ -18,7 +18,20 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from unift import assign, checkpoint, critic, dataset, evaluate, hints, inputs, needs, processes, sampling, schedule, update
+from unift import (
+    assign,
+    checkpoint,
+    critic,
+    dataset,
+    evaluate,
+    hints,
+    inputs,
+    needs,
+    processes,
+    sampling,
+    schedule,
+    update,
+)
 from unift import config as configuration
 from unift import policy as policies
 from unift.batch import DEMO, Item, Member
