@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import close, gradients, random_tokens, settings, tiny_policy
-from test_resume import outcome_of
+from test_resume import outcome
 
 from unift import assign, critic, family, needs, objectives, sampling, schedule, update
 from unift.config import parse_overrides, plan, preset_names, resolve
@@ -56,7 +56,7 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
     encoded = [Encoded(random_tokens(gen, 3 + i), [*random_tokens(gen, 8), 1], [0, 2, 4, 6]) for i in range(6)]
     groups = sampling.begin(range(6), rows, encoded, s, Memory(), 0, step, (0, 500))
     if s.sample.completions:
-        sampling.complete(reference if s.sample.source == "reference" else policy, groups, s, 0, step)
+        sampling.complete(reference if s.sample.source == "reference" else policy, groups, range(len(groups)), s, 0, step)
         for g in groups:
             for n, sample in enumerate(g.samples):
                 sample.score = Score(float((sample.tokens[-1] + n) % 2) if g.row else 0.0)  # the first row fails
@@ -159,7 +159,7 @@ def test_runs_and_resumes_bitwise(name, tmp_path, monkeypatch):
         tiny.append("likelihood.buffer=2")  # small enough to be emptied in so few steps
     config = resolve(name, recipe="lock", overrides=parse_overrides(tiny))
     result = train(config, tmp_path / "whole")
-    expected = outcome_of(tmp_path / "whole", steps)
+    expected = outcome(tmp_path / "whole", steps)
     assert result["steps"] == steps and all(np.isfinite(m["loss"]) for m in expected[1][1:])
     assert any(m["grad/norm"] > 0 for m in expected[1][1:])
     real = Run.step
@@ -174,7 +174,7 @@ def test_runs_and_resumes_bitwise(name, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             train(config, tmp_path / "cut")
     train(config, tmp_path / "cut")
-    assert outcome_of(tmp_path / "cut", steps) == expected
+    assert outcome(tmp_path / "cut", steps) == expected
 
 
 @pytest.mark.parametrize("name", ["adaptive", "relift", "dapo", "discriminative"])
@@ -201,7 +201,7 @@ def test_a_kill_between_sampling_and_training_counts_nothing_twice(name, tmp_pat
         with pytest.raises(Killed):
             train(config, tmp_path / "cut")
     train(config, tmp_path / "cut")
-    assert outcome_of(tmp_path / "cut", 3) == outcome_of(tmp_path / "whole", 3)
+    assert outcome(tmp_path / "cut", 3) == outcome(tmp_path / "whole", 3)
     import json
 
     kept = [json.loads((tmp_path / x / "checkpoints" / "step_000003" / "trainer.json").read_text())["memory"] for x in ("cut", "whole")]
