@@ -174,6 +174,7 @@ def test_shards_are_read_and_a_half_base_keeps_the_models_dtype(folders, tmp_pat
 )
 def test_mistakes(folders, tmp_path, change, said):
     (folders / "empty").mkdir(exist_ok=True)
+    (folders / "empty" / "config.json").write_text("{}")
     call = {"base": "base", "rule": "linear", "weights": [0.5, 0.5], "density": None, "out": None} | change
     base = call["base"] if ":" in call["base"] else str(folders / call["base"])
     out = folders / call["out"] if call["out"] else tmp_path / "out"

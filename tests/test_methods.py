@@ -101,13 +101,13 @@ def test_large_logits_keep_their_gradient():
 
 
 @pytest.mark.parametrize("method", preset_names())
-def test_format_credit_and_entropy_only_in_uft_paper(method):
-    """Traps 3 and 24: neither is on unless asked for, but in the preset of the official behaviour."""
+def test_format_credit_and_entropy_only_where_the_source_has_them(method):
+    """Traps 3 and 24: neither is on by default. On in the official behaviour of UFT; in ReFT's reward (2.11: .1 for a wrong
+    number) and its PPO; LUFFY's and ReLIFT's code have the entropy bonus."""
     config = settings(method)
-    on = method == "uft-paper"
     phases = [config, *config.phases]
-    assert config.reward.format_score == (0.1 if on else 0.0)
-    assert all(p.policy.entropy == (0.001 if on else 0.0) for p in phases)
+    assert config.reward.format_score == (0.1 if method in ("uft-paper", "ppo", "reft") else 0.0)
+    assert all(p.policy.entropy == (0.001 if method in ("uft-paper", "luffy", "relift") else 0.0) for p in phases)
 
 
 def test_chat_messages_go_through_the_template():

@@ -346,7 +346,7 @@ def test_run_with_adapters(saved, tmp_path):
 
 
 def test_adapters_that_do_not_fit(saved):
-    with pytest.raises(ConfigError, match="model.lora does not fit MambaForCausalLM.*model.lora.targets"):
+    with pytest.raises(ConfigError, match="model.lora.targets='all-linear' does not fit MambaForCausalLM.*model.lora.targets"):
         policies.load(run_of(saved["mamba"], "model.lora={rank: 4}").model)
 
 
