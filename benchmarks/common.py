@@ -26,6 +26,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 
+from unift import matmul
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -144,6 +146,7 @@ class Unift:
     """One GRPO step as ``loop.Run.step`` makes it, without files: sample, score, advantages, pack, update."""
 
     def __init__(self, model: Any, tokenizer: Any, shape: Shape, settings: tuple[str, ...] = ()) -> None:
+        self.route: bool | None = None
         from unift import attention, update
         from unift.config import parse_overrides, resolve
         from unift.policy import Policy, check_attention
@@ -158,12 +161,20 @@ class Unift:
         model = model.eval()
         model.config.use_cache = False
         check_attention(model, torch.device("cpu"))
-        self.policy = Policy(model, tokenizer, torch.device("cpu"))
+        self.policy = Policy(model, tokenizer, torch.device("cpu"), autocast=self.config.model.autocast)
         self.optimizer = update.make_optimizer(self.policy, self.config.train)
         self.shape, self.count = shape, 0
 
     def step(self, prefixes: list[list[int]]) -> dict[str, float]:
-        """Seconds of the parts, and the tokens of the step."""
+        """Seconds of the parts, and the tokens of the step. unift chooses the library for products as ``policy.load``
+        does; the choice is global to the process, so it is taken back for the other side."""
+        matmul.route(self.route)
+        try:
+            return self._step(prefixes)
+        finally:
+            matmul.route(False)
+
+    def _step(self, prefixes: list[list[int]]) -> dict[str, float]:
         from unift import credit, evaluate, rng, update
         from unift.batch import items_of
         from unift.engines.native import Request

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from unift import matmul
 
 NAME = "unift"
 
@@ -49,7 +50,10 @@ def _forward(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_m
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"this model's attention uses {name}, which unift's shared-prefix path does not")
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    return active.attend(module.layer_idx, query, key, value, scale), None
+    if query.device.type != "cpu":
+        return active.attend(module.layer_idx, query, key, value, scale), None
+    with matmul.small():
+        return active.attend(module.layer_idx, query, key, value, scale), None
 
 
 def register() -> None:
@@ -178,6 +182,7 @@ class _Flash(torch.autograd.Function):
         return out
 
     @staticmethod
+    @matmul.small()
     def backward(ctx, g_THD):  # noqa: ANN001, ANN205
         back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         q_THD, k_TKD, v_TKD, out_THD, *saved = ctx.saved_tensors

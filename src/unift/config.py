@@ -121,6 +121,9 @@ class Model(Section):
     gguf: str | None = Field(default=None, description="GGUF file inside the folder")
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     device: str = "auto"
+    autocast: Literal["none", "sample", "all"] = Field(
+        default="none", description="products in bfloat16 (weights stay float32): nowhere, in sampling, in sampling and training"
+    )
     lora: Lora | None = None
 
 

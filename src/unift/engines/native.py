@@ -37,17 +37,17 @@ def generate(
     """Samples of every request, in order: token ids (EOS kept as the last), log-probs under softmax(logits/T)."""
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt), i))  # little padding in a batch
     results: list[list[Sample]] = [[] for _ in requests]
-    batch: list[int] = []
+    batches: list[list[int]] = []
     width = 0
     for i in order:
-        g = _members(requests[i])
-        if batch and (len(batch) + 1) * max(width, g) > rows:
+        width = max(width, _members(requests[i]))
+        if not batches or (len(batches[-1]) + 1) * width > rows:
+            batches.append([])
+            width = _members(requests[i])
+        batches[-1].append(i)
+    with policy.precision(sampling=True):  # outside of the loop: weights in bfloat16 are kept until it ends
+        for batch in batches:
             _run(policy, requests, batch, max_tokens, temperature, results)
-            batch, width = [], 0
-        batch.append(i)
-        width = max(width, g)
-    if batch:
-        _run(policy, requests, batch, max_tokens, temperature, results)
     return results
 
 
