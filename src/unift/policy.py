@@ -124,7 +124,7 @@ class _ChunkedLogProb(torch.autograd.Function):
             g = g.mul_(scale[rows, None].to(g.dtype)).to(hidden.dtype)
             g_hidden[rows] = g @ weight
             if g_weight is not None:
-                g_weight.addmm_(g.T, hidden[rows])
+                torch.addmm(g_weight, g.T, hidden[rows], out=g_weight)
             if g_bias is not None:
                 g_bias += g.sum(0)
         return g_hidden, g_weight, g_bias, None, None, None, None
