@@ -30,7 +30,7 @@ def error() -> float:
     draw = torch.Generator().manual_seed(0)
     x, w = torch.randn(64, 256, generator=draw), torch.randn(256, 256, generator=draw)
     exact = x.double() @ w.double().T
-    return float(((torch.nn.functional.linear(x, w) - exact).abs().max() / exact.abs().max()))
+    return float((torch.nn.functional.linear(x, w) - exact).abs().max() / exact.abs().max())
 
 
 def route(wanted: bool | None = None) -> str:
