@@ -78,7 +78,8 @@ def model_3m() -> tuple[Any, Any]:
 
     torch.manual_seed(0)
     size = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8}
-    config = t.LlamaConfig(vocab_size=128, max_position_embeddings=4096, bos_token_id=None, eos_token_id=128, pad_token_id=0, **size)
+    ids = {"bos_token_id": None, "eos_token_id": 128, "pad_token_id": 0}
+    config = t.LlamaConfig(vocab_size=128, max_position_embeddings=4096, **ids, **size)
     model = t.LlamaForCausalLM(config)
     words = ["<pad>", "<unk>", *(chr(i) for i in range(32, 127))]
     words += [f"<{i}>" for i in range(len(words), 128)] + ["<end>"]

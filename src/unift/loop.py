@@ -12,7 +12,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ class Run:
         self.spans = configuration.plan(config)
         self.total = self.spans[-1][1]
         self.counters = {"tokens_sampled": 0, "tokens_trained": 0, "seconds": 0.0, "best": -1.0, "best_step": 0, "seen": 0}
+        self.saving = 0.0  # seconds of the checkpoint after the last step, which the next step's metrics report
         self.metrics_file = folder / "metrics.jsonl"
 
     # ------------------------------------------------------------------------------------------ the whole run
@@ -112,8 +113,10 @@ class Run:
                         self.counters |= {"best": metrics["eval/test/accuracy"], "best_step": finished}
                 self.counters["seconds"] += time.perf_counter() - began
                 self._log(finished, metrics | {"time/elapsed": self.counters["seconds"]})
+                saving = time.perf_counter()
                 if self._due(self.config.save.every, finished, stop):
                     self._save(finished, optimizer)
+                self.saving = time.perf_counter() - saving
             done = max(done, stop)
         return self._finish(base)
 
@@ -200,6 +203,7 @@ class Run:
             "tokens/shared_ratio": 1 - metrics["tokens/forwarded"] / max(plain, 1),
             "tokens/per_second": (sampled or metrics["tokens/supervised"]) / clock.total(),
             **clock.laps,
+            "time/checkpoint": self.saving,
             "time/step": clock.total(),
         }
         if settings.sample.completions:
@@ -211,6 +215,7 @@ class Run:
         seed, n = self.config.seed, settings.train.prompts
         keep = self.config.save.rollouts and settings.sample.completions > 0
         weights = checkpoint.fingerprint(self.policy) if keep else ""
+        clock.lap("save")
         if keep:
             stored = checkpoint.read_rollouts(self.folder, step)
             if stored is not None and stored[0] == weights:
@@ -258,7 +263,7 @@ class Run:
                     return policies.logprobs(self.policy, batch, t)[0]
 
             return without_adapters
-        frozen = Policy(copy.deepcopy(self.policy.model), None, self.policy.device, self.policy.lora)
+        frozen = replace(self.policy, model=copy.deepcopy(self.policy.model), tokenizer=None)
         if start > 0:
             checkpoint.restore(self.folder, start, frozen, None)
         frozen.model.requires_grad_(False)
