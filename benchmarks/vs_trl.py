@@ -58,8 +58,8 @@ def trl_trainer(model: Any, tokenizer: Any, texts: list[str], shape: Any, steps:
 class Alternate(TrainerCallback):
     """TRL's callbacks: time each of its steps, then run and time one step of unift on the same prompts."""
 
-    def __init__(self, ours: Any, token_lists: list[list[int]], shape: Any) -> None:
-        self.ours, self.tokens, self.shape = ours, token_lists, shape
+    def __init__(self, ours: Any, token_lists: list[list[int]], shape: Any, keep: Any) -> None:
+        self.ours, self.tokens, self.shape, self.keep = ours, token_lists, shape, keep
         self.pairs: list[dict[str, Any]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -80,16 +80,49 @@ class Alternate(TrainerCallback):
             f"CPU seconds {theirs['cpu']:.2f} and {ours['cpu']:.2f}, {cpu:.2f}x",
             flush=True,
         )
+        self.keep(self.pairs)
 
 
-def compare(model_name: str, shape_name: str, pairs: int, checkpointing: bool, settings: tuple[str, ...] = ()) -> dict[str, Any]:
+def summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians and ranges of the pairs after the first."""
+    kept = pairs[1:]
+    part = lambda side, name: spread([p[side][name] for p in kept])  # noqa: E731
+    return {
+        "ratio": spread([p["ratio"] for p in kept]),
+        "ratio_cpu": spread([p["ratio_cpu"] for p in kept]),
+        "ratio_generate": spread([p["trl"]["generate"] / p["unift"]["generate"] for p in kept]),
+        "ratio_update": spread([p["trl"]["update"] / p["unift"]["update"] for p in kept]),
+        **{side: {n: part(side, n) for n in ("seconds", "cpu", "generate", "update")} for side in ("trl", "unift")},
+        "pairs": pairs,
+        "machine": machine(),
+    }
+
+
+def compare(a: argparse.Namespace) -> dict[str, Any]:
+    """Run the pairs; with ``--save`` the result so far is kept after each of them."""
+    model_name, shape_name, pairs, checkpointing, settings = a.model, a.shape, a.pairs, a.checkpointing, tuple(a.settings)
     shape = SHAPES[model_name][shape_name]
     model, tokenizer = load(model_name)
     rows = prompts(tokenizer, shape, shape.groups * (pairs + 1))
     ours = Unift(clone(model), tokenizer, shape, settings)
+    head = {
+        "model": model_name,
+        "shape": shape_name,
+        "sizes": vars(shape),
+        "trl_gradient_checkpointing": checkpointing,
+        "settings": list(settings),
+        "tokens": {"plain": shape.plain_tokens, "shared": shape.shared_tokens},
+        "note": a.note,
+    }
+
+    def keep(done: list[dict[str, Any]]) -> None:
+        if a.save and len(done) > 1:
+            name = f"vs_trl-{model_name}-{shape_name}" + ("-checkpointing" if checkpointing else "")
+            save(name + ("-" + a.suffix if a.suffix else ""), {**head, **summary(done)})
+
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_trainer(model, tokenizer, [text for text, _ in rows], shape, pairs + 1, checkpointing, folder)
-        callback = Alternate(ours, [tokens for _, tokens in rows], shape)
+        callback = Alternate(ours, [tokens for _, tokens in rows], shape, keep)
         trainer.add_callback(callback)
         generate = trainer._generate_and_score_completions
 
@@ -103,23 +136,7 @@ def compare(model_name: str, shape_name: str, pairs: int, checkpointing: bool, s
         trainer._generate_and_score_completions = timed
         print(f"{model_name} {shape_name} {shape}, TRL gradient checkpointing {'on' if checkpointing else 'off'}")
         trainer.train()
-    kept = callback.pairs[1:]
-    part = lambda side, name: spread([p[side][name] for p in kept])  # noqa: E731
-    return {
-        "model": model_name,
-        "shape": shape_name,
-        "sizes": vars(shape),
-        "trl_gradient_checkpointing": checkpointing,
-        "settings": list(settings),
-        "ratio": spread([p["ratio"] for p in kept]),
-        "ratio_cpu": spread([p["ratio_cpu"] for p in kept]),
-        "ratio_generate": spread([p["trl"]["generate"] / p["unift"]["generate"] for p in kept]),
-        "ratio_update": spread([p["trl"]["update"] / p["unift"]["update"] for p in kept]),
-        **{side: {name: part(side, name) for name in ("seconds", "cpu", "generate", "update")} for side in ("trl", "unift")},
-        "tokens": {"plain": shape.plain_tokens, "shared": shape.shared_tokens, "sampled": kept[0]["unift"]["sampled"]},
-        "pairs": callback.pairs,
-        "machine": machine(),
-    }
+    return {**head, **summary(callback.pairs)}
 
 
 def main() -> None:
@@ -131,16 +148,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--note", default="", help="what else ran on the machine")
     parser.add_argument("--save", action="store_true", help="keep the result under benchmarks/results")
+    parser.add_argument("--suffix", default="", help="of the file's name, for runs with other settings")
     parser.add_argument("settings", nargs="*", help="unift settings, key=value")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    record = compare(a.model, a.shape, a.pairs, a.checkpointing, tuple(a.settings)) | {"note": a.note}
+    record = compare(a)
     for name, what in (("ratio", "wall clock"), ("ratio_cpu", "CPU seconds")):
         r = record[name]
         print(f"TRL / unift, {what}: {r['median']:.2f}x [{r['min']:.2f}, {r['max']:.2f}] over {r['n']} pairs")
-    if a.save:
-        suffix = "-checkpointing" if a.checkpointing else ""
-        print(save(f"vs_trl-{a.model}-{a.shape}{suffix}", record))
 
 
 if __name__ == "__main__":
