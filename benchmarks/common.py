@@ -129,7 +129,7 @@ def prompts(tokenizer: Any, shape: Shape, count: int, seed: int = 0) -> list[tup
     words = [w for w in ("the and for that with this you not are from they have one all will can more if out so what time"
                          " about up who get which when make like him into year some").split()]
     words = [" " + w for w in words]
-    if len(tokenizer) < 200:
+    if len(tokenizer) < 200:  # one token a character
         words = list("abcdefghijklmnopqrstuvwxyz ")
     rng, out = np.random.default_rng(seed), []
     for _ in range(count):

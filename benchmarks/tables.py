@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent
 RESULTS, PAGE = ROOT / "results", ROOT.parent / "docs" / "performance.md"
+SIDES = ("unift", "trl", "trl-checkpointing")
 ORDER = ["short", "countdown", "knights", "math"]
 
 
@@ -47,13 +48,20 @@ def vs_trl() -> str:
     return table([*head, "wall clock, TRL / unift", "CPU s a step", "pairs", "threads; load"], rows)
 
 
+def grown(r: dict[str, Any]) -> float:
+    """Share saved of what a step adds to a process that has imported everything and loaded the model."""
+    ours, theirs = (r[s]["peak_mib"] - r[s]["loaded_mib"] for s in ("unift", "trl"))
+    return 1 - ours / theirs
+
+
 def memory() -> str:
     rows = [
-        [r["case"], *(f"{r[s]['peak_mib']:,.0f}" for s in ("unift", "trl", "trl-checkpointing")), f"{r['saved']:.0%}"]
+        [r["case"], *(f"{r[s]['peak_mib']:,.0f}" for s in SIDES), f"{r['saved']:.0%}", f"{grown(r):.0%}"]
         for record in read("memory")
         for r in record["rows"]
     ]
-    return table(["case", "unift MiB", "TRL, checkpointing off", "TRL, on (its default)", "below TRL, off"], rows)
+    head = ["case", "unift MiB", "TRL, checkpointing off", "TRL, on (its default)", "below TRL, off"]
+    return table([*head, "the same above the loaded model"], rows)
 
 
 def ablation() -> str:
@@ -64,6 +72,17 @@ def ablation() -> str:
         for row in r["rows"]
     ]
     return table(["run", "switched off", "CPU seconds against all on", "tokens forwarded"], rows)
+
+
+def precision() -> str:
+    rows = [
+        [f"{path.stem.removeprefix('precision-')}", row["variant"], span(row["ratio_cpu"]), f"{row['cpu']['median']:.2f}",
+         f"{row['gap']['max']:.1e}", str(row["cpu"]["n"])]
+        for path in sorted(RESULTS.glob("precision-*.json"))
+        for row in json.loads(path.read_text())["rows"]
+    ]
+    head = ["run", "products", "times as fast as float32 (CPU s)", "CPU s a step", "largest log-prob gap"]
+    return table([*head, "steps"], rows)
 
 
 def scaling() -> str:
@@ -111,7 +130,7 @@ def machines() -> str:
 
 def main() -> None:
     text = PAGE.read_text()
-    for make in (vs_trl, memory, ablation, scaling, roofline, machines):
+    for make in (vs_trl, memory, ablation, scaling, roofline, precision, machines):
         name = make.__name__
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         text, found = pattern.subn(lambda m, make=make: m.group(1) + make() + "\n" + m.group(2), text)

@@ -184,3 +184,21 @@ def test_products_stay_float32():
         assert matmul.route(False) == "default"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_weights_in_bfloat16():
+    """The merged passes also in the weights' own bfloat16: log-probs within its rounding of float32's, sampling works."""
+    policy, _ = tiny_policy(torch.bfloat16)
+    wide, _ = tiny_policy(torch.float32)
+    wide.model.load_state_dict(policy.model.state_dict())
+    items, config = make_items(), settings("uft", "likelihood.weight=0.3", "reference.kl=0")
+    batch = pack(items, range(3), weigh(items, config), config)
+    with torch.no_grad():
+        gap = (logprobs(policy, batch)[0] - logprobs(wide, batch)[0]).abs().max()
+    assert 1e-5 < gap < 0.1
+    _, got = packed_loss(policy, items, config)
+    _, expected = packed_loss(wide, items, config)
+    assert all(g.dtype == torch.bfloat16 for g in got)
+    close([g.float() for g in got], expected, 0.1)
+    (samples,) = generate(policy, [Request(items[0].prompt, RNG.random((4, 6)))], 6)
+    assert all(len(s.tokens) == len(s.logps) > 0 and np.isfinite(s.logps).all() for s in samples)
