@@ -48,7 +48,7 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(1)
     tables = {
-        "g": sweep("g", [1, 2, 4, 8, 16], lambda g: replace(BASE, g=g), a.repeats),
+        "g": sweep("g", [2, 4, 8, 16], lambda g: replace(BASE, g=g), a.repeats),
         "hint": sweep("hint", [0, 100, 200, 400], lambda h: replace(BASE, prefix=150 + h, hint=h), a.repeats),
         "groups": sweep("groups", [1, 2, 4, 8], lambda n: replace(BASE, groups=n), a.repeats),
     }
