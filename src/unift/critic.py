@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unift.batch import PackedBatch
-from unift.policy import Policy, chunked_logprobs, scale_of
+from unift.policy import Policy, head_logprobs, scale_of
 
 
 def new_critic(policy: Policy) -> nn.Linear:
@@ -25,15 +25,17 @@ def value(policy: Policy, hidden_SD: Tensor) -> Tensor:
 
 
 def values(policy: Policy, batch: PackedBatch) -> Tensor:
-    hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
+    with policy.precision(sampling=False):
+        hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
     return value(policy, hidden_TD.index_select(0, batch.at_S))
 
 
 def logprobs_and_values(policy: Policy, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """(l_S, entropy_S, V_S) from one forward pass."""
-    hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
-    hidden_SD, head = hidden_TD.index_select(0, batch.at_S), policy.head
-    l_S, entropy_S = chunked_logprobs(hidden_SD, head.weight, head.bias, batch.target_S, scale_of(batch, temperature))
+    with policy.precision(sampling=False):
+        hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
+    hidden_SD = hidden_TD.index_select(0, batch.at_S)
+    l_S, entropy_S = head_logprobs(policy, hidden_SD, batch.target_S, scale_of(batch, temperature))
     return l_S, entropy_S, value(policy, hidden_SD)
 
 

@@ -94,7 +94,8 @@ def worst_case(policy: Policy, batch: PackedBatch, settings: Settings) -> Tensor
 def own_guesses(policy: Policy, batch: PackedBatch, share: float) -> Tensor:
     """share * (E[g_i] - E[y_i]) at every supervised token that is forwarded, g_i the greedy prediction in its place
     (IFT's temporal residual connection, arXiv 2405.11870 eq. 17). One extra forward pass."""
-    hidden = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
+    with policy.precision(sampling=False):
+        hidden = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
     table = policy.embeddings.weight
     delta_TD = torch.zeros(len(batch.tokens_T), table.shape[1], dtype=table.dtype, device=table.device)
     following = _place_of_targets(batch)

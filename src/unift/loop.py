@@ -113,6 +113,7 @@ class Run:
         self.judged = dict.fromkeys(scorer.counts, 0)  # outcomes in evaluations
         columns = {s.sample.rejected for _, _, s in self.spans if s.sample.rejected}
         self.rejected = dataset.encode_column(policy.tokenizer, data.train, columns, config.data.max_prompt)
+        self.saving = 0.0  # seconds of the checkpoint after the last step, which the next step's metrics report
         self.metrics_file = folder / "metrics.jsonl"
         self.memory = Memory()
 
@@ -143,8 +144,10 @@ class Run:
                         self.counters |= {"best": metrics["eval/test/accuracy"], "best_step": finished}
                 self.counters["seconds"] += time.perf_counter() - began
                 self._log(finished, metrics | {"time/elapsed": self.counters["seconds"]})
+                saving = time.perf_counter()
                 if self._due(self.config.save.every, finished, stop):
                     self._save(finished, optimizer)
+                self.saving = time.perf_counter() - saving
             done = max(done, stop)
         return self._finish(base)
 
@@ -247,6 +250,7 @@ class Run:
             "tokens/shared_ratio": 1 - metrics["tokens/forwarded"] / max(plain, 1),
             "tokens/per_second": (sampled or metrics["tokens/supervised"]) / clock.total(),
             **clock.laps,
+            "time/checkpoint": self.saving,
             "time/step": clock.total(),
         }
         if settings.sample.completions:
@@ -262,6 +266,7 @@ class Run:
         weights = ""
         if keep:
             weights, stored = processes.lead("stored rollouts", lambda: self._stored(step))
+            clock.lap("save")
             if stored is not None:
                 clock.lap("generate")
                 return stored

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from unift import attention, forward, plain, processes
+from unift import attention, forward, matmul, plain, processes
 from unift.types import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from unift.config import Model as ModelConfig
 
 CHUNK = 1024  # loss positions whose logits exist at one time
+KEEP = 2**27  # logits of a pack are kept for the backward pass up to so many numbers (0.5 GiB), else made again
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Policy:
     tokenizer: Any
     device: torch.device
     lora: bool = False
+    autocast: str = "none"  # bfloat16 products: none, sample, all
     why_plain: str = ""  # why the model takes the plain path; empty on the shared-prefix path
     cached: bool = False  # the plain sampler may use the model's own cache
     critic: nn.Linear | None = None  # value head, while a phase with a critic runs
@@ -74,6 +76,11 @@ class Policy:
     def embeddings(self) -> nn.Embedding:
         return self.base.get_input_embeddings()
 
+    def precision(self, sampling: bool) -> Any:
+        """Context in which trunk and head multiply in bfloat16, where the setting asks for it."""
+        on = self.autocast == "all" or (sampling and self.autocast == "sample")
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
     def hidden(
         self,
         tokens_T: Tensor,
@@ -88,12 +95,15 @@ class Policy:
         if delta_TD is not None:
             clean_TD = self.embeddings(tokens_T)
             given = {"inputs_embeds": ((clean_TD.detach() if inputs_fixed else clean_TD) + delta_TD)[None]}
-        with attention.layout(layout):
+        thin = self.device.type == "cpu" and len(tokens_T) < matmul.THIN
+        with attention.layout(layout), matmul.small(thin):
             out = self.trunk(**given, position_ids=positions_T[None], use_cache=False)
         return out.last_hidden_state[0]
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
-        return torch.nn.functional.linear(hidden_SD, self.head.weight, self.head.bias)
+        weight = self.head.weight
+        with matmul.small(self.device.type == "cpu" and weight.numel() < matmul.LARGE):
+            return torch.nn.functional.linear(hidden_SD, weight, self.head.bias)
 
     def tokens_forwarded(self, batch: PackedBatch) -> int:
         """Tokens that the forward of a pack computes, without padding."""
@@ -106,29 +116,32 @@ class Policy:
 class _ChunkedLogProb(torch.autograd.Function):
     """log softmax(scale * (h W' + b))[target] and entropy, without ever holding [S, vocabulary].
 
-    dL/dlogits = g * (onehot - p) - g_H * p * (log p + H); logits are recomputed chunk by chunk (one extra product).
+    dL/dlogits = g * (onehot - p) - g_H * p * (log p + H). Up to KEEP numbers, log p is kept for the backward pass; above,
+    logits are made again chunk by chunk (one extra product).
     """
 
     @staticmethod
-    def forward(ctx, hidden_SD, weight_VD, bias_V, target_S, scale_S, chunk):  # noqa: ANN001, ANN205
-        logp, entropy, lse = [], [], []
+    def forward(ctx, hidden_SD, weight_VD, bias_V, target_S, scale_S, chunk, keep):  # noqa: ANN001, ANN205
+        logp, entropy, lse, kept = [], [], [], []
         for part in range(0, len(target_S), chunk):
             z = _ChunkedLogProb._z(hidden_SD, weight_VD, bias_V, scale_S, slice(part, part + chunk))
             norm = z.logsumexp(-1)
-            picked = z.gather(1, target_S[part : part + chunk, None])[:, 0]
-            p = (z - norm[:, None]).exp_()
+            logq = z.sub_(norm[:, None])
+            logp.append(logq.gather(1, target_S[part : part + chunk, None])[:, 0])
             lse.append(norm)
-            logp.append(picked - norm)
-            entropy.append(norm - (p * z).sum(-1))
+            entropy.append(-(logq.exp() * logq).sum(-1))
+            kept.append(logq)
+            if len(target_S) * len(weight_VD) > keep:
+                kept.clear()
         ctx.save_for_backward(hidden_SD, weight_VD, bias_V, target_S, scale_S, torch.cat(lse), torch.cat(entropy))
-        ctx.chunk = chunk
+        ctx.chunk, ctx.kept = chunk, kept
         return torch.cat(logp), torch.cat(entropy)
 
     @staticmethod
     def _z(hidden_SD, weight_VD, bias_V, scale_S, rows):  # noqa: ANN001, ANN205
         z = torch.nn.functional.linear(hidden_SD[rows], weight_VD, bias_V)
         z = z if z.dtype == torch.float64 else z.float()
-        return z * scale_S[rows, None].to(z.dtype)
+        return z.mul_(scale_S[rows, None].to(z.dtype))
 
     @staticmethod
     def backward(ctx, g_logp, g_entropy):  # noqa: ANN001, ANN205
@@ -137,28 +150,38 @@ class _ChunkedLogProb(torch.autograd.Function):
         g_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         g_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         use_entropy = bool(g_entropy.any())
-        for part in range(0, len(target), ctx.chunk):
+        for number, part in enumerate(range(0, len(target), ctx.chunk)):
             rows = slice(part, part + ctx.chunk)
-            logq = _ChunkedLogProb._z(hidden, weight, bias, scale, rows) - lse[rows, None]
+            if ctx.kept:
+                logq = ctx.kept[number]
+            else:
+                logq = _ChunkedLogProb._z(hidden, weight, bias, scale, rows).sub_(lse[rows, None])
             p = logq.exp()
-            g = p * -g_logp[rows, None]
+            g = p * -g_logp[rows, None] if use_entropy else p.mul_(-g_logp[rows, None])
             if use_entropy:
                 g -= g_entropy[rows, None] * p * (logq + entropy[rows, None])
             g.scatter_add_(1, target[rows, None], g_logp[rows, None])
-            g = (g * scale[rows, None].to(g.dtype)).to(hidden.dtype)
+            g = g.mul_(scale[rows, None].to(g.dtype)).to(hidden.dtype)
             g_hidden[rows] = g @ weight
             if g_weight is not None:
-                g_weight.addmm_(g.T, hidden[rows])
+                torch.addmm(g_weight, g.T, hidden[rows], out=g_weight)
             if g_bias is not None:
                 g_bias += g.sum(0)
-        return g_hidden, g_weight, g_bias, None, None, None
+        return g_hidden, g_weight, g_bias, None, None, None, None
 
 
 def chunked_logprobs(
-    hidden_SD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_S: Tensor, scale_S: Tensor, chunk: int = CHUNK
+    hidden_SD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_S: Tensor,
+    scale_S: Tensor,
+    chunk: int = CHUNK,
+    keep: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [S] of ``target_S`` under softmax(scale * logits), in float32 (float64 stays)."""
-    return _ChunkedLogProb.apply(hidden_SD, weight_VD, bias_V, target_S, scale_S, chunk)  # type: ignore[return-value]
+    keep = KEEP if keep is None else keep
+    return _ChunkedLogProb.apply(hidden_SD, weight_VD, bias_V, target_S, scale_S, chunk, keep)  # type: ignore[return-value]
 
 
 def logprobs(policy: Policy, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -166,10 +189,20 @@ def logprobs(policy: Policy, batch: PackedBatch, temperature: float = 1.0) -> tu
     are scored under the untempered policy (trap 8)."""
     scale_S = scale_of(batch, temperature)
     if not policy.shared:
-        return plain.logprobs(policy.base, batch, scale_S)
-    hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout, batch.delta_TD, batch.inputs_fixed)
-    head = policy.head
-    return chunked_logprobs(hidden_TD.index_select(0, batch.at_S), head.weight, head.bias, batch.target_S, scale_S)
+        with policy.precision(sampling=False):
+            return plain.logprobs(policy.base, batch, scale_S)
+    with policy.precision(sampling=False):
+        hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout, batch.delta_TD, batch.inputs_fixed)
+    return head_logprobs(policy, hidden_TD.index_select(0, batch.at_S), batch.target_S, scale_S)
+
+
+def head_logprobs(policy: Policy, hidden_SD: Tensor, target_S: Tensor, scale_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the targets from the last hidden states, in the precision of the policy."""
+    weight, bias = policy.head.weight, policy.head.bias
+    if policy.autocast == "all":  # explicitly: the backward pass runs outside of autocast
+        hidden_SD, weight = hidden_SD.bfloat16(), weight.bfloat16()
+        bias = None if bias is None else bias.bfloat16()
+    return chunked_logprobs(hidden_SD, weight, bias, target_S, scale_S)
 
 
 def scale_of(batch: PackedBatch, temperature: float) -> Tensor:
@@ -287,11 +320,13 @@ def load(config: ModelConfig, tokenizer: Any = None, longest: float = math.inf) 
         model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no causal language model could be read from {folder}: {error}") from error
+    if device.type == "cpu":
+        matmul.route()
     model = model.to(device=device).eval()  # type: ignore[call-arg]  # eval: no dropout; gradients flow all the same
     model.config.use_cache = False
     if gguf:
         _forget_gguf(model)
-    policy = Policy(model, tokenizer, device)
+    policy = Policy(model, tokenizer, device, autocast=config.autocast)
     forward.choose(policy, config.forward, longest)
     if config.lora is not None:
         policy.model, policy.lora = _adapt(model, config.lora), True

@@ -237,6 +237,9 @@ class Model(Section):
     forward: Literal["auto", "shared", "plain"] = Field(
         default="auto", description="shared prefixes, or the model's own forward"
     )
+    autocast: Literal["none", "sample", "all"] = Field(
+        default="none", description="products in bfloat16 (weights stay float32): nowhere, in sampling, in sampling and training"
+    )
     lora: Lora | None = None
 
 

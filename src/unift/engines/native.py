@@ -22,6 +22,7 @@ from unift.types import Sample
 
 ROWS = 256  # rows decoded side by side
 BLOCK = 64  # cached member positions added at a time
+VOCAB_BLOCK = 256  # tokens whose probabilities are summed first when sampling
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,19 @@ def generate(
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt), i))  # little padding in a batch
     results: list[list[Sample]] = [[] for _ in requests]
     run = _run if policy.shared else _run_plain
-    batch: list[int] = []
+    batches: list[list[int]] = []
     width = 0
     for i in order:
-        g = _members(requests[i])
-        fits = policy.shared or not batch or len(requests[i].prompt) == len(requests[batch[0]].prompt)
-        if batch and (not fits or (len(batch) + 1) * max(width, g) > rows):
+        width = max(width, _members(requests[i]))
+        # The plain sampler pads nothing: its prompts have one length.
+        fits = policy.shared or not batches or len(requests[i].prompt) == len(requests[batches[-1][0]].prompt)
+        if not batches or not fits or (len(batches[-1]) + 1) * width > rows:
+            batches.append([])
+            width = _members(requests[i])
+        batches[-1].append(i)
+    with policy.precision(sampling=True):  # outside of the loop: weights in bfloat16 are kept until it ends
+        for batch in batches:
             run(policy, requests, batch, max_tokens, temperature, results)
-            batch, width = [], 0
-        batch.append(i)
-        width = max(width, g)
-    if batch:
-        run(policy, requests, batch, max_tokens, temperature, results)
     return results
 
 
@@ -69,19 +71,38 @@ def _chooser(requests: Sequence[Request], g: int, max_tokens: int, temperature: 
     all_greedy, any_greedy = bool(greedy_N.all()), bool(greedy_N.any())
 
     def choose(logits_NV: Tensor, slot_N: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-        logp_NV = torch.log_softmax(wide / temperature, dim=-1)
+        z_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+        z_NV = z_NV if temperature == 1.0 else z_NV / temperature
+        logp_NV = torch.log_softmax(z_NV, dim=-1)
         if all_greedy:
             token_N = logp_NV.argmax(-1)
         else:
-            cdf_NV = logp_NV.double().exp_().cumsum(-1)
-            u_N1 = u_NL[slot_N, t, None] * cdf_NV[:, -1:]
-            token_N = torch.searchsorted(cdf_NV, u_N1, right=True)[:, 0].clamp_(max=logp_NV.shape[1] - 1)
+            token_N = inverse_cdf(logp_NV, u_NL[slot_N, t])
             if any_greedy:
                 token_N = torch.where(greedy_N[slot_N], logp_NV.argmax(-1), token_N)
         return token_N, logp_NV.gather(1, token_N[:, None])[:, 0]
 
     return choose
+
+
+def inverse_cdf(logp_NV: Tensor, u_N: Tensor, block: int = VOCAB_BLOCK) -> Tensor:
+    """The first token whose cumulative probability exceeds u * total, sums in float64, ``u_N`` in [0, 1).
+
+    Two levels: sums over blocks of the vocabulary, then the sum inside the one block that u falls into; so float64
+    numbers are made for a block and not for the vocabulary.
+    """
+    n, v = logp_NV.shape
+    blocks = -(-v // block)
+    p_NV = logp_NV.new_zeros(n, blocks * block)
+    torch.exp(logp_NV, out=p_NV[:, :v])
+    p_NCW = p_NV.view(n, blocks, block)
+    cdf_NC = p_NCW.sum(-1, dtype=torch.float64).cumsum(-1)
+    u_N1 = u_N[:, None] * cdf_NC[:, -1:]
+    at_N1 = torch.searchsorted(cdf_NC, u_N1, right=True).clamp_(max=blocks - 1)
+    before_N1 = torch.where(at_N1 > 0, cdf_NC.gather(1, (at_N1 - 1).clamp_(min=0)), 0.0)
+    inside_NW = p_NCW[torch.arange(n, device=p_NV.device), at_N1[:, 0]].double().cumsum(-1) + before_N1
+    token_N = at_N1[:, 0] * block + torch.searchsorted(inside_NW, u_N1, right=True)[:, 0].clamp_(max=block - 1)
+    return token_N.clamp_(max=v - 1)
 
 
 @torch.no_grad()
@@ -109,36 +130,28 @@ def _run(
     hidden = policy.hidden(torch.tensor(flat, device=device), positions, layout)
     last_BV = policy.logits(hidden[torch.from_numpy(ends - 1).to(device)])
 
-    p = layout.prefix_BP.shape[1]
-    hidden_at = torch.arange(p, device=device) >= layout.prefix_len_B[:, None]
     some = next(iter(layout.cache.values()))[0]
-    mask = torch.zeros(b, 1, 1, p, dtype=some.dtype, device=device).masked_fill_(hidden_at[:, None, None], -torch.inf)
     capacity = min(BLOCK, max_tokens)
     members = {
         n: (k.new_empty(b, k.shape[1], g, capacity, k.shape[3]), v.new_empty(b, v.shape[1], g, capacity, v.shape[3]))
         for n, (k, v) in layout.cache.items()
     }
-    state = DecodeLayout(layout.cache, mask, members, (b, g))
+    state = DecodeLayout(layout.cache, layout.padding(some), members, (b, g))
 
     # Decode. slot_N: each live row's place in the original B*G grid. A slot without a sample counts as done.
     grid = np.arange(b * g).reshape(b, g)
     done_N = torch.tensor([j >= counts[i] for i in range(b) for j in range(g)], device=device)
     slot_N = torch.arange(b * g, device=device)
     start_N = layout.prefix_len_B.repeat_interleave(g)
-    tokens: list[list[int]] = [[] for _ in range(b * g)]
-    logps: list[list[float]] = [[] for _ in range(b * g)]
-    ended = [False] * (b * g)
+    tokens_NL = torch.zeros(b * g, max_tokens, dtype=torch.long, device=device)
+    logps_NL = torch.zeros(b * g, max_tokens, dtype=torch.float64, device=device)
+    length_N = torch.zeros(b * g, dtype=torch.long, device=device)  # of the rows that ended; 0: not ended
     logits_NV = last_BV.repeat_interleave(g, 0)
     for t in range(max_tokens):
         token_N, logp_N = choose(logits_NV, slot_N, t)
         stop_N = torch.isin(token_N, eos)
-        for slot, live, token, logp, stop in zip(
-            slot_N.tolist(), (~done_N).tolist(), token_N.tolist(), logp_N.tolist(), stop_N.tolist(), strict=True
-        ):
-            if live:
-                tokens[slot].append(token)
-                logps[slot].append(logp)
-                ended[slot] = stop
+        tokens_NL[slot_N, t], logps_NL[slot_N, t] = token_N, logp_N.double()  # of done rows too: cut off below
+        length_N[slot_N[stop_N & ~done_N]] = t + 1
         done_N = done_N | stop_N
         live = ~done_N.view(state.shape).cpu().numpy()
         if t + 1 == max_tokens or not live.any():
@@ -155,8 +168,11 @@ def _run(
             state.grow(capacity)
         logits_NV = policy.logits(policy.hidden(token_N, start_N + t, state))
         state.filled += 1
+    tokens, logps, lengths = tokens_NL.tolist(), logps_NL.tolist(), length_N.tolist()
     for i, index in enumerate(batch):
-        results[index] = [Sample(tokens[s], logps[s], ended[s]) for s in grid[i, : counts[i]]]
+        for s in grid[i, : counts[i]]:
+            n = lengths[s] or t + 1
+            results[index].append(Sample(tokens[s][:n], logps[s][:n], lengths[s] > 0))
 
 
 @torch.no_grad()

@@ -1,0 +1,90 @@
+"""Peak memory of one GRPO step, unift against TRL: every measurement in a process of its own.
+
+    python benchmarks/memory.py [--quick]
+
+Reports the peak resident set (``ru_maxrss``) of a process that loads the model and takes one step, and how it grows with
+the vocabulary and the group size. On a GPU the peak of the CUDA allocator is reported beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import SHAPES, Shape, Unift, load, machine, prompts, save
+
+SIDES = ("unift", "trl", "trl-checkpointing")
+
+
+def sized(vocab: int) -> tuple[Any, Any]:
+    """The 3 M Llama with a larger head. The end token is one of ``vocab`` here, so that a row may end early, rarely."""
+    import transformers as t
+
+    model, tokenizer = load("3m")
+    model.config.vocab_size = vocab
+    larger = t.LlamaForCausalLM(model.config)
+    larger.generation_config = model.generation_config
+    return larger, tokenizer
+
+
+def child(side: str, model_name: str, shape: Shape, vocab: int) -> None:
+    torch.set_num_threads(1)
+    model, tokenizer = sized(vocab) if vocab else load(model_name)
+    rows = prompts(tokenizer, shape, shape.groups)
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if side == "unift":
+        Unift(model, tokenizer, shape).step([tokens for _, tokens in rows])
+    else:
+        from vs_trl import trl_trainer
+
+        with tempfile.TemporaryDirectory() as folder:
+            texts = [text for text, _ in rows]
+            trl_trainer(model, tokenizer, texts, shape, 1, side == "trl-checkpointing", folder).train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    print(json.dumps({"peak_mib": peak / 1024, "loaded_mib": loaded / 1024, "cuda_mib": cuda / 2**20}))
+
+
+def measure(side: str, model_name: str, shape: Shape, vocab: int = 0) -> dict[str, float]:
+    words = [sys.executable, str(Path(__file__)), "--child", side, model_name, json.dumps(vars(shape)), str(vocab)]
+    out = subprocess.run(words, capture_output=True, text=True)
+    if out.returncode:
+        sys.exit(f"{side} failed:\n{out.stderr[-3000:]}")
+    return json.loads(out.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        side, name, shape, vocab = sys.argv[2:6]
+        return child(side, name, Shape(**json.loads(shape)), int(vocab))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the 3 M model only")
+    a = parser.parse_args()
+    cases: list[tuple[str, str, Shape, int]] = [(f"3m {n}", "3m", SHAPES["3m"][n], 0) for n in ("short", "knights")]
+    small = replace(SHAPES["3m"]["short"], groups=2)
+    cases += [(f"3m vocabulary {v}", "3m", small, v) for v in (8192, 49152, 151936)]
+    cases += [(f"3m G={g}", "3m", replace(SHAPES["3m"]["countdown"], groups=4, g=g), 0) for g in (2, 8, 16)]
+    if not a.quick:
+        cases += [(f"135m {n}", "135m", SHAPES["135m"][n], 0) for n in ("short", "knights")]
+    rows = []
+    for title, name, shape, vocab in cases:
+        row: dict[str, Any] = {"case": title, "sizes": vars(shape), "vocab": vocab}
+        for side in SIDES:
+            row[side] = measure(side, name, shape, vocab)
+        row["saved"] = 1 - row["unift"]["peak_mib"] / row["trl"]["peak_mib"]
+        rows.append(row)
+        peaks = ", ".join(f"{s} {row[s]['peak_mib']:,.0f}" for s in SIDES)
+        print(f"{title}: {peaks} MiB; {row['saved']:.0%} below TRL without checkpointing", flush=True)
+        save("memory", {"rows": rows, "machine": machine()})
+
+
+if __name__ == "__main__":
+    main()

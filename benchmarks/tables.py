@@ -1,0 +1,143 @@
+"""Write the tables of docs/performance.md from benchmarks/results/*.json, between its markers.
+
+    python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+RESULTS, PAGE = ROOT / "results", ROOT.parent / "docs" / "performance.md"
+SIDES = ("unift", "trl", "trl-checkpointing")
+ORDER = ["short", "countdown", "knights", "math"]
+
+
+def read(pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{pattern}.json"))]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) if rows else "No result is kept yet."
+
+
+def span(s: dict[str, Any], digits: int = 2) -> str:
+    return f"{s['median']:.{digits}f} [{s['min']:.{digits}f}, {s['max']:.{digits}f}]"
+
+
+def vs_trl() -> str:
+    rows = []
+    records = sorted(read("vs_trl-*"), key=lambda r: (len(r["model"]), ORDER.index(r["shape"]), r["trl_gradient_checkpointing"]))
+    for r in records:
+        s = r["sizes"]
+        rows.append([
+            f"{r['model']} {r['shape']}",
+            f"{s['groups']} x {s['g']} x ({s['prefix']} + {s['completion']})",
+            "on" if r["trl_gradient_checkpointing"] else "off",
+            f"**{span(r['ratio_cpu'])}**",
+            span(r["ratio"]),
+            f"{r['trl']['cpu']['median']:.2f} / {r['unift']['cpu']['median']:.2f}",
+            str(r["ratio"]["n"]),
+            f"{r['machine']['threads']}; {r['machine']['load']:.0f}",
+        ])
+    head = ["model, shape", "groups x G x (prefix + completion)", "TRL checkpointing", "CPU seconds, TRL / unift"]
+    return table([*head, "wall clock, TRL / unift", "CPU s a step", "pairs", "threads; load"], rows)
+
+
+def grown(r: dict[str, Any]) -> float:
+    """Share saved of what a step adds to a process that has imported everything and loaded the model."""
+    ours, theirs = (r[s]["peak_mib"] - r[s]["loaded_mib"] for s in ("unift", "trl"))
+    return 1 - ours / theirs
+
+
+def memory() -> str:
+    rows = [
+        [r["case"], *(f"{r[s]['peak_mib']:,.0f}" for s in SIDES), f"{r['saved']:.0%}", f"{grown(r):.0%}"]
+        for record in read("memory")
+        for r in record["rows"]
+    ]
+    head = ["case", "unift MiB", "TRL, checkpointing off", "TRL, on (its default)", "below TRL, off"]
+    return table([*head, "the same above the loaded model"], rows)
+
+
+def ablation() -> str:
+    rows = [
+        [f"{r['machine']['date'][:10]} {title}", row["off"], span(row["ratio_cpu"]), f"{row['forwarded']:.0f}"]
+        for path in sorted(RESULTS.glob("ablation-*.json"))
+        for r, title in [(json.loads(path.read_text()), path.stem.removeprefix("ablation-"))]
+        for row in r["rows"]
+    ]
+    return table(["run", "switched off", "CPU seconds against all on", "tokens forwarded"], rows)
+
+
+def precision() -> str:
+    rows = [
+        [f"{path.stem.removeprefix('precision-')}", row["variant"], span(row["ratio_cpu"]), f"{row['cpu']['median']:.2f}",
+         f"{row['gap']['max']:.1e}", str(row["cpu"]["n"])]
+        for path in sorted(RESULTS.glob("precision-*.json"))
+        for row in json.loads(path.read_text())["rows"]
+    ]
+    head = ["run", "products", "times as fast as float32 (CPU s)", "CPU s a step", "largest log-prob gap"]
+    return table([*head, "steps"], rows)
+
+
+def scaling() -> str:
+    rows = []
+    for record in read("scaling"):
+        for name, table_rows in record["tables"].items():
+            for r in table_rows:
+                cells = [f"{name} = {r[name]}", span(r["cpu"], 3), f"{r['shared_tokens']}", f"{r['plain_tokens']}"]
+                rows.append(cells)
+    return table(["changed", "CPU s a step", "tokens forwarded", "tokens of copies"], rows)
+
+
+def roofline() -> str:
+    measured = {(r["model"], r["shape"]): r for r in read("vs_trl-*") if not r["trl_gradient_checkpointing"]}
+    rows = []
+    for record in read("roofline"):
+        for r in record["rows"]:
+            m = measured.get((r["model"], r["shape"]))
+            ours, theirs = (m[s]["cpu"]["median"] if m else None for s in ("unift", "trl"))
+            rows.append([
+                f"{r['model']} {r['shape']}",
+                f"{r['generate']:.2f} + {r['train']:.2f} = {r['floor']:.2f}",
+                f"{ours:.2f} ({r['floor'] / ours:.0%})" if ours else "-",
+                f"{r['floor_trl']:.2f}",
+                f"{theirs:.2f} ({r['floor_trl'] / theirs:.0%})" if theirs else "-",
+                f"{theirs / r['floor']:.1f}x" if theirs else "-",
+            ])
+    head = ["model, shape", "unift's products, s", "unift measured (of its floor)", "TRL's products, s", "TRL measured"]
+    return table([*head, "most that is possible against this TRL"], rows)
+
+
+def machines() -> str:
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        r = json.loads(path.read_text())
+        m = r["machine"]
+        versions = ", ".join(f"{n} {m[n]}" for n in ("torch", "transformers", "trl") if n in m)
+        note = f" {r['note']}" if r.get("note") else ""
+        lines.append(
+            f"- `{path.name}`: {m['date']}, commit {m['commit']}, {m['cpu']}, {m['cores']} cores ({m['usable']} used), "
+            f"{m['threads']} thread(s), load {m['load']:.1f}, Python {m['python']}, {versions}.{note}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    for make in (vs_trl, memory, ablation, scaling, roofline, precision, machines):
+        name = make.__name__
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        text, found = pattern.subn(lambda m, make=make: m.group(1) + make() + "\n" + m.group(2), text)
+        assert found == 1, f"{PAGE} has no markers for {name}"
+    PAGE.write_text(text)
+    print(f"tables of {PAGE} written")
+
+
+if __name__ == "__main__":
+    main()
