@@ -150,7 +150,8 @@ class Unift:
         self.route: bool | None = None
         from unift import attention, update
         from unift.config import parse_overrides, resolve
-        from unift.policy import Policy, check_attention
+        from unift.forward import check_shared
+        from unift.policy import Policy
 
         attention.register()
         # The same objective as TRL's default: group mean and std, token mean over the batch, clip 0.2, no KL.
@@ -161,7 +162,7 @@ class Unift:
         assert self.config.policy.norm == "token_mean" and self.config.credit.scale == "sample_std"
         model = model.eval()
         model.config.use_cache = False
-        check_attention(model, torch.device("cpu"))
+        check_shared(model, torch.device("cpu"))
         self.policy = Policy(model, tokenizer, torch.device("cpu"), autocast=self.config.model.autocast)
         self.optimizer = update.make_optimizer(self.policy, self.config.train)
         self.shape, self.count = shape, 0
@@ -176,9 +177,9 @@ class Unift:
             matmul.route(False)
 
     def _step(self, prefixes: list[list[int]]) -> dict[str, float]:
-        from unift import credit, evaluate, rng, update
-        from unift.batch import items_of
+        from unift import assign, evaluate, rng, update
         from unift.engines.native import Request
+        from unift.memory import Memory
         from unift.types import Group, Score
 
         s, began, cpu = self.shape, time.perf_counter(), time.process_time()
@@ -194,8 +195,7 @@ class Unift:
             group.samples = samples
             for j, sample in enumerate(samples):
                 sample.score = Score(float(j % 2))
-        advantages = [credit.advantages([x.score.value for x in g.samples], self.config.credit) for g in groups]
-        items = items_of(groups, advantages, None)
+        items = assign.items(groups, [], [], self.config, self.policy, None, Memory(), (0, self.count))
         (packs,) = update.prepare(self.policy, items, self.config, None)
         metrics = update.apply(self.policy, self.optimizer, packs, self.config, 1e-6, False, Path("/tmp/unift-bad.pt"))
         done = time.perf_counter()

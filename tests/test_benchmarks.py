@@ -1,0 +1,24 @@
+"""The step that the benchmarks time is unift's own: it runs, and forwards each prefix once."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def common(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("common")
+
+
+def test_a_step_of_the_benchmarks(common):
+    """2 groups of G = 3, prefix 9, 4 tokens each: (9 + 3 * 3) * 2 tokens forwarded, 24 sampled, both parts timed."""
+    model, tokenizer = common.model_3m()
+    step = common.Unift(model, tokenizer, common.Shape(9, 0, 4, 2, 3)).step([[5] * 9, [7] * 9])
+    assert step["forwarded"] == 36 and step["sampled"] == 24
+    assert step["gap"] < 1e-5 and step["seconds"] >= step["generate"] > 0
