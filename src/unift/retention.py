@@ -91,7 +91,8 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
     kind, targets = training_targets(folder, config, dataset.encode(tokenizer, data, config)[0])
     length = max_tokens or config.eval.max_tokens or max(s.sample.max_tokens for _, _, s in configuration.plan(config))
     r = config.reward
-    with Scorer("auto", workers=r.workers, timeout=r.timeout, error_rate=r.error_rate, rule=r.rule) as scorer:
+    limits = {"workers": r.workers, "timeout": r.timeout, "error_rate": r.error_rate, "memory_mb": r.memory_mb}
+    with Scorer("auto", rule=r.rule, **limits) as scorer:
         after_model = config.model.model_copy(update={"path": str(folder / "model"), "gguf": None, "lora": None})
         before, nll = _one_model(config.model, tokenizer, scorer, sets, encoded, length, config, targets)
         after, _ = _one_model(after_model, tokenizer, scorer, sets, encoded, length, config, [])
