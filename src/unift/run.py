@@ -146,7 +146,8 @@ def check_trackers(config: Config) -> None:
 def trackers(config: Config, folder: Path) -> Iterator[Callable[[dict[str, Any], int], None]]:
     """log(metrics, step) to the trackers of ``log.trackers`` through accelerate, from the first process; else a no-op.
 
-    Files of TensorBoard and wandb stay in the run folder. A continued run is a new run of wandb with the same name.
+    `check_trackers` has passed. Files of TensorBoard and wandb stay in the run folder. A continued run is a new run of
+    wandb with the same name.
     """
     if not config.log.trackers or not processes.first():
         yield lambda metrics, step: None
@@ -154,7 +155,6 @@ def trackers(config: Config, folder: Path) -> Iterator[Callable[[dict[str, Any],
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    check_trackers(config)
     places = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
     accelerator = Accelerator(log_with=[*config.log.trackers], project_config=places)
     name = folder.resolve().name
