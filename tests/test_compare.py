@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from unift import compare, config, plots
+from unift import budget, compare, config, plots
 from unift.compare import Job, run_many, write_report
 from unift.summary import accuracy_of, interval, reading, table, wilson
 from unift.types import ConfigError, UniftError
@@ -279,3 +279,79 @@ def test_a_child_that_ignores_the_request_is_killed(tmp_path, monkeypatch):
     child.stdout.readline()
     compare.end([child])
     assert child.returncode == -signal.SIGKILL
+
+
+# ---------------------------------------------------------------------------------------------- one budget
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "amount"),
+    [("sampled=2M", "sampled", 2e6), ("trained=500k", "trained", 5e5), ("seconds=1.5", "seconds", 1.5), (" Sampled = 1e6 ", "sampled", 1e6)],
+)
+def test_budgets_are_read(text, kind, amount):
+    assert budget.parse(text) == budget.Budget(kind, amount)
+
+
+@pytest.mark.parametrize("text", ["2M", "tokens=2M", "sampled=", "sampled=0", "seconds=-3", "sampled=2 X", "sampled=1.2.3"])
+def test_a_budget_that_cannot_be_read_says_what_is_expected(text):
+    with pytest.raises(ConfigError, match="expected sampled=TOKENS"):
+        budget.parse(text)
+
+
+def spent(steps, sampled=0, trained=0, seconds=0.0, method="uft"):
+    return {"method": method, "steps": steps, "tokens_sampled": sampled, "tokens_trained": trained, "seconds_training": seconds}
+
+
+def test_steps_follow_from_the_mean_cost_of_the_probe():
+    probe = spent(20, sampled=4_000, trained=1_000, seconds=5.0)
+    assert budget.steps_for(budget.Budget("sampled", 40_000), probe, 600) == 200
+    assert budget.steps_for(budget.Budget("trained", 40_000), probe, 600) == 800
+    assert budget.steps_for(budget.Budget("seconds", 1.0), probe, 600) == 4
+    assert budget.steps_for(budget.Budget("seconds", 0.01), probe, 600) == 1, "less than a step is a step"
+    assert budget.steps_for(budget.Budget("trained", 1e12), probe, 600) == budget.MOST * 600
+    assert budget.steps_for(budget.Budget("sampled", 1e6), spent(20), 600) == 600, "sft samples nothing: its own steps"
+
+
+def test_the_run_is_evaluated_as_often_under_a_budget():
+    settings = config.resolve("uft", recipe="lock")
+    over = budget.spend(budget.Budget("sampled", 40_000), spent(20, sampled=4_000), settings)
+    assert over == ["train.steps=200", "eval.every=20"], "600 steps, evaluated every 60"
+
+
+def test_a_probe_has_a_step_for_every_phase_and_never_more_than_the_run():
+    assert budget.probe_steps(config.resolve("uft", recipe="lock")) == 30
+    assert budget.probe_steps(config.resolve("sft", recipe="lock")) == 200
+    short = config.resolve("uft", recipe="lock", overrides={"train": {"steps": 7}})
+    assert budget.probe_steps(short) == 7
+    phases = [{"method": "sft", "share": 0.01}, {"method": "rft", "share": 0.99}]
+    two = config.resolve("sft-rft", recipe="lock", overrides={"phases": phases})
+    assert budget.probe_steps(two) == 200
+    config.plan(two.model_copy(update={"train": two.train.model_copy(update={"steps": 200})}))
+
+
+def test_a_budget_too_small_for_the_phases_is_refused():
+    with pytest.raises(ConfigError, match="no step"):
+        budget.spend(budget.Budget("sampled", 100), spent(20, sampled=4_000), config.resolve("sft-rft", recipe="lock"))
+
+
+def test_the_note_names_who_used_more_or_less():
+    limit = budget.Budget("sampled", 1000)
+    even = [spent(5, sampled=950), spent(5, sampled=1050, method="rft")]
+    assert budget.note(limit, even) == "Budget of a run: sampled=1000. All runs used it within 10 %."
+    assert "rft 150 %" in budget.note(limit, [*even, spent(5, sampled=1950, method="rft")])
+
+
+def test_compare_under_a_budget(tmp_path):
+    small = ["data.train_rows=8", "data.test_rows=8", "train.prompts=4", "sample.max_tokens=8", "train.steps=20"]
+    with pytest.raises(ConfigError, match="keep one"):
+        compare.compare_methods(["uft"], 1, "lock", tmp_path / "a", small, 2, budget.parse("sampled=1k"))
+    folder = tmp_path / "b"
+    text = compare.compare_methods(["uft", "rft"], 1, "lock", folder, small[:-1], 2, budget.parse("sampled=2k"))
+    runs = {r["method"]: r for r in json.loads((folder / "compare.json").read_text())}
+    probe = json.loads((folder / "probes" / "uft-seed0" / "result.json").read_text())
+    assert probe["steps"] == 30 and runs["uft"]["steps"] == round(2000 / (probe["tokens_sampled"] / 30))
+    assert runs["uft"]["tokens_sampled"] == pytest.approx(2000, rel=0.5)
+    assert runs["rft"]["tokens_sampled"] == pytest.approx(2000, rel=0.5)
+    assert "Budget of a run: sampled=2000." in text
+    assert "Budget of a run" in (folder / "table.md").read_text()
+    assert runs["uft"]["seconds"] > runs["uft"]["seconds_training"] > 0

@@ -179,18 +179,24 @@ def evaluate(
 @app.command()
 def compare(
     settings: Settings = None,
-    methods: Annotated[str, typer.Option(help="comma-separated presets")] = "sft,rft,sft-rft,r3,stage,uft",
+    methods: Annotated[str, typer.Option(help="comma-separated presets, or all")] = "sft,rft,sft-rft,r3,stage,uft",
     seeds: Annotated[int, typer.Option(help="seeds 0..N-1")] = 3,
     recipe: Annotated[str, typer.Option(help="a tuned task of the package")] = DEMO,
     run: Annotated[Path, typer.Option("--run", "--run-folder", help="folder of all runs")] = Path("runs/compare"),
     workers: Annotated[int, typer.Option(help="runs side by side, one thread each")] = 2,
+    budget: Annotated[
+        Optional[str],
+        typer.Option(help="of each run: sampled=2M or trained=2M (tokens), or seconds=60; default: the recipe's steps"),
+    ] = None,
 ) -> None:
     """Several methods, several seeds, one task: a table with intervals and a plot. Repeating the command continues."""
+    from unift import budget as budgets
     from unift import processes
     from unift.compare import compare_methods
 
     processes.alone("unift compare")
-    typer.echo(compare_methods(methods.split(","), seeds, recipe, run, list(settings or []), workers))
+    limit = budgets.parse(budget) if budget else None
+    typer.echo(compare_methods(methods.split(","), seeds, recipe, run, list(settings or []), workers, limit))
 
 
 @app.command()

@@ -14,10 +14,13 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unift.summary import Result, by_method, interval, reading, table, wilson
 from unift.types import ConfigError, UniftError
+
+if TYPE_CHECKING:
+    from unift.budget import Budget
 
 __all__ = ["Job", "command", "compare_methods", "interval", "reading", "run_many", "table", "wilson", "write_report"]
 
@@ -181,35 +184,57 @@ def _outcome(result: Result) -> str:
 
 
 def compare_methods(
-    methods: Sequence[str], seeds: int, recipe: str, folder: Path, settings: Sequence[str], workers: int
-) -> str:
-    """The whole comparison; returns table, reading and the path of the plot as text. Settings are checked first."""
-    from unift.config import parse_overrides, resolve
+    methods: Sequence[str], seeds: int, recipe: str, folder: Path, settings: Sequence[str], workers: int,
+    limit: Budget | None = None,
+) -> str:  # fmt: skip
+    """The whole comparison; returns table, reading and the path of the plot as text. Settings are checked first.
+
+    With a budget, every method's steps are chosen so that one run uses it up (``unift.budget``).
+    """
+    from unift import budget as budgets
+    from unift.config import parse_overrides, preset_names, resolve
 
     methods = list(dict.fromkeys(m.strip() for m in methods if m.strip()))
+    methods = preset_names() if methods == ["all"] else methods
     if not methods or seeds < 1:
         raise ConfigError(f"nothing to compare: found methods {methods} and seeds={seeds}; name a method, 1 seed or more")
-    for method in methods:
-        config = resolve(method, recipe=recipe, overrides=parse_overrides(settings))
+    over = parse_overrides(settings)
+    if limit and "steps" in over.get("train", {}):
+        raise ConfigError("--budget chooses train.steps, which is also set; keep one")
+    own: dict[str, list[str]] = {}  # settings of a method
+    configs = {m: resolve(m, recipe=recipe, overrides=over) for m in methods}
+    for config in configs.values():
         if not (config.data.task or config.data.test):
             raise ConfigError("a comparison needs held-out rows: set data.test=FILE")
-    jobs = [
-        Job(m, seed, folder / f"{m}-seed{seed}", command(m, seed, recipe, folder, settings))
-        for seed in range(seeds)
-        for m in methods
-    ]
     stop = threading.Event()  # not an exception: that could fall between the birth of a child and its being known
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
     with on_signals(lambda number, frame: stop.set()):
-        results = run_many(jobs, workers, lambda text: print(text, flush=True), stop)
-    plot = write_report(folder, results)
+        if limit:
+            probes = [_job(m, 0, recipe, folder / budgets.FOLDER, budgets.probe(settings, configs[m])) for m in methods]
+            costs = run_many(probes, workers, lambda text: say(f"probe {text}"), stop)
+            for method, cost in zip(methods, costs, strict=True):
+                own[method] = budgets.spend(limit, cost, configs[method])
+        jobs = [
+            _job(m, seed, recipe, folder, [*settings, *own.get(m, [])]) for seed in range(seeds) for m in methods
+        ]
+        results = run_many(jobs, workers, say, stop)
+    notes = [budgets.note(limit, results)] if limit else []
+    plot = write_report(folder, results, notes)
     places = [f"plot: {plot}", f"folder: {folder}  (as a page: unift report {folder})"]
-    return "\n".join([table(results), "", *reading(results), "", *places])
+    return "\n".join([table(results), "", *notes, *reading(results), "", *places])
+
+
+def _job(method: str, seed: int, recipe: str, folder: Path, settings: Sequence[str]) -> Job:
+    return Job(method, seed, folder / f"{method}-seed{seed}", command(method, seed, recipe, folder, settings))
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
-def write_report(folder: Path, results: Sequence[Result]) -> Path:
+def write_report(folder: Path, results: Sequence[Result], notes: Sequence[str] = ()) -> Path:
     """compare.json, table.md and curves.png in the folder; returns the path of the picture.
 
     Curves come from ``metrics.jsonl`` of ``<method>-seed<seed>``; a run without one is in the table only.
@@ -219,7 +244,7 @@ def write_report(folder: Path, results: Sequence[Result]) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "compare.json", json.dumps(list(results), indent=1))
-    write_atomic(folder / "table.md", "\n".join([table(results), "", *reading(results), ""]))
+    write_atomic(folder / "table.md", "\n".join([table(results), "", *notes, *reading(results), ""]))
     runs = {
         method: [read_metrics(folder / f"{method}-seed{r['seed']}" / "metrics.jsonl") for r in group]
         for method, group in by_method(results).items()

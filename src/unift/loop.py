@@ -108,7 +108,9 @@ class Run:
         self.report, self.track = report, track
         self.spans = configuration.plan(config)
         self.total = self.spans[-1][1]
-        self.counters = {"tokens_sampled": 0, "tokens_trained": 0, "seconds": 0.0, "best": -1.0, "best_step": 0, "seen": 0}
+        self.counters = {
+            "tokens_sampled": 0, "tokens_trained": 0, "seconds": 0.0, "training": 0.0, "best": -1.0, "best_step": 0, "seen": 0
+        }  # fmt: skip
         self.scored = dict.fromkeys(scorer.counts, 0)  # outcomes of training completions
         self.judged = dict.fromkeys(scorer.counts, 0)  # outcomes in evaluations
         columns = {s.sample.rejected for _, _, s in self.spans if s.sample.rejected}
@@ -138,6 +140,7 @@ class Run:
                 began = time.perf_counter()
                 metrics = self.step(step, start, stop, settings, optimizer, reference)
                 finished = step + 1
+                self.counters["training"] += metrics["time/step"]
                 if self._due(self.config.eval.every, finished, stop):
                     metrics["eval/test/accuracy"] = self._accuracy()
                     if metrics["eval/test/accuracy"] > self.counters["best"]:
@@ -169,7 +172,8 @@ class Run:
             "method": self.config.method,
             "seed": self.config.seed,
             "steps": self.total,
-            "seconds": self.counters["seconds"],
+            "seconds": self.counters["seconds"],  # evaluations included
+            "seconds_training": self.counters["training"],
             "tokens_sampled": self.counters["tokens_sampled"],
             "tokens_trained": self.counters["tokens_trained"],
             "reward_seen": self.counters["seen"],
