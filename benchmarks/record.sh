@@ -12,6 +12,7 @@ for model in 3m 135m; do
     "$python" benchmarks/vs_trl.py --model "$model" --shape "$shape" --save --note "$note"
   done
   "$python" benchmarks/vs_trl.py --model "$model" --shape short --checkpointing --save --note "$note"
+  "$python" benchmarks/rounding.py --model "$model"
   "$python" benchmarks/precision.py --model "$model" --shape short --note "$note"
 done
 "$python" benchmarks/memory.py

@@ -114,6 +114,15 @@ def roofline() -> str:
     return table([*head, "most that is possible against this TRL"], rows)
 
 
+def rounding() -> str:
+    rows = [
+        [record["model"], r["pair"], f"{r['mean']:.1e}", f"{r['max']:.1e}", str(r["n"])]
+        for record in read("rounding-*")
+        for r in record["rows"]
+    ]
+    return table(["model", "compared", "mean", "largest", "tokens"], rows)
+
+
 def machines() -> str:
     lines = []
     for path in sorted(RESULTS.glob("*.json")):
@@ -130,7 +139,7 @@ def machines() -> str:
 
 def main() -> None:
     text = PAGE.read_text()
-    for make in (vs_trl, memory, ablation, scaling, roofline, precision, machines):
+    for make in (vs_trl, memory, ablation, scaling, roofline, precision, rounding, machines):
         name = make.__name__
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         text, found = pattern.subn(lambda m, make=make: m.group(1) + make() + "\n" + m.group(2), text)

@@ -397,6 +397,21 @@ def test_data_verbs(refused, tmp_path, words, said):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--budget", "2M"), "--budget '2M': expected sampled=TOKENS, trained=TOKENS or seconds=SECONDS"),
+        (("--budget", "seconds=0"), "more than 0"),
+        (("--budget", "sampled=1M", "train.steps=5"), "--budget chooses train.steps, which is also set; keep one"),
+        (("--methods", "uft,sftt"), "did you mean 'sft'?"),
+        (("--methods", ","), "name a method"),
+    ],
+)
+def test_comparisons(refused, tmp_path, words, said):
+    assert said in refused("compare", "--run", str(tmp_path / "runs"), *words)
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------------------------------------- a full disk
 
 

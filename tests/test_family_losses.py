@@ -56,6 +56,31 @@ def group(*scores, row_id="r", lengths=None):
     return Group(0, row_id, [3, 4], [], 0, 5, made)
 
 
+# ---------------------------------------------------------------------------------------------- uft-whole
+
+
+def test_uft_whole_by_hand():
+    """Hint and rest of two solutions, 5 tokens: e = .2/5 * pi / max(pi, .05); completions: A/Zc, Zc = 3, whatever l is."""
+    items = [
+        Item([3, 4], [5, 6], [Member([8, 1], COMPLETION, 1.5), Member([7, 1], DEMO)]),
+        Item([3], [], [Member([9], COMPLETION, -0.5), Member([1], DEMO)]),
+    ]
+    batch, e = weights_of(items, settings("uft-whole"), l=torch.log(torch.tensor([0.5, 0.01, 0.3, 0.3, 0.05, 0.02, 0.6, 0.04])))
+    role = batch.role_S.tolist()
+    assert role == [HINT, HINT, COMPLETION, COMPLETION, DEMO, DEMO, COMPLETION, DEMO]
+    w = 0.2 / 5
+    expected = [w, w * 0.2, 1.5 / 3, 1.5 / 3, w, w * 0.4, -0.5 / 3, w * 0.8]
+    assert e == pytest.approx(expected, rel=1e-6)
+
+
+def test_uft_whole_with_nll_on_the_hint_alone_is_uft():
+    whole = settings("uft-whole", "likelihood.rule=nll", "likelihood.tokens=hint", "likelihood.weight=0.001")
+    plain, apart = settings("uft"), {"method", "likelihood"}
+    assert whole.model_dump(exclude=apart) == plain.model_dump(exclude=apart)
+    items = [Item([3, 4], [5, 6], [Member([8, 1], COMPLETION, 1.5), Member([8, 2, 1], COMPLETION, -1.5)])]
+    assert weights_of(items, whole)[1] == weights_of(items, plain)[1]
+
+
 # ---------------------------------------------------------------------------------------------- reductions of the presets
 
 

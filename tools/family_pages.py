@@ -1,0 +1,80 @@
+"""The family on the demo's task, from a folder of `unift compare --methods all`: the table of docs/family.md and a curve a page.
+
+    unift compare --methods all --budget seconds=75 --seeds N --run FOLDER
+    python tools/family_pages.py FOLDER
+
+Pictures go to docs/methods/curves, the table between the markers of docs/family.md; a method page without its picture gets one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unift import plots
+from unift.checkpoint import read_metrics
+from unift.summary import Result, by_method, table
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BEGIN, END = "<!-- family -->\n", "\n<!-- /family -->"
+Runs = Sequence[Sequence[dict[str, Any]]]
+
+
+def picture(method: str, runs: Runs, uft: Runs, path: Path) -> None:
+    """Held-out accuracy without hints of every seed, and in grey the mean of UFT's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(4.6, 2.1), constrained_layout=True)
+    grid, name = np.linspace(0, 100, 101), "eval/test/accuracy"
+    if method != "uft":
+        axis.plot(grid, 100 * plots.over_seeds(uft, name, grid).mean(0), color="#999999", lw=1.2, ls=(0, (4, 3)), label="uft")
+    for seed in runs:
+        x, y = plots.series(seed, name)
+        axis.plot(x, 100 * y, color="#0072B2", lw=1.6, label=method if seed is runs[0] else None)
+    axis.set(xlim=(0, 100), ylim=(-3, 103), xlabel="share of the budget, %", ylabel="held-out, %")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def embed(page: Path, method: str) -> None:
+    """A page has its curve before the section with the command."""
+    text, link = page.read_text(), f"![Held-out accuracy of {method} on the lock](curves/{method}.png)"
+    if link in text:
+        return
+    head, mark, tail = text.partition("## Command")
+    note = f"## Curve\n\n{link}\n\nOn the demo's task under one budget: [family](../family.md).\n\n"
+    page.write_text(head + note + mark + tail)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    results: list[Result] = json.loads((folder / "compare.json").read_text())
+    groups = by_method(results)
+    order = sorted(groups, key=lambda m: -sum(r["test"]["accuracy"] for r in groups[m]) / len(groups[m]))
+    page = DOCS / "family.md"
+    text = page.read_text()
+    body = table([r for m in order for r in groups[m]])
+    page.write_text(text[: text.index(BEGIN) + len(BEGIN)] + body + text[text.index(END) :])
+    (DOCS / "methods" / "curves").mkdir(exist_ok=True)
+    metrics = {m: [read_metrics(folder / f"{m}-seed{r['seed']}" / "metrics.jsonl") for r in groups[m]] for m in order}
+    for method in order:
+        picture(method, metrics[method], metrics["uft"], DOCS / "methods" / "curves" / f"{method}.png")
+        embed(DOCS / "methods" / f"{method}.md", method)
+    print(body)
+
+
+if __name__ == "__main__":
+    main()
