@@ -281,6 +281,16 @@ def test_a_child_that_ignores_the_request_is_killed(tmp_path, monkeypatch):
     assert child.returncode == -signal.SIGKILL
 
 
+def test_of_many_methods_the_best_have_names(tmp_path):
+    runs = {f"m{i}": [[{"step": 1, "eval/test/accuracy": i / 20}]] for i in range(15)} | {"rft": [[{"step": 1, "eval/test/accuracy": 0.0}]]}
+    runs |= {"uft": [[{"step": 1, "reward": 0.5}]]}
+    assert plots.told_apart(runs) == [f"m{i}" for i in range(6, 15)] + ["rft", "uft"] and len(plots.told_apart(runs)) == plots.MOST
+    few = {k: runs[k] for k in ("m1", "uft")}
+    assert plots.told_apart(few) == ["m1", "uft"]
+    plots.curves(runs, tmp_path / "many.png", "many")
+    assert (tmp_path / "many.png").stat().st_size > 5000
+
+
 # ---------------------------------------------------------------------------------------------- one budget
 
 

@@ -21,7 +21,8 @@ COLOURS = {
     "stage": "#56B4E9",
     "uft-paper": "#E69F00",
 }
-SPARE = ("#8C564B", "#17BECF", "#7F3C8D", "#BCBD22")  # methods of one's own
+SPARE = ("#8C564B", "#17BECF", "#7F3C8D", "#BCBD22", "#E377C2", "#2CA02C", "#A05000", "#5254A3")  # methods of one's own
+MOST = 11  # methods drawn in a colour of their own; of more: uft, sft, rft and the best
 HINTED = ("uft", "uft-paper", "stage", "r3")  # the first of these in the picture shows its hint share
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -57,11 +58,21 @@ def over_seeds(runs: Sequence[Metrics], name: str, grid: np.ndarray, share: floa
     return np.array([np.interp(grid, x, y, left=np.nan, right=np.nan) for x, y in found])
 
 
+def told_apart(runs: Mapping[str, Sequence[Metrics]]) -> list[str]:
+    """The methods with a colour and a name: all, or the best MOST where there are more."""
+    if len(runs) <= MOST:
+        return list(runs)
+    ends = {m: [y[-1] for _, y in (series(x, "eval/test/accuracy") for x in seeds) if len(y)] for m, seeds in runs.items()}
+    first = sorted(runs, key=lambda m: (m not in ("uft", "sft", "rft"), -float(np.mean(ends[m])) if ends[m] else 0.0))[:MOST]
+    return [m for m in runs if m in first]
+
+
 def curves(runs: Mapping[str, Sequence[Metrics]], path: Path, title: str) -> None:
     """Left: held-out accuracy without hints over the run. Right: reward while training. Mean and range over seeds.
 
     runs: method -> one list of metrics lines per seed. x is the share of each run's own steps, since methods differ in
-    their number of steps. A method without evaluations, or without rewards, is left out of that panel.
+    their number of steps. A method without evaluations, or without rewards, is left out of that panel. Of many methods the
+    best have names and the others are thin and grey.
     """
     import matplotlib
 
@@ -70,20 +81,20 @@ def curves(runs: Mapping[str, Sequence[Metrics]], path: Path, title: str) -> Non
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), constrained_layout=True)
     grid = np.linspace(0, 100, 201)
-    methods = list(runs)
+    methods = told_apart(runs)
     handles: dict[str, Any] = {}
     for method, seeds in runs.items():
-        colour = colour_of(method, methods)
-        label = method
+        named = method in methods
+        colour, label = (colour_of(method, methods), method) if named else ("#C4C4C4", "others")
         for axis, name, unit, share in ((left, "eval/test/accuracy", 100, 0.0), (right, "reward", 1, 0.03)):
             stack = unit * over_seeds(seeds, name, grid, share)
             if not len(stack):
                 continue
-            width, front = (2.4, 4) if method == "uft" else (1.8, 3)
+            width, front = (2.4, 4) if method == "uft" else (1.8, 3) if named else (0.8, 2)
             (line,) = axis.plot(grid, stack.mean(0), color=colour, lw=width, zorder=front)
             if len(stack) > 1:
                 axis.fill_between(grid, stack.min(0), stack.max(0), color=colour, alpha=0.15, lw=0)
-            if axis is left:
+            if axis is left and named:
                 final = np.mean([100 * y[-1] for _, y in (series(m, name) for m in seeds) if len(y)])
                 label = f"{method} ({final:.0f} %)"
             handles[label] = line
@@ -101,7 +112,7 @@ def curves(runs: Mapping[str, Sequence[Metrics]], path: Path, title: str) -> Non
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     if handles:
-        columns = min(len(handles), 8)
+        columns = min(len(handles), 8 if len(handles) <= 8 else 6)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=100)
