@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from unift.compare import Job, run_many
-from unift.summary import T95
 
 METHODS = ("sft", "rollout-sft", "rft", "uft")
 OPTIONS = {
@@ -68,11 +67,10 @@ def line(task: str, method: str, runs: Sequence[dict[str, Any]]) -> str:
     nll = [r["retention"]["nll_of_targets_under_base"] for r in runs]
     moved = [s["logp_after"] - s["logp_before"] for s in sets]
     lost = [100 * s["forgotten"] for s in sets]
-    half = T95[len(lost) - 2] * statistics.stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else float("nan")
     known = [x for x in nll if x is not None]
     return (
         f"| {task} | {method} | {share('base')[0]:.1f} -> {mean_of(share('test'))} | {100 * sets[0]['before']['accuracy']:.1f} -> "
-        f"{mean_of([100 * s['after']['accuracy'] for s in sets])} | {statistics.mean(lost):.1f} +- {half:.1f} "
+        f"{mean_of([100 * s['after']['accuracy'] for s in sets])} | {mean_of(lost)} "
         f"| {mean_of(moved, 3)} | {mean_of(known, 2) if known else '-'} |"
     )
 
@@ -102,7 +100,7 @@ def main() -> None:
     for (task, job), result in zip(jobs, results, strict=True):
         table.setdefault((task, job.method), []).append(result | {"retention": measure(job.folder, rows)})
     lines = [
-        "| task | method | held-out % | retained % | forgotten, points (95 %) "
+        "| task | method | held-out % | retained % | forgotten, points "
         "| change of the retained solutions' log-prob, nats a token | NLL of the targets under the base |",
         "|---|---|---|---|---|---|---|",
         *(line(task, method, runs) for (task, method), runs in table.items()),
