@@ -33,13 +33,15 @@ class Arm:
     tasks: tuple[str, ...] = ("lock", "countdown")
 
 
+CONSTANT = "likelihood.schedule=constant"
 ARMS = {
     "uft": Arm("uft", 1),
     "uft, half": Arm("uft", 0.5),
     "uft-whole, half": Arm("uft-whole", 0.5),
-    "uft-whole, quarter": Arm("uft-whole", 0.25, tasks=("countdown",)),
-    "whole, plain NLL, half": Arm("uft-whole", 0.5, ("likelihood.rule=nll",)),
-    "whole, no hints, half": Arm("uft-whole", 0.5, ("show.schedule=none",)),
+    "constant weight, half": Arm("uft-whole", 0.5, (CONSTANT,)),
+    "constant weight, quarter": Arm("uft-whole", 0.25, (CONSTANT,), ("countdown",)),
+    "whole, plain NLL, half": Arm("uft-whole", 0.5, (CONSTANT, "likelihood.rule=nll")),
+    "whole, no hints, half": Arm("uft-whole", 0.5, (CONSTANT, "show.schedule=none")),
     "sft-rft, half": Arm("sft-rft", 0.5),
 }
 
