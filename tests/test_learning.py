@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unift.compare import Job, command, run_many
+from unift.compare import run_many, train_job
 from unift.config import parse_overrides, resolve
 from unift.loop import train
 
@@ -13,11 +13,7 @@ pytestmark = pytest.mark.slow
 
 def test_ordering_of_the_demo(tmp_path):
     """RFT < SFT < UFT in held-out accuracy without hints in at least 4 of 5 seeds, RFT below 2 %."""
-    jobs = [
-        Job(m, seed, tmp_path / f"{m}-seed{seed}", command(m, seed, "lock", tmp_path, []))
-        for seed in range(5)
-        for m in ("uft", "sft", "rft")
-    ]
+    jobs = [train_job(m, seed, "lock", tmp_path, []) for seed in range(5) for m in ("uft", "sft", "rft")]
     found = {(r["method"], r["seed"]): r["test"]["accuracy"] for r in run_many(jobs, 2)}
     held = [found["rft", s] < 0.02 and found["rft", s] < found["sft", s] < found["uft", s] for s in range(5)]
     assert sum(held) >= 4, found

@@ -1,6 +1,6 @@
 """The family on the demo's task, from a folder of `unift compare --methods all`: the table of docs/family.md and a curve a page.
 
-    unift compare --methods all --budget seconds=75 --seeds N --run FOLDER
+    unift compare --methods all --budget seconds=80 --seeds N --run FOLDER
     python tools/family_pages.py FOLDER
 
 Pictures go to docs/methods/curves, the table between the markers of docs/family.md; a method page without its picture gets one.

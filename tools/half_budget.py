@@ -17,11 +17,12 @@ from statistics import mean
 from typing import Any
 
 from unift.checkpoint import read_metrics
-from unift.compare import Job, command, run_many
+from unift.compare import Job, run_many, train_job
+from unift.config import resolve
 from unift.summary import interval
 
 Run = tuple[dict[str, Any], list[dict[str, Any]]]  # result, metrics
-STEPS = {"lock": (600, 30), "countdown": (240, 20)}  # of the recipe, and between evaluations
+EVERY = {"lock": 30, "countdown": 20}  # steps between evaluations
 SLACK = 0.01  # below UFT's mean: one point of accuracy is 5 of 500 problems
 
 
@@ -30,7 +31,7 @@ class Arm:
     method: str
     share: float  # of the recipe's steps
     settings: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ("lock", "countdown")
+    tasks: tuple[str, ...] = tuple(EVERY)
 
 
 CONSTANT = "likelihood.schedule=constant"
@@ -47,13 +48,10 @@ ARMS = {
 
 
 def job(task: str, name: str, seed: int, out: Path) -> Job:
-    arm, (steps, every) = ARMS[name], STEPS[task]
-    folder = out / f"{task}-{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-    every = every if arm.share >= 0.5 else every // 2
+    arm, steps = ARMS[name], resolve("uft", recipe=task).train.steps
+    every = EVERY[task] if arm.share >= 0.5 else EVERY[task] // 2
     own = [f"train.steps={round(arm.share * steps)}", f"eval.every={every}", "save.every=0", *arm.settings]
-    start = command(arm.method, seed, task, out, own)
-    start[start.index("--run") + 1] = str(folder)
-    return Job(arm.method, seed, folder, start)
+    return train_job(arm.method, seed, task, out, own, f"{task}-{name.replace(', ', '-').replace(' ', '-')}")
 
 
 def reached(metrics: Sequence[dict[str, Any]], target: float) -> dict[str, Any] | None:
@@ -98,11 +96,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     out, seeds = args.out, [int(s) for s in args.seeds.split(",")]
-    keys = [(task, name, s) for s in seeds for task in STEPS for name, arm in ARMS.items() if task in arm.tasks]
+    keys = [(task, name, s) for s in seeds for task in EVERY for name, arm in ARMS.items() if task in arm.tasks]
     jobs = [job(*key, out) for key in keys]
     results = run_many(jobs, args.workers, lambda text: print(text, file=sys.stderr, flush=True))
     found = {k: (r, read_metrics(j.folder / "metrics.jsonl")) for k, j, r in zip(keys, jobs, results, strict=True)}
-    text = "\n".join(line for task in STEPS for line in lines(task, found, seeds))
+    text = "\n".join(line for task in EVERY for line in lines(task, found, seeds))
     (out / "table.md").write_text(text + "\n")
     print(text)
 

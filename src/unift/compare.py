@@ -22,7 +22,7 @@ from unift.types import ConfigError, UniftError
 if TYPE_CHECKING:
     from unift.budget import Budget
 
-__all__ = ["Job", "command", "compare_methods", "interval", "reading", "run_many", "table", "wilson", "write_report"]
+__all__ = ["Job", "compare_methods", "interval", "reading", "run_many", "table", "train_job", "wilson", "write_report"]
 
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 END_SECONDS = 10.0  # for a run to end when asked
@@ -39,11 +39,11 @@ class Job:
     command: list[str]
 
 
-def command(method: str, seed: int, recipe: str, folder: Path, settings: Sequence[str]) -> list[str]:
-    """``unift train`` of one run with one thread."""
-    own = folder / f"{method}-seed{seed}"
+def train_job(method: str, seed: int, recipe: str, folder: Path, settings: Sequence[str], name: str = "") -> Job:
+    """``unift train`` of one run with one thread, in the folder's ``<method>-seed<seed>`` or ``<name>-seed<seed>``."""
+    own = folder / f"{name or method}-seed{seed}"
     start = [sys.executable, "-m", "unift", "train", "--quiet", "--recipe", recipe, "--method", method, "--run", str(own)]
-    return [*start, *settings, f"seed={seed}", "threads=1"]
+    return Job(method, seed, own, [*start, *settings, f"seed={seed}", "threads=1"])
 
 
 # ---------------------------------------------------------------------------------------------- running
@@ -213,22 +213,18 @@ def compare_methods(
 
     with on_signals(lambda number, frame: stop.set()):
         if limit:
-            probes = [_job(m, 0, recipe, folder / budgets.FOLDER, budgets.probe(settings, configs[m])) for m in methods]
+            probes = [train_job(m, 0, recipe, folder / budgets.FOLDER, budgets.probe(settings, configs[m])) for m in methods]
             costs = run_many(probes, workers, lambda text: say(f"probe {text}"), stop)
             for method, cost in zip(methods, costs, strict=True):
                 own[method] = budgets.spend(limit, cost, configs[method])
         jobs = [
-            _job(m, seed, recipe, folder, [*settings, *own.get(m, [])]) for seed in range(seeds) for m in methods
+            train_job(m, seed, recipe, folder, [*settings, *own.get(m, [])]) for seed in range(seeds) for m in methods
         ]
         results = run_many(jobs, workers, say, stop)
     notes = [budgets.note(limit, results)] if limit else []
     plot = write_report(folder, results, notes)
     places = [f"plot: {plot}", f"folder: {folder}  (as a page: unift report {folder})"]
     return "\n".join([table(results), "", *notes, *reading(results), "", *places])
-
-
-def _job(method: str, seed: int, recipe: str, folder: Path, settings: Sequence[str]) -> Job:
-    return Job(method, seed, folder / f"{method}-seed{seed}", command(method, seed, recipe, folder, settings))
 
 
 # ---------------------------------------------------------------------------------------------- files

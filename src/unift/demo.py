@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from unift.compare import END_SECONDS, Job, command, on_signals, reading, run_many, table, write_report
+from unift.compare import END_SECONDS, on_signals, reading, run_many, table, train_job, write_report
 from unift.config import Config
 from unift.display import Live
 from unift.loop import train
@@ -19,10 +19,7 @@ def run_demo(config: Config, folder: Path, settings: list[str], recipe: str) -> 
     own = folder / f"{config.method}-seed{config.seed}"
     print(f"unift demo: {config.method} on the task {config.data.task!r}, {config.data.train_rows} solved rows, embedded base.")
     print(f"Beside it, on the other core: {', '.join(config.baselines) or 'nothing'}. Run folder: {folder}", flush=True)
-    jobs = [
-        Job(m, config.seed, folder / f"{m}-seed{config.seed}", command(m, config.seed, recipe, folder, settings))
-        for m in config.baselines
-    ]
+    jobs = [train_job(m, config.seed, recipe, folder, settings) for m in config.baselines]
     others: list[dict[str, Any]] = []
     failures: list[str] = []
     stop = threading.Event()
