@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from common import SHAPES, Unift, clone, load, machine, prompts, save, spread
 
-from unift import attention, batch, policy
+from unift import attention, batch, matmul, policy
 from unift.engines import native
 
 
@@ -46,7 +46,7 @@ def everywhere(pol: Any, pack: Any, temperature: float = 1.0) -> Any:
     return picked.gather(1, pack.target_S[:, None])[:, 0], entropy.index_select(0, pack.at_S)
 
 
-PACK, GENERATE, ROUTE = batch.pack, native.generate, "oneDNN products"
+PACK, GENERATE, ROUTE = batch.pack, native.generate, "oneDNN altogether"
 
 
 class Stock:
@@ -64,6 +64,8 @@ def without(name: str, side: Unift) -> Iterator[None]:
         "merged attention": [mock.patch("unift.attention._Flash", Stock)],
         "head at loss positions only": [mock.patch("unift.update.logprobs", everywhere)],
         "kept logits": [mock.patch.object(policy, "KEEP", 0)],
+        "packed weights in sampling": [mock.patch.object(matmul, "PACK_LEAST", float("inf"))],
+        "oneDNN for long prefixes in sampling": [mock.patch.object(matmul, "LONG", float("inf"))],
         ROUTE: [],
     }[name]
     # Prefill uses the layout of training, so the stock attention needs the pieces that the merged one offers.
@@ -85,6 +87,8 @@ NAMES = (
     "merged attention",
     "head at loss positions only",
     "kept logits",
+    "packed weights in sampling",
+    "oneDNN for long prefixes in sampling",
     ROUTE,
 )
 

@@ -1,17 +1,19 @@
-"""The least time that a step's products need on this machine: floating-point operations over measured GEMM rates.
+"""The least time that a step's products need on this machine: operations over measured GEMM rates, or bytes over bandwidth.
 
     python benchmarks/roofline.py
 
 Counts products with weight matrices and attention's own; every norm, activation, copy and draw comes on top. Rates are
-the best of many calls in CPU seconds, so that other jobs on the machine hardly matter. ``floor`` is unift's work (prefix
-once a group, head at loss positions), ``floor_trl`` the same rates applied to what TRL computes without checkpointing:
-every copy of the prefix, and on the CPU the head at every position.
+the best of many calls in CPU seconds, so that other jobs on the machine hardly matter. A decode step's attention reads every
+cached key and value once, so it takes the longer of its operations and its bytes. ``floor`` is unift's work (prefix once a
+group, head at loss positions, packed weights in decoding), ``floor_trl`` what TRL computes without checkpointing at PyTorch's
+own rates: every copy of the prefix, and on the CPU the head at every position.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,21 +25,34 @@ from unift import matmul
 SIZES = {"3m": (4, 256, 688, 256, 256, 128), "135m": (30, 576, 1536, 576, 192, 49152)}
 
 
-def rate(rows: int, inner: int, outer: int, oneDNN: bool) -> float:
-    """Operations a CPU second of a product [rows, inner] x [outer, inner]'."""
-    matmul.route(oneDNN)
-    x, w = torch.randn(rows, inner), torch.randn(outer, inner)
-    work: Callable[[], Any] = lambda: torch.nn.functional.linear(x, w)  # noqa: E731
+def best(work: Callable[[], Any], calls: int = 1) -> float:
+    """CPU seconds of one call."""
     work()
-    best = float("inf")
-    calls = max(1, int(2e8 / (2.0 * rows * inner * outer)))
+    least = float("inf")
     for _ in range(12):
         began = time.process_time()
         for _ in range(calls):
             work()
-        best = min(best, (time.process_time() - began) / calls)
-    matmul.route(False)
-    return 2.0 * rows * inner * outer / best
+        least = min(least, (time.process_time() - began) / calls)
+    return least
+
+
+def rate(rows: int, inner: int, outer: int, oneDNN: bool, packed: bool = False) -> float:
+    """Operations a CPU second of a product [rows, inner] x [outer, inner]'."""
+    operations = 2.0 * rows * inner * outer
+    layer, x = torch.nn.Linear(inner, outer, bias=False), torch.randn(rows, inner)
+    matmul.route(oneDNN)
+    try:
+        with matmul.packed(layer) if packed else nullcontext():
+            return operations / best(lambda: layer(x), max(1, int(2e8 / operations)))
+    finally:
+        matmul.route(False)
+
+
+def bandwidth() -> float:
+    """Bytes a CPU second of reading 256 MiB, far more than a processor's cache."""
+    x = torch.randn(2**26)
+    return x.numel() * 4 / best(x.sum)
 
 
 def weights(model: str) -> tuple[int, int]:
@@ -54,23 +69,25 @@ def attention(model: str, shape: Shape, shared: bool) -> float:
     return 4.0 * layers * q * (prefix + sequences * (r * p + r * r / 2))
 
 
-def floors(model: str, shape: Shape) -> dict[str, float]:
-    layers, width, inner, *_, vocab = SIZES[model]
+def floors(model: str, shape: Shape, read: float) -> dict[str, float]:
+    layers, width, inner, q, kv, vocab = SIZES[model]
     trunk, head = weights(model)
     rows = shape.groups * shape.g
-    wide, thin = rate(1024, width, inner, True), rate(rows, width, inner, False)
-    head_wide, head_thin = rate(512, width, vocab, vocab > 1000), rate(rows, width, vocab, vocab > 1000)
-    mkl_wide, mkl_thin = rate(1024, width, inner, False), rate(rows, width, vocab, False)
+    wide, thin = rate(1024, width, inner, True), rate(rows, width, inner, True, packed=True)
+    head_wide, head_thin = rate(512, width, vocab, vocab > 1000), rate(rows, width, vocab, vocab > 1000, packed=True)
+    mkl_wide, mkl_trunk, mkl_thin = (rate(*x, False) for x in ((1024, width, inner), (rows, width, inner), (rows, width, vocab)))
     steps = shape.completion - 1
     loss_positions = rows * shape.completion
     tokens = shape.shared_tokens
     train = (6 * trunk * tokens + 3.5 * attention(model, shape, True)) / wide + 6 * head * loss_positions / head_wide
     prefill = 2 * trunk * shape.prefix * shape.groups / wide
     decode = rows * steps * (2 * trunk / thin + 2 * head / head_thin)
-    decode += 4.0 * layers * SIZES[model][3] * rows * steps * (shape.prefix + shape.completion / 2) / wide
+    scores = 4.0 * layers * q * rows * steps * (shape.prefix + shape.completion / 2)
+    cached = 8.0 * layers * kv * steps * (shape.groups * shape.prefix + rows * shape.completion / 2)
+    decode += max(scores / wide, cached / read)
     plain = shape.plain_tokens
     trl_train = (6 * (trunk + head) * plain + 3.5 * attention(model, shape, False)) / mkl_wide
-    trl_generate = 2 * trunk * shape.prefix * rows / mkl_wide + rows * steps * (2 * trunk / thin + 2 * head / mkl_thin)
+    trl_generate = 2 * trunk * shape.prefix * rows / mkl_wide + rows * steps * (2 * trunk / mkl_trunk + 2 * head / mkl_thin)
     return {
         "train": train,
         "generate": prefill + decode,
@@ -78,26 +95,30 @@ def floors(model: str, shape: Shape) -> dict[str, float]:
         "floor_trl": trl_train + trl_generate,
         "gflops_wide": wide / 1e9,
         "gflops_thin": thin / 1e9,
+        "gflops_thin_default": mkl_trunk / 1e9,
         "gflops_wide_default": mkl_wide / 1e9,
         "gflops_head_thin": head_thin / 1e9,
         "gflops_head_thin_default": mkl_thin / 1e9,
+        "attention_flops_decode_s": scores / wide,
+        "attention_bytes_decode_s": cached / read,
     }
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = []
+    rows, read = [], bandwidth()
+    print(f"reads {read / 1e9:.0f} GB/s")
     with torch.no_grad():
         for model, shapes in SHAPES.items():
             for name, shape in shapes.items():
-                row = {"model": model, "shape": name, **floors(model, shape)}
+                row = {"model": model, "shape": name, **floors(model, shape, read)}
                 rows.append(row)
                 print(
                     f"{model} {name}: floor {row['floor']:.2f} s (generate {row['generate']:.2f}, train {row['train']:.2f}), "
                     f"TRL's work at the same rates {row['floor_trl']:.2f} s",
                     flush=True,
                 )
-    save("roofline", {"rows": rows, "machine": machine()})
+    save("roofline", {"rows": rows, "gbytes": read / 1e9, "machine": machine()})
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class PackedLayout:
     slot_T: Tensor  # where each flat token's output lies in [all prefix slots, all member slots]
     prefix_len_B: Tensor
     longest: float = 0  # of the run; 0: of this layout
-    keep: bool = False  # keep keys and values of the prefixes for decoding
+    keep: bool = False  # keep keys [B, K, D, P] and values [B, K, P, D] of the prefixes for decoding
     cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[torch.dtype, Tensor | None] = field(default_factory=dict)  # what every layer shares, made once
     _filled: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -139,7 +139,8 @@ class PackedLayout:
     def attend(self, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, scale: float) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (q_1HTD, k_1KTD, v_1KTD))
         if self.keep:
-            self.cache[layer] = tuple(self.rows(x.to(v.dtype), self.prefix_BP).contiguous() for x in (k, v))  # type: ignore[assignment]
+            k_BKPD, v_BKPD = (self.rows(x.to(v.dtype), self.prefix_BP) for x in (k, v))
+            self.cache[layer] = k_BKPD.transpose(2, 3).contiguous(), v_BKPD.contiguous()
         path = _Flash.apply if q.device.type == "cpu" and q.shape[-1] == v.shape[-1] else _sdpa
         return path(q, k, v, self, scale)[None]  # type: ignore[index]
 
@@ -266,7 +267,7 @@ class _Flash(torch.autograd.Function):
 class DecodeLayout:
     """One new token for each of the B*G rows. The prefix cache is read per group, never copied G times."""
 
-    prefix: dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [B, K, P, D]
+    prefix: dict[int, tuple[Tensor, Tensor]]  # layer -> keys [B, K, D, P] (products read rows), values [B, K, P, D]
     mask_B11P: Tensor | None  # additive: 0, or -inf at prefix padding; None where there is no padding
     members: dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [B, K, G, S, D], filled up to ``filled``
     shape: tuple[int, int]  # B, G
@@ -274,7 +275,7 @@ class DecodeLayout:
 
     @property
     def longest(self) -> float:
-        return next(iter(self.prefix.values()))[0].shape[2] + self.filled + 1
+        return next(iter(self.prefix.values()))[1].shape[2] + self.filled + 1
 
     def attend(self, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, scale: float) -> Tensor:
         (b, g), (_, h, _, d) = self.shape, q_1HTD.shape
@@ -283,16 +284,19 @@ class DecodeLayout:
         t = self.filled + 1
         keys[:, :, :, t - 1] = k_1KTD.view(kv, b, g, -1).transpose(0, 1)
         values[:, :, :, t - 1] = v_1KTD.view(kv, b, g, -1).transpose(0, 1)
-        k_BKPD, v_BKPD = self.prefix[layer]
-        p, rep = k_BKPD.shape[2], h // kv
+        k_BKDP, v_BKPD = self.prefix[layer]
+        p, rep = v_BKPD.shape[2], h // kv
         q = q_1HTD.view(kv, rep, b, g, d).permute(2, 0, 3, 1, 4).reshape(b, kv, g * rep, d) * scale
-        to_prefix = q @ k_BKPD.transpose(2, 3)
+        long = p >= matmul.LONG and q.device.type == "cpu"
+        with matmul.large(long):
+            to_prefix = q @ k_BKDP
         if self.mask_B11P is not None:
             to_prefix += self.mask_B11P
         to_prefix = to_prefix.view(b, kv, g, rep, p)
         to_self = q.view(b, kv, g, rep, d) @ keys[:, :, :, :t].transpose(3, 4)
         weights = torch.cat([to_prefix, to_self], dim=-1).softmax(-1)
-        out = (weights[..., :p].reshape(b, kv, g * rep, p) @ v_BKPD).view(b, kv, g, rep, -1)
+        with matmul.large(long):
+            out = (weights[..., :p].reshape(b, kv, g * rep, p) @ v_BKPD).view(b, kv, g, rep, -1)
         out += weights[..., p:] @ values[:, :, :, :t]
         return out.permute(0, 2, 1, 3, 4).reshape(1, b * g, h, -1)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1024  # loss positions whose logits exist at one time
 KEEP = 2**27  # logits of a pack are kept for the backward pass up to so many numbers (0.5 GiB), else made again
+PACK_STEPS = 8  # sampled tokens from which it pays to rearrange the weights for decoding
 
 
 @dataclass
@@ -81,6 +84,16 @@ class Policy:
         on = self.autocast == "all" or (sampling and self.autocast == "sample")
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
+    @contextmanager
+    def sampling(self, steps: int) -> Iterator[None]:
+        """Context of a sampler that makes ``steps`` tokens a row: its precision, and weights laid out for few rows."""
+        with self.precision(sampling=True):
+            if self.device.type != "cpu" or steps < PACK_STEPS:
+                yield
+                return
+            with matmul.packed(self.model, bfloat16=self.autocast != "none"):
+                yield
+
     def hidden(
         self,
         tokens_T: Tensor,
@@ -101,9 +114,11 @@ class Policy:
         return out.last_hidden_state[0]
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
-        weight = self.head.weight
-        with matmul.small(self.device.type == "cpu" and weight.numel() < matmul.LARGE):
-            return torch.nn.functional.linear(hidden_SD, weight, self.head.bias)
+        head = self.head
+        with matmul.small(self.device.type == "cpu" and head.weight.numel() < matmul.LARGE):
+            if type(head) is nn.Linear:
+                return head.forward(hidden_SD)  # with a packed weight while sampling
+            return torch.nn.functional.linear(hidden_SD, head.weight, head.bias)
 
     def tokens_forwarded(self, batch: PackedBatch) -> int:
         """Tokens that the forward of a pack computes, without padding."""

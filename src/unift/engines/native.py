@@ -50,7 +50,7 @@ def generate(
             batches.append([])
             width = _members(requests[i])
         batches[-1].append(i)
-    with policy.precision(sampling=True):  # outside of the loop: weights in bfloat16 are kept until it ends
+    with policy.sampling(max_tokens * len(batches)):  # outside of the loop: weights made for it are kept until it ends
         for batch in batches:
             run(policy, requests, batch, max_tokens, temperature, results)
     return results
@@ -130,10 +130,10 @@ def _run(
     hidden = policy.hidden(torch.tensor(flat, device=device), positions, layout)
     last_BV = policy.logits(hidden[torch.from_numpy(ends - 1).to(device)])
 
-    some = next(iter(layout.cache.values()))[0]
+    some = next(iter(layout.cache.values()))[1]
     capacity = min(BLOCK, max_tokens)
     members = {
-        n: (k.new_empty(b, k.shape[1], g, capacity, k.shape[3]), v.new_empty(b, v.shape[1], g, capacity, v.shape[3]))
+        n: (k.new_empty(b, k.shape[1], g, capacity, k.shape[2]), v.new_empty(b, v.shape[1], g, capacity, v.shape[3]))
         for n, (k, v) in layout.cache.items()
     }
     state = DecodeLayout(layout.cache, layout.padding(some), members, (b, g))
