@@ -20,13 +20,14 @@ from unift.engines import native
 
 def alone(items: Any, which: Any, weights: Any, settings: Any) -> Any:
     """``pack`` with every completion a group of its own: the prefix is forwarded once for each."""
-    split, policy_w, likelihood = [], [], []
+    split, policy_w, likelihood, own = [], [], [], []
     for i in which:
         for j, member in enumerate(items[i].members):
             split.append(batch.Item(items[i].prompt, items[i].hint, [member]))
             policy_w.append([weights.policy[i][j]])
+            own.append([weights.own[i][j]])
             likelihood.append(weights.likelihood[i] / len(items[i].members))
-    return PACK(split, range(len(split)), batch.Weights(policy_w, likelihood), settings)
+    return PACK(split, range(len(split)), batch.Weights(policy_w, likelihood, own), settings)
 
 
 def one_by_one(side: Unift, requests: Any, *args: Any, **kwargs: Any) -> Any:

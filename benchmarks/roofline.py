@@ -6,7 +6,8 @@ Counts products with weight matrices and attention's own; every norm, activation
 the best of many calls in CPU seconds, so that other jobs on the machine hardly matter. A decode step's attention reads every
 cached key and value once, so it takes the longer of its operations and its bytes. ``floor`` is unift's work (prefix once a
 group, head at loss positions, packed weights in decoding), ``floor_trl`` what TRL computes without checkpointing at PyTorch's
-own rates: every copy of the prefix, and on the CPU the head at every position.
+own rates: every copy of the prefix, and on the CPU the head at every position. ``saved_bfloat16``: what the products with
+weights take less in bfloat16, all that can be saved by it.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def best(work: Callable[[], Any], calls: int = 1) -> float:
     return least
 
 
-def rate(rows: int, inner: int, outer: int, oneDNN: bool, packed: bool = False) -> float:
+def rate(rows: int, inner: int, outer: int, oneDNN: bool, packed: bool = False, dtype: torch.dtype = torch.float32) -> float:
     """Operations a CPU second of a product [rows, inner] x [outer, inner]'."""
     operations = 2.0 * rows * inner * outer
-    layer, x = torch.nn.Linear(inner, outer, bias=False), torch.randn(rows, inner)
+    layer, x = torch.nn.Linear(inner, outer, bias=False, dtype=dtype), torch.randn(rows, inner, dtype=dtype)
     matmul.route(oneDNN)
     try:
         with matmul.packed(layer) if packed else nullcontext():
@@ -73,25 +74,36 @@ def floors(model: str, shape: Shape, read: float) -> dict[str, float]:
     layers, width, inner, q, kv, vocab = SIZES[model]
     trunk, head = weights(model)
     rows = shape.groups * shape.g
+    large = vocab > 1000
     wide, thin = rate(1024, width, inner, True), rate(rows, width, inner, True, packed=True)
-    head_wide, head_thin = rate(512, width, vocab, vocab > 1000), rate(rows, width, vocab, vocab > 1000, packed=True)
+    head_wide, head_thin = rate(512, width, vocab, large), rate(rows, width, vocab, large, packed=True)
+    half = [rate(*x, True, packed=rows == x[0], dtype=torch.bfloat16)
+            for x in ((1024, width, inner), (rows, width, inner), (512, width, vocab), (rows, width, vocab))]  # fmt: skip
     mkl_wide, mkl_trunk, mkl_thin = (rate(*x, False) for x in ((1024, width, inner), (rows, width, inner), (rows, width, vocab)))
     steps = shape.completion - 1
     loss_positions = rows * shape.completion
     tokens = shape.shared_tokens
-    train = (6 * trunk * tokens + 3.5 * attention(model, shape, True)) / wide + 6 * head * loss_positions / head_wide
-    prefill = 2 * trunk * shape.prefix * shape.groups / wide
-    decode = rows * steps * (2 * trunk / thin + 2 * head / head_thin)
+    attended = 3.5 * attention(model, shape, True) / wide
+
+    def linear(wide: float, thin: float, head_wide: float, head_thin: float) -> tuple[float, float]:
+        """Seconds of the products with weights: of training, of sampling."""
+        prefill = 2 * trunk * shape.prefix * shape.groups / wide
+        decode = rows * steps * (2 * trunk / thin + 2 * head / head_thin)
+        return 6 * trunk * tokens / wide + 6 * head * loss_positions / head_wide, prefill + decode
+
+    weighed, sampled = linear(wide, thin, head_wide, head_thin)
+    train = weighed + attended
     scores = 4.0 * layers * q * rows * steps * (shape.prefix + shape.completion / 2)
     cached = 8.0 * layers * kv * steps * (shape.groups * shape.prefix + rows * shape.completion / 2)
-    decode += max(scores / wide, cached / read)
+    generate = sampled + max(scores / wide, cached / read)
     plain = shape.plain_tokens
     trl_train = (6 * (trunk + head) * plain + 3.5 * attention(model, shape, False)) / mkl_wide
     trl_generate = 2 * trunk * shape.prefix * rows / mkl_wide + rows * steps * (2 * trunk / mkl_trunk + 2 * head / mkl_thin)
     return {
         "train": train,
-        "generate": prefill + decode,
-        "floor": train + prefill + decode,
+        "generate": generate,
+        "floor": train + generate,
+        "saved_bfloat16": weighed + sampled - sum(linear(*half)),
         "floor_trl": trl_train + trl_generate,
         "gflops_wide": wide / 1e9,
         "gflops_thin": thin / 1e9,

@@ -109,9 +109,10 @@ def roofline() -> str:
                 f"{r['floor_trl']:.2f}",
                 f"{theirs:.2f} ({r['floor_trl'] / theirs:.0%})" if theirs else "-",
                 f"{theirs / r['floor']:.1f}x" if theirs else "-",
+                f"{ours / (ours - r['saved_bfloat16']):.2f}x" if ours else "-",
             ])
     head = ["model, shape", "unift's products, s", "unift measured (of its floor)", "TRL's products, s", "TRL measured"]
-    return table([*head, "most that is possible against this TRL"], rows)
+    return table([*head, "most that is possible against this TRL", "most by bfloat16 over our float32"], rows)
 
 
 def rounding() -> str:

@@ -1,9 +1,11 @@
-"""The family on the demo's task, from a folder of `unift compare --methods all`: the table of docs/family.md and a curve a page.
+"""The family on the demo's task, from the runs of `unift compare` in one folder: the table of docs/family.md and a curve a page.
 
-    unift compare --methods all --budget seconds=80 --seeds N --run FOLDER
+    unift compare --methods all --budget seconds=80 --seeds 1 --run FOLDER
+    unift compare --methods uft,sft,... --budget seconds=80 --seeds 3 --run FOLDER      # more seeds of some
     python tools/family_pages.py FOLDER
 
-Pictures go to docs/methods/curves, the table between the markers of docs/family.md; a method page without its picture gets one.
+Pictures go to docs/family.png and docs/methods/curves, the table between the markers of docs/family.md, with every finished
+run of the folder; a method page without its picture gets one.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from unift import plots
+from unift import budget, plots
 from unift.checkpoint import read_metrics
 from unift.summary import Result, by_method, table
 
@@ -61,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
-    results: list[Result] = json.loads((folder / "compare.json").read_text())
+    results: list[Result] = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*/result.json"))]
     groups = by_method(results)
     order = sorted(groups, key=lambda m: -sum(r["test"]["accuracy"] for r in groups[m]) / len(groups[m]))
     page = DOCS / "family.md"
@@ -70,10 +72,11 @@ def main() -> None:
     page.write_text(text[: text.index(BEGIN) + len(BEGIN)] + body + text[text.index(END) :])
     (DOCS / "methods" / "curves").mkdir(exist_ok=True)
     metrics = {m: [read_metrics(folder / f"{m}-seed{r['seed']}" / "metrics.jsonl") for r in groups[m]] for m in order}
+    plots.curves(metrics, DOCS / "family.png", "Same base, same rows: mean and range over seeds")
     for method in order:
         picture(method, metrics[method], metrics["uft"], DOCS / "methods" / "curves" / f"{method}.png")
         embed(DOCS / "methods" / f"{method}.md", method)
-    print(body)
+    print(body, budget.note(budget.parse("seconds=80"), results), sep="\n\n")
 
 
 if __name__ == "__main__":
