@@ -66,7 +66,6 @@ def without(name: str, side: Unift) -> Iterator[None]:
         "head at loss positions only": [mock.patch("unift.update.logprobs", everywhere)],
         "kept logits": [mock.patch.object(policy, "KEEP", 0)],
         "packed weights in sampling": [mock.patch.object(matmul, "PACK_LEAST", float("inf"))],
-        "oneDNN for long prefixes in sampling": [mock.patch.object(matmul, "LONG", float("inf"))],
         ROUTE: [],
     }[name]
     # Prefill uses the layout of training, so the stock attention needs the pieces that the merged one offers.
@@ -89,7 +88,6 @@ NAMES = (
     "head at loss positions only",
     "kept logits",
     "packed weights in sampling",
-    "oneDNN for long prefixes in sampling",
     ROUTE,
 )
 

@@ -287,16 +287,13 @@ class DecodeLayout:
         k_BKDP, v_BKPD = self.prefix[layer]
         p, rep = v_BKPD.shape[2], h // kv
         q = q_1HTD.view(kv, rep, b, g, d).permute(2, 0, 3, 1, 4).reshape(b, kv, g * rep, d) * scale
-        long = p >= matmul.LONG and q.device.type == "cpu"
-        with matmul.large(long):
-            to_prefix = q @ k_BKDP
+        to_prefix = q @ k_BKDP
         if self.mask_B11P is not None:
             to_prefix += self.mask_B11P
         to_prefix = to_prefix.view(b, kv, g, rep, p)
         to_self = q.view(b, kv, g, rep, d) @ keys[:, :, :, :t].transpose(3, 4)
         weights = torch.cat([to_prefix, to_self], dim=-1).softmax(-1)
-        with matmul.large(long):
-            out = (weights[..., :p].reshape(b, kv, g * rep, p) @ v_BKPD).view(b, kv, g, rep, -1)
+        out = (weights[..., :p].reshape(b, kv, g * rep, p) @ v_BKPD).view(b, kv, g, rep, -1)
         out += weights[..., p:] @ values[:, :, :, :t]
         return out.permute(0, 2, 1, 3, 4).reshape(1, b * g, h, -1)
 

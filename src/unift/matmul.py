@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 THIN = 256  # rows below which a product through the trunk counts as small
-LONG = 128  # tokens of a prefix from which a decode step's products with its keys and values gain
 LARGE = 2**22  # numbers of a head's weight from which even a thin product gains
 PACK_LEAST = 100_000  # numbers of a weight from which packing it gains
 PACK_MOST = 2**30  # numbers in all packed weights: they are a second copy
@@ -66,24 +65,11 @@ def route(wanted: bool | None = None) -> str:
 @contextmanager
 def small(really: bool = True) -> Iterator[None]:
     """Products in the block go to the default library: each is too small to pay for oneDNN's set-up."""
-    with _precision("highest" if really else torch.get_float32_matmul_precision()):
-        yield
-
-
-@contextmanager
-def large(really: bool = True) -> Iterator[None]:
-    """The opposite within a block of ``small``: products in the block go where ``route`` sends them."""
-    with _precision(_chosen if really else torch.get_float32_matmul_precision()):
-        yield
-
-
-@contextmanager
-def _precision(name: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if name == before:
+    before = torch.get_float32_matmul_precision() if really else "highest"
+    if before == "highest":
         yield
         return
-    torch.set_float32_matmul_precision(name)
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
