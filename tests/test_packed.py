@@ -11,6 +11,7 @@ from conftest import tiny_policy
 from plain import token_logprobs, uft_loss
 
 from unift import objectives
+from unift import policy as policies
 from unift.batch import COMPLETION, DEMO, Item, Member, cut, pack, weigh
 from unift.config import parse_overrides, resolve
 from unift.engines.native import Request, generate
@@ -164,6 +165,19 @@ def test_chunked_log_probs(chunk, bias):
     expected = torch.autograd.grad((weight_l * plain_l + weight_h * plain_h).sum(), inputs)
     assert torch.allclose(l_S, plain_l, atol=1e-12) and torch.allclose(h_S, plain_h, atol=1e-12)
     assert all(torch.allclose(x, y, atol=1e-10) for x, y in zip(got, expected, strict=True))
+
+
+def test_logits_of_a_large_vocabulary_exist_in_smaller_chunks(monkeypatch):
+    """23 tokens and room for 100 numbers: 4 rows at a time, in the forward and, where none are kept, in the backward pass."""
+    rows, make = [], policies._ChunkedLogProb._z
+    record = lambda *a: (rows.append(make(*a)), rows[-1])[1]  # noqa: E731
+    monkeypatch.setattr(policies._ChunkedLogProb, "_z", staticmethod(record))
+    monkeypatch.setattr(policies, "LOGITS", 100)
+    h, w, target = torch.randn(10, 8, requires_grad=True), torch.randn(23, 8), torch.randint(23, (10,))
+    l_S, _ = chunked_logprobs(h, w, None, target, torch.ones(10), keep=0)
+    l_S.sum().backward()
+    assert [len(z) for z in rows] == [4, 4, 2] * 2
+    assert torch.allclose(l_S, torch.log_softmax(h @ w.T, -1).gather(1, target[:, None])[:, 0], atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- sampling

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from unift.config import Lora
     from unift.config import Model as ModelConfig
 
-CHUNK = 1024  # loss positions whose logits exist at one time
+CHUNK = 1024  # loss positions whose logits exist at one time,
+LOGITS = 2**25  # or fewer, so that these are no more than so many numbers (128 MiB)
 KEEP = 2**27  # logits of a pack are kept for the backward pass up to so many numbers (0.5 GiB), else made again
 PACK_STEPS = 8  # sampled tokens from which it pays to rearrange the weights for decoding
 
@@ -196,6 +197,7 @@ def chunked_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [S] of ``target_S`` under softmax(scale * logits), in float32 (float64 stays)."""
     keep = KEEP if keep is None else keep
+    chunk = max(min(chunk, LOGITS // len(weight_VD)), 1)
     return _ChunkedLogProb.apply(hidden_SD, weight_VD, bias_V, target_S, scale_S, chunk, keep)  # type: ignore[return-value]
 
 
