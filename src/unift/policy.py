@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -88,12 +88,10 @@ class Policy:
     @contextmanager
     def sampling(self, steps: int) -> Iterator[None]:
         """Context of a sampler that makes ``steps`` tokens a row: its precision, and weights laid out for few rows."""
-        with self.precision(sampling=True):
-            if self.device.type != "cpu" or steps < PACK_STEPS:
-                yield
-                return
-            with matmul.packed(self.model, bfloat16=self.autocast != "none"):
-                yield
+        pays = self.device.type == "cpu" and steps >= PACK_STEPS
+        packed = matmul.packed(self.model, bfloat16=self.autocast != "none") if pays else nullcontext()
+        with self.precision(sampling=True), packed:
+            yield
 
     def hidden(
         self,
