@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from unift import matmul
+from unift import flex, matmul
 
 NAME = "unift"
 
@@ -91,11 +91,13 @@ class PackedLayout:
     member_BGR: Tensor | None  # None: prefixes only (prefill)
     slot_T: Tensor  # where each flat token's output lies in [all prefix slots, all member slots]
     prefix_len_B: Tensor
+    spans: list[tuple[range, list[range]]] = field(default_factory=list)  # of each group in the flat row: prefix, members
     longest: float = 0  # of the run; 0: of this layout
     keep: bool = False  # keep keys [B, K, D, P] and values [B, K, P, D] of the prefixes for decoding
     cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[torch.dtype, Tensor | None] = field(default_factory=dict)  # what every layer shares, made once
     _filled: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _blocks: Any = None
 
     def __post_init__(self) -> None:
         if not self.longest:
@@ -107,9 +109,8 @@ class PackedLayout:
 
     def to(self, device: Any) -> PackedLayout:
         move = lambda x: None if x is None else x.to(device)  # noqa: E731
-        return PackedLayout(
-            self.prefix_BP.to(device), move(self.member_BGR), self.slot_T.to(device), self.prefix_len_B.to(device), self.longest
-        )
+        tensors = self.prefix_BP.to(device), move(self.member_BGR), self.slot_T.to(device), self.prefix_len_B.to(device)
+        return PackedLayout(*tensors, spans=self.spans, longest=self.longest)
 
     def rows(self, x_THD: Tensor, index: Tensor) -> Tensor:
         """[T, H, D] gathered at [N, P] -> [N, H, P, D], a view of rows that were copied whole."""
@@ -123,6 +124,12 @@ class PackedLayout:
             mask_BP = torch.zeros(hidden_BP.shape, dtype=like.dtype, device=device).masked_fill_(hidden_BP, -torch.inf)
             self._masks[like.dtype] = mask_BP[:, None, None] if bool(hidden_BP.any()) else None
         return self._masks[like.dtype]
+
+    def block_mask(self, device: torch.device) -> Any:
+        """What flex_attention asks for; the same for every layer."""
+        if self._blocks is None:
+            self._blocks = flex.block_mask(self, device)
+        return self._blocks
 
     def rows_or_zero(self, x_THD: Tensor, index: Tensor, first: int) -> Tensor:
         """As ``rows``, with zeros in padded slots. ``first``: number of the slot index[0, 0] in ``slot_T``'s counting."""
@@ -141,6 +148,8 @@ class PackedLayout:
         if self.keep:
             k_BKPD, v_BKPD = (self.rows(x.to(v.dtype), self.prefix_BP) for x in (k, v))
             self.cache[layer] = k_BKPD.transpose(2, 3).contiguous(), v_BKPD.contiguous()
+        if self.member_BGR is not None and flex.fits(q_1HTD, k_1KTD, v_1KTD):
+            return flex.attend(q_1HTD, k_1KTD, v_1KTD, self, scale).transpose(1, 2)
         path = _Flash.apply if q.device.type == "cpu" and q.shape[-1] == v.shape[-1] else _sdpa
         return path(q, k, v, self, scale)[None]  # type: ignore[index]
 

@@ -350,4 +350,5 @@ def make_layout(prefixes: Sequence[range], members: Sequence[Sequence[range]], t
                 member_BGR[i, j, : len(own)] = torch.arange(own.start, own.stop)
                 first = b * p + (i * g + j) * r
                 slot_T[own.start : own.stop] = torch.arange(first, first + len(own))
-    return PackedLayout(prefix_BP, member_BGR, slot_T, torch.tensor([len(s) for s in prefixes]))
+    lengths_B = torch.tensor([len(s) for s in prefixes])
+    return PackedLayout(prefix_BP, member_BGR, slot_T, lengths_B, [(p, list(m)) for p, m in zip(prefixes, members, strict=True)])
