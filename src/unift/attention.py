@@ -281,18 +281,42 @@ class DecodeLayout:
     members: dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [B, K, G, S, D], filled up to ``filled``
     shape: tuple[int, int]  # B, G
     filled: int = 0
+    # Fixed: ``filled`` lives here, int64 [1] on the device. A step then reads all S positions, with the empty ones hidden, so
+    # that each step does the same work at the same addresses and can be recorded. The caches must hold zeros at first.
+    filled_1: Tensor | None = None
+    hidden_S: Tensor | None = None  # additive: 0, or -inf beyond the position that is being filled
 
     @property
     def longest(self) -> float:
-        return next(iter(self.prefix.values()))[1].shape[2] + self.filled + 1
+        own = self.filled + 1 if self.filled_1 is None else next(iter(self.members.values()))[1].shape[3]
+        return next(iter(self.prefix.values()))[1].shape[2] + own
+
+    def begin(self) -> None:
+        """Before a step."""
+        if self.filled_1 is not None:
+            _, values = next(iter(self.members.values()))
+            beyond_S = torch.arange(values.shape[3], device=values.device) > self.filled_1
+            self.hidden_S = torch.zeros_like(beyond_S, dtype=values.dtype).masked_fill_(beyond_S, -torch.inf)
+
+    def end(self) -> None:
+        """After a step."""
+        if self.filled_1 is None:
+            self.filled += 1
+        else:
+            self.filled_1 += 1
 
     def attend(self, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, scale: float) -> Tensor:
         (b, g), (_, h, _, d) = self.shape, q_1HTD.shape
         kv, q_1HTD = k_1KTD.shape[1], q_1HTD.to(v_1KTD.dtype)  # under autocast, rotary embeddings promote q and k
         keys, values = self.members[layer]
-        t = self.filled + 1
-        keys[:, :, :, t - 1] = k_1KTD.view(kv, b, g, -1).transpose(0, 1)
-        values[:, :, :, t - 1] = v_1KTD.view(kv, b, g, -1).transpose(0, 1)
+        k_BKGD, v_BKGD = (x.view(kv, b, g, -1).transpose(0, 1) for x in (k_1KTD, v_1KTD))
+        if self.filled_1 is None:
+            t = self.filled + 1
+            keys[:, :, :, t - 1], values[:, :, :, t - 1] = k_BKGD, v_BKGD
+        else:
+            t = values.shape[3]
+            keys.index_copy_(3, self.filled_1, k_BKGD[:, :, :, None].to(keys.dtype))
+            values.index_copy_(3, self.filled_1, v_BKGD[:, :, :, None])
         k_BKDP, v_BKPD = self.prefix[layer]
         p, rep = v_BKPD.shape[2], h // kv
         q = q_1HTD.view(kv, rep, b, g, d).permute(2, 0, 3, 1, 4).reshape(b, kv, g * rep, d) * scale
@@ -301,6 +325,8 @@ class DecodeLayout:
             to_prefix += self.mask_B11P
         to_prefix = to_prefix.view(b, kv, g, rep, p)
         to_self = q.view(b, kv, g, rep, d) @ keys[:, :, :, :t].transpose(3, 4)
+        if self.hidden_S is not None:
+            to_self += self.hidden_S
         weights = torch.cat([to_prefix, to_self], dim=-1).softmax(-1)
         out = (weights[..., :p].reshape(b, kv, g * rep, p) @ v_BKPD).view(b, kv, g, rep, -1)
         out += weights[..., p:] @ values[:, :, :, :t]
@@ -321,6 +347,7 @@ class DecodeLayout:
             {n: (members(k), members(v)) for n, (k, v) in self.members.items()},
             (b, g),
             self.filled,
+            self.filled_1,
         )
 
     def grow(self, capacity: int) -> None:
@@ -328,5 +355,5 @@ class DecodeLayout:
         for n, pair in self.members.items():
             new = [x.new_zeros(*x.shape[:3], capacity, x.shape[4]) for x in pair]
             for x, y in zip(pair, new, strict=True):
-                y[:, :, :, : self.filled] = x[:, :, :, : self.filled]
+                y[:, :, :, : x.shape[3]] = x
             self.members[n] = (new[0], new[1])

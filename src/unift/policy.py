@@ -43,6 +43,7 @@ class Policy:
     lora: bool = False
     autocast: str = "none"  # bfloat16 products: none, sample, all
     why_plain: str = ""  # why the model takes the plain path; empty on the shared-prefix path
+    cuda_graphs: bool = True  # the sampler may record its steps on a GPU
     cached: bool = False  # the plain sampler may use the model's own cache
     critic: nn.Linear | None = None  # value head, while a phase with a critic runs
 
@@ -341,7 +342,7 @@ def load(config: ModelConfig, tokenizer: Any = None, longest: float = math.inf) 
     model.config.use_cache = False
     if gguf:
         _forget_gguf(model)
-    policy = Policy(model, tokenizer, device, autocast=config.autocast)
+    policy = Policy(model, tokenizer, device, autocast=config.autocast, cuda_graphs=config.cuda_graphs)
     forward.choose(policy, config.forward, longest)
     if config.lora is not None:
         policy.model, policy.lora = _adapt(model, config.lora), True

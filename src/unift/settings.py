@@ -240,6 +240,7 @@ class Model(Section):
     autocast: Literal["none", "sample", "all"] = Field(
         default="none", description="products in bfloat16 (weights stay float32): nowhere, in sampling, in sampling and training"
     )
+    cuda_graphs: bool = Field(default=True, description="on a GPU, sampling replays recorded steps; false: launches every kernel")
     lora: Lora | None = None
 
 

@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unift.attention import DecodeLayout
+from unift.attention import DecodeLayout, PackedLayout
 from unift.batch import make_layout
+from unift.engines import graph
 from unift.plain import Decoder
 from unift.policy import Policy
 from unift.types import Sample
 
 ROWS = 256  # rows decoded side by side
-BLOCK = 64  # cached member positions added at a time
+BLOCK = 64  # cached member positions at first; doubled when they are full
+LOOK = 16  # fixed steps between two looks at which rows have ended
 VOCAB_BLOCK = 256  # tokens whose probabilities are summed first when sampling
 
 
@@ -34,12 +36,20 @@ class Request:
 
 
 def generate(
-    policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float = 1.0, rows: int = ROWS
+    policy: Policy,
+    requests: Sequence[Request],
+    max_tokens: int,
+    temperature: float = 1.0,
+    rows: int = ROWS,
+    fixed: bool | None = None,
 ) -> list[list[Sample]]:
-    """Samples of every request, in order: token ids (EOS kept as the last), log-probs under softmax(logits/T)."""
+    """Samples of every request, in order: token ids (EOS kept as the last), log-probs under softmax(logits/T).
+
+    fixed: steps of a shape that does not change from token to token, which CUDA graphs need; None: where there are any.
+    """
+    fixed = policy.device.type == "cuda" and policy.cuda_graphs if fixed is None else fixed
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt), i))  # little padding in a batch
     results: list[list[Sample]] = [[] for _ in requests]
-    run = _run if policy.shared else _run_plain
     batches: list[list[int]] = []
     width = 0
     for i in order:
@@ -52,7 +62,13 @@ def generate(
         batches[-1].append(i)
     with policy.sampling(max_tokens * len(batches)):  # outside of the loop: weights made for it are kept until it ends
         for batch in batches:
-            run(policy, requests, batch, max_tokens, temperature, results)
+            picked = [requests[i] for i in batch]
+            if policy.shared:
+                sampled = _run(policy, picked, max_tokens, temperature, fixed)
+            else:
+                sampled = _run_plain(policy, picked, max_tokens, temperature)
+            for i, samples in zip(batch, sampled, strict=True):
+                results[i] = samples
     return results
 
 
@@ -61,7 +77,8 @@ def _members(request: Request) -> int:
 
 
 def _chooser(requests: Sequence[Request], g: int, max_tokens: int, temperature: float, device: torch.device) -> Callable:
-    """f(logits [N, V], slots [N], t) -> (tokens [N], logps [N]): inverse-CDF sampling, or argmax for greedy requests."""
+    """f(logits [N, V], slots [N], t) -> (tokens [N], logps [N]): inverse-CDF sampling, or argmax for greedy requests.
+    ``t``, an int or an int64 tensor [1], counts the tokens drawn before."""
     u_BGL = np.full((len(requests), g, max_tokens), -1.0)
     for b, request in enumerate(requests):
         if request.uniforms_GL is not None:
@@ -70,7 +87,7 @@ def _chooser(requests: Sequence[Request], g: int, max_tokens: int, temperature: 
     greedy_N = u_NL[:, 0] < 0
     all_greedy, any_greedy = bool(greedy_N.all()), bool(greedy_N.any())
 
-    def choose(logits_NV: Tensor, slot_N: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    def choose(logits_NV: Tensor, slot_N: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         z_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
         z_NV = z_NV if temperature == 1.0 else z_NV / temperature
         logp_NV = torch.log_softmax(z_NV, dim=-1)
@@ -105,93 +122,141 @@ def inverse_cdf(logp_NV: Tensor, u_N: Tensor, block: int = VOCAB_BLOCK) -> Tenso
     return token_N.clamp_(max=v - 1)
 
 
+class _Rows:
+    """The rows of a batch while they are sampled, on the shared-prefix path: B groups of G rows.
+
+    All that a step reads and writes lies on the device. fixed: it stays at its address too, until ``drop`` or ``grow``, and a
+    step never waits for the device, so that it can be recorded.
+    """
+
+    def __init__(
+        self, policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float, fixed: bool
+    ) -> None:
+        self.policy, self.max_tokens, self.eos = policy, max_tokens, _eos_ids(policy)
+        self.counts = [_members(r) for r in requests]
+        device, b, g = policy.device, len(requests), max(self.counts)
+        self.choose = _chooser(requests, g, max_tokens, temperature, device)
+        logits_BV, layout = self._prefill(requests)
+        some = next(iter(layout.cache.values()))[1]
+        capacity = min(BLOCK, max_tokens)
+        members = {
+            n: (k.new_zeros(b, k.shape[1], g, capacity, k.shape[2]), v.new_zeros(b, v.shape[1], g, capacity, v.shape[3]))
+            for n, (k, v) in layout.cache.items()
+        }
+        self.state = DecodeLayout(layout.cache, layout.padding(some), members, (b, g))
+        if fixed:
+            self.state.filled_1 = torch.zeros(1, dtype=torch.long, device=device)
+        # slot_N: each live row's place in the original B*G grid. A slot without a sample counts as done.
+        self.grid = np.arange(b * g).reshape(b, g)
+        self.slot_N = torch.arange(b * g, device=device)
+        self.done_N = torch.tensor([j >= n for n in self.counts for j in range(g)], device=device)
+        self.start_N = layout.prefix_len_B.repeat_interleave(g)
+        self.token_N = torch.zeros(b * g, dtype=torch.long, device=device)
+        self.drawn_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.tokens_NL = torch.zeros(b * g, max_tokens, dtype=torch.long, device=device)
+        self.logps_NL = torch.zeros(b * g, max_tokens, dtype=torch.float64, device=device)
+        self.length_N = torch.zeros(b * g, dtype=torch.long, device=device)  # of the rows that ended; 0: not ended
+        self._draw(logits_BV.repeat_interleave(g, 0))
+
+    def _prefill(self, requests: Sequence[Request]) -> tuple[Tensor, PackedLayout]:
+        """Every prefix once, no padding in the linear layers: logits [B, V] after it, and its keys and values."""
+        device = self.policy.device
+        flat = [t for r in requests for t in r.prompt]
+        ends = np.cumsum([len(r.prompt) for r in requests])
+        spans = [range(int(e) - len(r.prompt), int(e)) for e, r in zip(ends, requests, strict=True)]
+        layout = make_layout(spans, [[] for _ in requests], len(flat)).to(device)
+        layout.keep = True
+        positions = torch.tensor([p for r in requests for p in range(len(r.prompt))], device=device)
+        hidden = self.policy.hidden(torch.tensor(flat, device=device), positions, layout)
+        return self.policy.logits(hidden[torch.from_numpy(ends - 1).to(device)]), layout
+
+    def step(self) -> None:
+        """Forward of the last tokens, and a draw of the next."""
+        self.state.begin()
+        logits_NV = self.policy.logits(self.policy.hidden(self.token_N, self.start_N + (self.drawn_1 - 1), self.state))
+        self.state.end()
+        self._draw(logits_NV)
+
+    def _draw(self, logits_NV: Tensor) -> None:
+        at = self.slot_N, self.drawn_1
+        token_N, logp_N = self.choose(logits_NV, *at)
+        stop_N = (token_N[:, None] == self.eos).any(1)
+        self.tokens_NL[at], self.logps_NL[at] = token_N, logp_N.double()  # of done rows too: cut off at the end
+        length_N = torch.where(stop_N & ~self.done_N, self.drawn_1 + 1, self.length_N[self.slot_N])
+        self.length_N[self.slot_N] = length_N
+        self.done_N |= stop_N
+        self.token_N.copy_(token_N)
+        self.drawn_1 += 1
+
+    def live(self) -> np.ndarray:
+        """bool [B, G]: rows that have not ended. Waits for the device."""
+        return ~self.done_N.view(self.state.shape).cpu().numpy()
+
+    def drop(self, live_BG: np.ndarray) -> bool:
+        """Drop rows that have ended, where that saves enough. Returns whether it did."""
+        kept = _compact(live_BG)
+        if kept is None:
+            return False
+        groups, slots = (torch.from_numpy(x).to(self.policy.device) for x in kept)
+        flat_N = (groups[:, None] * self.state.shape[1] + slots).flatten()
+        self.state = self.state.select(groups, slots)
+        rows = self.token_N, self.slot_N, self.start_N, self.done_N
+        self.token_N, self.slot_N, self.start_N, self.done_N = (x[flat_N] for x in rows)
+        return True
+
+    def grow(self, filled: int) -> bool:
+        """Room for one more position than ``filled``. Returns whether the caches were too small for it."""
+        capacity = next(iter(self.state.members.values()))[1].shape[3]
+        if filled < capacity:
+            return False
+        self.state.grow(min(max(2 * capacity, BLOCK), self.max_tokens))
+        return True
+
+    def samples(self) -> list[list[Sample]]:
+        tokens, logps, lengths = self.tokens_NL.tolist(), self.logps_NL.tolist(), self.length_N.tolist()
+        drawn, found = int(self.drawn_1), []
+        for i, count in enumerate(self.counts):
+            ends = [lengths[s] or drawn for s in self.grid[i, :count]]
+            rows = zip(self.grid[i, :count], ends, strict=True)
+            found.append([Sample(tokens[s][:n], logps[s][:n], lengths[s] > 0) for s, n in rows])
+        return found
+
+
 @torch.no_grad()
 def _run(
-    policy: Policy,
-    requests: Sequence[Request],
-    batch: Sequence[int],
-    max_tokens: int,
-    temperature: float,
-    results: list[list[Sample]],
-) -> None:
-    device, eos = policy.device, _eos_ids(policy)
-    picked = [requests[i] for i in batch]
-    counts = [_members(r) for r in picked]
-    b, g = len(picked), max(counts)
-    choose = _chooser(picked, g, max_tokens, temperature, device)
-
-    # Prefill: every prefix once, no padding in the linear layers.
-    flat = [t for r in picked for t in r.prompt]
-    ends = np.cumsum([len(r.prompt) for r in picked])
-    spans = [range(int(e) - len(r.prompt), int(e)) for e, r in zip(ends, picked, strict=True)]
-    layout = make_layout(spans, [[] for _ in picked], len(flat)).to(device)
-    layout.keep = True
-    positions = torch.tensor([p for r in picked for p in range(len(r.prompt))], device=device)
-    hidden = policy.hidden(torch.tensor(flat, device=device), positions, layout)
-    last_BV = policy.logits(hidden[torch.from_numpy(ends - 1).to(device)])
-
-    some = next(iter(layout.cache.values()))[1]
-    capacity = min(BLOCK, max_tokens)
-    members = {
-        n: (k.new_empty(b, k.shape[1], g, capacity, k.shape[2]), v.new_empty(b, v.shape[1], g, capacity, v.shape[3]))
-        for n, (k, v) in layout.cache.items()
-    }
-    state = DecodeLayout(layout.cache, layout.padding(some), members, (b, g))
-
-    # Decode. slot_N: each live row's place in the original B*G grid. A slot without a sample counts as done.
-    grid = np.arange(b * g).reshape(b, g)
-    done_N = torch.tensor([j >= counts[i] for i in range(b) for j in range(g)], device=device)
-    slot_N = torch.arange(b * g, device=device)
-    start_N = layout.prefix_len_B.repeat_interleave(g)
-    tokens_NL = torch.zeros(b * g, max_tokens, dtype=torch.long, device=device)
-    logps_NL = torch.zeros(b * g, max_tokens, dtype=torch.float64, device=device)
-    length_N = torch.zeros(b * g, dtype=torch.long, device=device)  # of the rows that ended; 0: not ended
-    logits_NV = last_BV.repeat_interleave(g, 0)
-    for t in range(max_tokens):
-        token_N, logp_N = choose(logits_NV, slot_N, t)
-        stop_N = torch.isin(token_N, eos)
-        tokens_NL[slot_N, t], logps_NL[slot_N, t] = token_N, logp_N.double()  # of done rows too: cut off below
-        length_N[slot_N[stop_N & ~done_N]] = t + 1
-        done_N = done_N | stop_N
-        live = ~done_N.view(state.shape).cpu().numpy()
-        if t + 1 == max_tokens or not live.any():
-            break
-        kept = _compact(live)
-        if kept is not None:
-            groups, slots = (torch.from_numpy(x).to(device) for x in kept)
-            old_g = state.shape[1]
-            flat_N = (groups[:, None] * old_g + slots).flatten()
-            state = state.select(groups, slots)
-            token_N, slot_N, start_N, done_N = (x[flat_N] for x in (token_N, slot_N, start_N, done_N))
-        if state.filled == capacity:
-            capacity = min(max(2 * capacity, BLOCK), max_tokens)
-            state.grow(capacity)
-        logits_NV = policy.logits(policy.hidden(token_N, start_N + t, state))
-        state.filled += 1
-    tokens, logps, lengths = tokens_NL.tolist(), logps_NL.tolist(), length_N.tolist()
-    for i, index in enumerate(batch):
-        for s in grid[i, : counts[i]]:
-            n = lengths[s] or t + 1
-            results[index].append(Sample(tokens[s][:n], logps[s][:n], lengths[s] > 0))
+    policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float, fixed: bool
+) -> list[list[Sample]]:
+    rows = _Rows(policy, requests, max_tokens, temperature, fixed)
+    recorded = graph.Recorded(rows.step) if fixed and policy.device.type == "cuda" else None
+    look = LOOK if fixed else 1  # a device that runs ahead is asked less often which rows have ended
+    for drawn in range(1, max_tokens):
+        changed = False
+        if (drawn - 1) % look == 0:
+            live = rows.live()
+            if not live.any():
+                break
+            changed = rows.drop(live)
+        changed |= rows.grow(drawn - 1)
+        if recorded is None:
+            rows.step()
+            continue
+        if changed:
+            recorded.forget()
+        recorded(max_tokens - drawn)
+    return rows.samples()
 
 
 @torch.no_grad()
 def _run_plain(
-    policy: Policy,
-    requests: Sequence[Request],
-    batch: Sequence[int],
-    max_tokens: int,
-    temperature: float,
-    results: list[list[Sample]],
-) -> None:
-    """As ``_run``, by the model's own forward. The prompts of the batch have the same length."""
+    policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float
+) -> list[list[Sample]]:
+    """As ``_run``, by the model's own forward. The prompts have the same length."""
     device, eos = policy.device, _eos_ids(policy)
-    picked = [requests[i] for i in batch]
-    counts = [_members(r) for r in picked]
+    counts = [_members(r) for r in requests]
     g = max(counts)
-    choose = _chooser(picked, g, max_tokens, temperature, device)
+    choose = _chooser(requests, g, max_tokens, temperature, device)
     decoder = Decoder(policy.base, policy.cached)
-    logits_NV = decoder.start(torch.tensor([r.prompt for r in picked], device=device))
+    logits_NV = decoder.start(torch.tensor([r.prompt for r in requests], device=device))
     # From here on a row is a sample: its prompt's row again, and its place in the B*G grid of the uniforms.
     row_N = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], device=device)
     slot_N = torch.tensor([i * g + j for i, n in enumerate(counts) for j in range(n)], device=device)
@@ -214,8 +279,7 @@ def _run_plain(
             decoder.select(live)
             token_N, slot_N = token_N[live], slot_N[live]
         logits_NV = decoder.append(token_N)
-    for i, index in enumerate(batch):
-        results[index] = [samples[i * g + j] for j in range(counts[i])]
+    return [[samples[i * g + j] for j in range(n)] for i, n in enumerate(counts)]
 
 
 def _compact(live_BG: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
