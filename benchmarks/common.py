@@ -29,6 +29,7 @@ import torch
 from unift import matmul
 
 RESULTS = Path(__file__).parent / "results"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,13 @@ def prompts(tokenizer: Any, shape: Shape, count: int, seed: int = 0) -> list[tup
 # ---------------------------------------------------------------------------------------------- one unift step
 
 
+def now() -> float:
+    """Seconds, after all that was asked of the device is done."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Unift:
     """One GRPO step as ``loop.Run.step`` makes it, without files: sample, score, advantages, pack, update."""
 
@@ -160,16 +168,18 @@ class Unift:
                   "train.token_budget=100000", "reference.kl=0", *settings]
         self.config = resolve("rft", overrides=parse_overrides(chosen))
         assert self.config.policy.norm == "token_mean" and self.config.credit.scale == "sample_std"
-        model = model.eval()
+        model = model.to(DEVICE).eval()
         model.config.use_cache = False
-        check_shared(model, torch.device("cpu"))
-        self.policy = Policy(model, tokenizer, torch.device("cpu"), autocast=self.config.model.autocast)
+        check_shared(model, DEVICE)
+        self.policy = Policy(model, tokenizer, DEVICE, autocast=self.config.model.autocast)
         self.optimizer = update.make_optimizer(self.policy, self.config.train)
         self.shape, self.count = shape, 0
 
     def step(self, prefixes: list[list[int]]) -> dict[str, float]:
         """Seconds of the parts, and the tokens of the step. unift chooses the library for products as ``policy.load``
         does; the choice is global to the process, so it is taken back for the other side."""
+        if DEVICE.type != "cpu":
+            return self._step(prefixes)
         matmul.route(self.route)
         try:
             return self._step(prefixes)
@@ -182,7 +192,7 @@ class Unift:
         from unift.memory import Memory
         from unift.types import Group, Score
 
-        s, began, cpu = self.shape, time.perf_counter(), time.process_time()
+        s, began, cpu = self.shape, now(), time.process_time()
         cut = s.prefix - (s.hint if self.config.likelihood.tokens == "hint" else 0)
         groups = [Group(i, str(i), p[:cut], p[cut:], 0, 1) for i, p in enumerate(prefixes)]
         asked = [
@@ -190,7 +200,7 @@ class Unift:
             for i, g in enumerate(groups)
         ]
         sampled = evaluate.complete(self.policy, asked, s.completion, self.config.sample.temperature)
-        generated = time.perf_counter()
+        generated = now()
         for group, samples in zip(groups, sampled, strict=True):
             group.samples = samples
             for j, sample in enumerate(samples):
@@ -198,7 +208,7 @@ class Unift:
         items = assign.items(groups, [], [], self.config, self.policy, None, Memory(), (0, self.count))
         (packs,) = update.prepare(self.policy, items, self.config, None)
         metrics = update.apply(self.policy, self.optimizer, packs, self.config, 1e-6, False, Path("/tmp/unift-bad.pt"))
-        done = time.perf_counter()
+        done = now()
         self.count += 1
         return {
             "seconds": done - began,
@@ -229,6 +239,7 @@ def machine() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
     return {
         "cpu": cpu,
+        "gpu": torch.cuda.get_device_name(0) if DEVICE.type == "cuda" else None,
         "cores": os.cpu_count(),
         "usable": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),

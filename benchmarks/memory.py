@@ -3,7 +3,8 @@
     python benchmarks/memory.py [--quick]
 
 Reports the peak resident set (``ru_maxrss``) of a process that loads the model and takes one step, and how it grows with
-the vocabulary and the group size. On a GPU the peak of the CUDA allocator is reported beside it.
+the vocabulary and the group size. On a GPU it is the peak of the CUDA allocator, both sides multiply in bfloat16, and the
+result is kept apart.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHAPES, Shape, Unift, load, machine, prompts, save
+from common import DEVICE, RESULTS, SHAPES, Shape, Unift, load, machine, prompts, save
 
 SIDES = ("unift", "trl", "trl-checkpointing")
 
@@ -40,17 +41,20 @@ def child(side: str, model_name: str, shape: Shape, vocab: int) -> None:
     model, tokenizer = sized(vocab) if vocab else load(model_name)
     rows = prompts(tokenizer, shape, shape.groups)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cuda = DEVICE.type == "cuda"
     if side == "unift":
-        Unift(model, tokenizer, shape).step([tokens for _, tokens in rows])
+        Unift(model, tokenizer, shape, ("model.autocast=all",) if cuda else ()).step([tokens for _, tokens in rows])
     else:
         from vs_trl import trl_trainer
 
         with tempfile.TemporaryDirectory() as folder:
             texts = [text for text, _ in rows]
-            trl_trainer(model, tokenizer, texts, shape, 1, side == "trl-checkpointing", folder).train()
+            trl_trainer(model, tokenizer, texts, shape, 1, side == "trl-checkpointing", folder, cuda).train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    print(json.dumps({"peak_mib": peak / 1024, "loaded_mib": loaded / 1024, "cuda_mib": cuda / 2**20}))
+    if cuda:  # in KiB, as the others
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        peak, loaded = torch.cuda.max_memory_allocated() // 1024, weights // 1024
+    print(json.dumps({"peak_mib": peak / 1024, "loaded_mib": loaded / 1024}))
 
 
 def measure(side: str, model_name: str, shape: Shape, vocab: int = 0) -> dict[str, float]:
@@ -67,6 +71,7 @@ def main() -> None:
         return child(side, name, Shape(**json.loads(shape)), int(vocab))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the 3 M model only")
+    parser.add_argument("--only", nargs="*", help="these cases, by name; the others' results stay as they are")
     a = parser.parse_args()
     cases: list[tuple[str, str, Shape, int]] = [(f"3m {n}", "3m", SHAPES["3m"][n], 0) for n in ("short", "knights")]
     small = replace(SHAPES["3m"]["short"], groups=2)
@@ -74,16 +79,20 @@ def main() -> None:
     cases += [(f"3m G={g}", "3m", replace(SHAPES["3m"]["countdown"], groups=4, g=g), 0) for g in (2, 8, 16)]
     if not a.quick:
         cases += [(f"135m {n}", "135m", SHAPES["135m"][n], 0) for n in ("short", "knights")]
-    rows = []
+    target = "memory" + "-cuda" * (DEVICE.type == "cuda")
+    kept = json.loads((RESULTS / f"{target}.json").read_text())["rows"] if a.only else []
+    rows = {row["case"]: row for row in kept}
     for title, name, shape, vocab in cases:
-        row: dict[str, Any] = {"case": title, "sizes": vars(shape), "vocab": vocab}
+        if a.only and title not in a.only:
+            continue
+        row: dict[str, Any] = {"case": title, "sizes": vars(shape), "vocab": vocab, "commit": machine()["commit"]}
         for side in SIDES:
             row[side] = measure(side, name, shape, vocab)
         row["saved"] = 1 - row["unift"]["peak_mib"] / row["trl"]["peak_mib"]
-        rows.append(row)
+        rows[title] = row
         peaks = ", ".join(f"{s} {row[s]['peak_mib']:,.0f}" for s in SIDES)
         print(f"{title}: {peaks} MiB; {row['saved']:.0%} below TRL without checkpointing", flush=True)
-        save("memory", {"rows": rows, "machine": machine()})
+        save(target, {"rows": list(rows.values()), "machine": machine()})
 
 
 if __name__ == "__main__":

@@ -29,9 +29,14 @@ def span(s: dict[str, Any], digits: int = 2) -> str:
     return f"{s['median']:.{digits}f} [{s['min']:.{digits}f}, {s['max']:.{digits}f}]"
 
 
+def on(device: str, pattern: str) -> list[dict[str, Any]]:
+    return [r for r in read(pattern) if r.get("device", "cpu") == device]
+
+
 def vs_trl() -> str:
     rows = []
-    records = sorted(read("vs_trl-*"), key=lambda r: (len(r["model"]), ORDER.index(r["shape"]), r["trl_gradient_checkpointing"]))
+    records = on("cpu", "vs_trl-*")
+    records.sort(key=lambda r: (len(r["model"]), ORDER.index(r["shape"]), r["trl_gradient_checkpointing"]))
     for r in records:
         s = r["sizes"]
         rows.append([
@@ -46,6 +51,43 @@ def vs_trl() -> str:
         ])
     head = ["model, shape", "groups x G x (prefix + completion)", "TRL checkpointing", "CPU seconds, TRL / unift"]
     return table([*head, "wall clock, TRL / unift", "CPU s a step", "pairs", "threads; load"], rows)
+
+
+def gpu() -> str:
+    """Sampling and update on a GPU beside its limits."""
+    rows = [
+        [
+            f"135m {record['shape']}",
+            r["variant"],
+            span(r["seconds"], 3),
+            f"{r['tokens_per_second']['median']:,.0f} ({r['of_roofline']:.0%} of {record['roofline_tokens_per_second']:,.0f})",
+            f"{r['update']['median']:.3f}",
+            f"{r['mfu']:.0%} of {record['tflops']:.0f} TFLOP/s",
+            f"{r['gap']:.1e}",
+        ]
+        for record in sorted(read("gpu-*"), key=lambda r: ORDER.index(r["shape"]))
+        for r in record["rows"]
+    ]
+    head = ["shape", "unift", "s a step", "sampled tokens/s (of the roofline)", "update, s", "its MFU", "largest log-prob gap"]
+    return table(head, rows)
+
+
+def gpu_vs_trl() -> str:
+    """Seconds are the wall clock's: CPU seconds mean little beside a GPU."""
+    rows = [
+        [
+            f"{r['model']} {r['shape']}",
+            f"{s['groups']} x {s['g']} x ({s['prefix']} + {s['completion']})",
+            r["precision"],
+            f"**{span(r['ratio'])}**",
+            f"{span(r['ratio_generate'])}, {span(r['ratio_update'])}",
+            f"{r['trl']['seconds']['median']:.2f} / {r['unift']['seconds']['median']:.2f}",
+        ]
+        for r in on("cuda", "vs_trl-*")
+        for s in [r["sizes"]]
+    ]
+    head = ["model, shape", "groups x G x (prefix + completion)", "products", "TRL / unift", "generating, updating"]
+    return table([*head, "s a step"], rows)
 
 
 def grown(r: dict[str, Any]) -> float:
@@ -96,7 +138,7 @@ def scaling() -> str:
 
 
 def roofline() -> str:
-    measured = {(r["model"], r["shape"]): r for r in read("vs_trl-*") if not r["trl_gradient_checkpointing"]}
+    measured = {(r["model"], r["shape"]): r for r in on("cpu", "vs_trl-*") if not r["trl_gradient_checkpointing"]}
     rows = []
     for record in read("roofline"):
         for r in record["rows"]:
@@ -130,9 +172,9 @@ def machines() -> str:
         r = json.loads(path.read_text())
         m = r["machine"]
         versions = ", ".join(f"{n} {m[n]}" for n in ("torch", "transformers", "trl") if n in m)
-        note = f" {r['note']}" if r.get("note") else ""
+        note, where = f" {r['note']}" if r.get("note") else "", m.get("gpu") or m["cpu"]
         lines.append(
-            f"- `{path.name}`: {m['date']}, commit {m['commit']}, {m['cpu']}, {m['cores']} cores ({m['usable']} used), "
+            f"- `{path.name}`: {m['date']}, commit {m['commit']}, {where}, {m['cores']} cores ({m['usable']} used), "
             f"{m['threads']} thread(s), load {m['load']:.1f}, Python {m['python']}, {versions}.{note}"
         )
     return "\n".join(lines)
@@ -140,7 +182,7 @@ def machines() -> str:
 
 def main() -> None:
     text = PAGE.read_text()
-    for make in (vs_trl, memory, ablation, scaling, roofline, precision, rounding, machines):
+    for make in (vs_trl, memory, ablation, scaling, roofline, precision, rounding, gpu, gpu_vs_trl, machines):
         name = make.__name__
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         text, found = pattern.subn(lambda m, make=make: m.group(1) + make() + "\n" + m.group(2), text)

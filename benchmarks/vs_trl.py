@@ -7,7 +7,7 @@ so the two sides alternate in one process with the same threads. The first pair 
 same on both sides: model weights at the start, prompt tokens, completions per prompt, tokens per completion (the end
 token is outside of the vocabulary), temperature 1, no KL, clip 0.2, token-mean loss, AdamW (fused), one update a batch,
 the whole batch in one forward, rewards 0, 1, 0, 1, ... Neither evaluates, saves or logs to disk. TRL computes entropies,
-and so does unift.
+and so does unift. Where there is a GPU, both sides are on it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
-from common import SHAPES, Unift, clone, load, machine, prompts, save, spread
+from common import DEVICE, SHAPES, Unift, clone, load, machine, now, prompts, save, spread
 from transformers import TrainerCallback
 
 
-def trl_trainer(model: Any, tokenizer: Any, texts: list[str], shape: Any, steps: int, checkpointing: bool, folder: str) -> Any:
+def trl_trainer(
+    model: Any, tokenizer: Any, texts: list[str], shape: Any, steps: int, checkpointing: bool, folder: str, bf16: bool = False
+) -> Any:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -40,8 +43,8 @@ def trl_trainer(model: Any, tokenizer: Any, texts: list[str], shape: Any, steps:
         max_grad_norm=1.0,
         max_steps=steps,
         shuffle_dataset=False,
-        bf16=False,
-        use_cpu=True,
+        bf16=bf16,
+        use_cpu=DEVICE.type == "cpu",
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
@@ -64,10 +67,10 @@ class Alternate(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.generated, self.sampled = 0.0, 0
-        self.began, self.cpu = time.perf_counter(), time.process_time()
+        self.began, self.cpu = now(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        theirs = {"seconds": time.perf_counter() - self.began, "generate": self.generated, "sampled": self.sampled}
+        theirs = {"seconds": now() - self.began, "generate": self.generated, "sampled": self.sampled}
         theirs |= {"update": theirs["seconds"] - self.generated, "cpu": time.process_time() - self.cpu}
         n, first = self.shape.groups, self.shape.groups * len(self.pairs)
         ours = self.ours.step(self.tokens[first : first + n])
@@ -102,6 +105,8 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
     """Run the pairs; with ``--save`` the result so far is kept after each of them."""
     model_name, shape_name, pairs, checkpointing, settings = a.model, a.shape, a.pairs, a.checkpointing, tuple(a.settings)
     shape = SHAPES[model_name][shape_name]
+    shape = replace(shape, groups=a.groups or shape.groups)
+    settings += ("model.autocast=all",) if a.bf16 else ()
     model, tokenizer = load(model_name)
     rows = prompts(tokenizer, shape, shape.groups * (pairs + 1))
     ours = Unift(clone(model), tokenizer, shape, settings)
@@ -111,25 +116,27 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
         "sizes": vars(shape),
         "trl_gradient_checkpointing": checkpointing,
         "settings": list(settings),
+        "device": DEVICE.type,
+        "precision": "bfloat16" if a.bf16 else "float32",
         "tokens": {"plain": shape.plain_tokens, "shared": shape.shared_tokens},
         "note": a.note,
     }
 
     def keep(done: list[dict[str, Any]]) -> None:
         if a.save and len(done) > 1:
-            name = f"vs_trl-{model_name}-{shape_name}" + ("-checkpointing" if checkpointing else "")
+            name = f"vs_trl-{model_name}-{shape_name}" + "-checkpointing" * checkpointing + "-cuda" * (DEVICE.type == "cuda")
             save(name + ("-" + a.suffix if a.suffix else ""), {**head, **summary(done)})
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trl_trainer(model, tokenizer, [text for text, _ in rows], shape, pairs + 1, checkpointing, folder)
+        trainer = trl_trainer(model, tokenizer, [text for text, _ in rows], shape, pairs + 1, checkpointing, folder, a.bf16)
         callback = Alternate(ours, [tokens for _, tokens in rows], shape, keep)
         trainer.add_callback(callback)
         generate = trainer._generate_and_score_completions
 
         def timed(inputs: Any) -> Any:
-            began = time.perf_counter()
+            began = now()
             out = generate(inputs)
-            callback.generated += time.perf_counter() - began
+            callback.generated += now() - began
             callback.sampled += int(out["completion_mask"].sum())
             return out
 
@@ -145,6 +152,8 @@ def main() -> None:
     parser.add_argument("--shape", default="short", help="short, countdown, knights, math")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true", help="TRL's default; off is like for like")
+    parser.add_argument("--bf16", action="store_true", help="both sides multiply in bfloat16, with float32 weights")
+    parser.add_argument("--groups", type=int, help="prompts a step, instead of the shape's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--note", default="", help="what else ran on the machine")
     parser.add_argument("--save", action="store_true", help="keep the result under benchmarks/results")

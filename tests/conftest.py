@@ -168,6 +168,7 @@ def packed_loss(policy, items, config, budget=10**6, reference=None, old=None):
         batch = pack(items, which, weights, config)
         if batch is None:
             continue
+        batch = batch.to(policy.device)
         if reference is not None:
             (batch,) = reference_logprobs(lambda b: logprobs(reference, b, t)[0], [batch])
         if old is not None:

@@ -33,3 +33,26 @@ def test_ablations(common):
         with ablation.without(name, side):
             step = side.step([[5] * 9, [7] * 9])
         assert step["forwarded"] == (72 if name == "shared prefix in training" else 36) and step["gap"] < 1e-5, name
+
+
+def test_the_measurements_of_a_gpu(common, monkeypatch):
+    """On the CPU, where its variants are the same thing: every number is there."""
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setitem(gpu.SIZES, "3m", (4, 256, 688, 256, 256, 128))
+    found = gpu.measure("3m", common.Shape(9, 0, 4, 2, 3), 1, size=128)
+    assert [r["variant"] for r in found["rows"]] == list(gpu.VARIANTS)
+    for r in found["rows"]:
+        assert r["mfu"] > 0 and r["gap"] < 0.1
+        assert r["of_roofline"] == pytest.approx(r["tokens_per_second"]["median"] / found["roofline_tokens_per_second"])
+
+
+def test_the_work_of_a_gpu_step(common):
+    """One layer of width 2 with inner width 3 and 5 tokens of vocabulary, counted by hand."""
+    gpu = importlib.import_module("gpu")
+    gpu.SIZES["hand"] = (1, 2, 3, 2, 2, 5)
+    work = gpu.work("hand", common.Shape(prefix=4, hint=0, completion=3, groups=1, g=2))
+    trunk, head = 4 * 2 * 2 + 3 * 2 * 3, 5 * 2
+    pairs = 4 * 4 / 2 + 2 * (3 * 4 + 3 * 3 / 2)  # causal halves counted
+    assert work["update"] == 6 * trunk * (4 + 2 * 2) + 6 * head * 2 * 3 + 3.5 * 4 * 2 * pairs
+    assert work["prefill"] == 2 * trunk * 4
+    assert work["read"] == 2 * (2 * (trunk + head) + 4 * 2 * (4 + 2 * 3 / 2))

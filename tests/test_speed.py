@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 
 import torch
 from conftest import settings
@@ -22,6 +24,22 @@ def test_checks_recommend_settings_and_leave_torch_alone(monkeypatch):
 def test_rates_are_of_work_that_was_done():
     rates = speed.measure(1)
     assert all(x > 0 for x in vars(rates).values())
+
+
+def test_rates_of_a_gpu():
+    """Its code on the CPU: three lines, finite rates, and settings that exist."""
+    torch.manual_seed(0)
+    found = {c.name: c.text for c in speed.gpu_checks(settings(), torch.device("cpu"), 2**30, size=64)}
+    numbers = [float(x) for x in re.findall(r"[0-9.]*[0-9]", found["speed"].replace("float32", "").replace("bfloat16", ""))]
+    assert len(numbers) == 4 and numbers[2] > 0 and numbers[3] > 0
+    assert "model.autocast=" in found["precision"] and "train.token_budget=" in found["token budget"]
+
+
+def test_a_rate_waits_for_its_device():
+    """The time is counted until the device is done, not until it is asked."""
+    done = []
+    rate = speed._rate(lambda: None, 1.0, 0.02, wait=lambda: (time.sleep(0.01), done.append(1)))
+    assert done and rate * 1e9 <= 100
 
 
 def test_budget_grows_with_memory_and_shrinks_with_the_model(tmp_path):

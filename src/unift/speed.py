@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from unift import matmul
+from unift import matmul, policy
 from unift.config import Config
 from unift.doctor import Check
 
@@ -34,13 +34,16 @@ class Rates:
     copy: float
 
 
-def _rate(work: Callable[[], object], amount: float, seconds: float = 0.15) -> float:
-    """Amount a second of the best of several calls: others' use of the machine only ever slows a call down."""
+def _rate(work: Callable[[], object], amount: float, seconds: float = 0.15, wait: Callable[[], object] = lambda: None) -> float:
+    """Amount a second of the best of several calls: others' use of the machine only ever slows a call down. ``wait`` ends a
+    call that only asked a device for its work."""
     work()
+    wait()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         began = time.perf_counter()
         work()
+        wait()
         best = min(best, time.perf_counter() - began)
     return amount / best / 1e9
 
@@ -80,9 +83,7 @@ def free_bytes() -> int:
 
 def budget(config: Config, free: int) -> tuple[int, str] | None:
     """(largest power of two of tokens whose activations fit, why); None without a config.json beside the model."""
-    from unift.policy import locate
-
-    path = locate(config.model.path) / "config.json"
+    path = policy.locate(config.model.path) / "config.json"
     c = json.loads(path.read_text()) if path.is_file() else {}
     width, layers = c.get("hidden_size"), c.get("num_hidden_layers")
     if not (width and layers):
@@ -94,10 +95,46 @@ def budget(config: Config, free: int) -> tuple[int, str] | None:
     return tokens, f"about {token / 1024:,.0f} KiB of activations a token, {free / 2**30:.1f} GiB free"
 
 
+def _precision(gain: float) -> Check:
+    text = f"products in bfloat16 run {gain:.1f} times as fast as in float32"
+    if gain > 1.3:
+        text += "; model.autocast=sample samples with them (logged as sampling/sampling_logp_difference), =all trains too"
+    else:
+        text += "; stay with model.autocast=none"
+    return Check("precision", True, text)
+
+
+def _budget(config: Config, free: int) -> list[Check]:
+    fits = budget(config, free)
+    if fits is None:
+        return []
+    tokens, why = fits
+    return [Check("token budget", True, f"train.token_budget={tokens} (now {config.train.token_budget}): {why}")]
+
+
+def gpu_checks(config: Config, device: torch.device, free: int, size: int = 8192) -> list[Check]:
+    """The rates of one GPU: products of [size, size], copies, and how long it takes to launch a kernel that does nothing."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    rate = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        rate[dtype] = _rate(lambda a=a, b=b: a @ b, 2.0 * size**3, wait=wait)
+    one = torch.zeros(1, device=device)
+    copied = _rate(lambda: a.clone(), 2.0 * a.nbytes, wait=wait)
+    launches = _rate(lambda: [one.add_(1) for _ in range(100)], 100.0, wait=wait)
+    text = (
+        f"float32 {rate[torch.float32] / 1e3:.1f} TFLOP/s, bfloat16 {rate[torch.bfloat16] / 1e3:.1f}; copies {copied:.0f} GB/s; "
+        f"{1e-3 / launches:.1f} us to launch a kernel, which model.cuda_graphs=true saves while sampling"
+    )
+    gain = rate[torch.bfloat16] / rate[torch.float32]
+    return [Check("speed", True, text), _precision(gain), *_budget(config, free)]
+
+
 def checks(config: Config) -> list[Check]:
-    """The machine's rates and the settings they recommend. Takes a few seconds on the CPU."""
+    """The machine's rates and the settings they recommend. Takes a few seconds."""
     if config.model.device.startswith("cuda") or (config.model.device == "auto" and torch.cuda.is_available()):
-        return [Check("speed", True, "measured on the CPU only; on a GPU set model.dtype=bfloat16 or model.autocast=all")]
+        device = policy.pick_device(config.model.device)
+        return gpu_checks(config, device, torch.cuda.mem_get_info(device)[0])
     counts = sorted({1, max(cores() // 2, 1), cores()})
     rates = [measure(n) for n in counts]
     best = max(rates, key=lambda r: (max(r.default, r.onednn), -r.threads))
@@ -116,15 +153,5 @@ def checks(config: Config) -> list[Check]:
     used = config.threads or torch.get_num_threads()
     said = f"threads={best.threads}" + ("" if used == best.threads else f" (now {used})")
     lines.append(Check("threads", True, f"{said} is the fastest measured; fewer if other work shares the machine"))
-    gain = best.bfloat16 / max(best.default, best.onednn)
-    text = f"products in bfloat16 run {gain:.1f} times as fast as in float32"
-    if gain > 1.3:
-        text += "; model.autocast=sample samples with them (logged as sampling/sampling_logp_difference), =all trains too"
-    else:
-        text += "; stay with model.autocast=none"
-    lines.append(Check("precision", True, text))
-    fits = budget(config, free_bytes())
-    if fits is not None:
-        tokens, why = fits
-        lines.append(Check("token budget", True, f"train.token_budget={tokens} (now {config.train.token_budget}): {why}"))
-    return lines
+    lines.append(_precision(best.bfloat16 / max(best.default, best.onednn)))
+    return lines + _budget(config, free_bytes())
