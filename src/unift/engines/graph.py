@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-PAYS = 8  # steps of the same shape from which recording one pays
+PAYS = 16  # steps of the same shape from which recording one pays
 
 
 class Recorded:
