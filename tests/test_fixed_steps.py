@@ -1,5 +1,6 @@
-"""Sampling in fixed steps, as CUDA graphs need them, here without a GPU: the same tokens as otherwise, no step that would
-wait for a device, and one step done for each call of the recorder. The recording itself is tested in tests/test_gpu.py."""
+"""Steps of the sampler are fit to be recorded as CUDA graphs, shown without a GPU: each does the same work at the same
+addresses, none would wait for a device, and each call of the recorder does one step. The recording itself is tested in
+tests/test_gpu.py."""
 
 from __future__ import annotations
 
@@ -26,24 +27,28 @@ def requests(lengths=(7, 12, 1, 9), g=5, length=150):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize("rows", [256, 6])
-def test_same_tokens(kind, rows):
-    """Over several sizes of the caches, with rows that end and are dropped, prefixes of several lengths, a greedy row."""
+@pytest.mark.parametrize(("block", "look"), [(1, 1), (32, 16), (150, 150)])
+def test_sizes_of_the_caches_change_nothing(monkeypatch, kind, block, look):
+    """Caches that grow by every token, as usual, and never; rows dropped at once, late, and never. All of it at once is what
+    a GPU does. Prefixes of several lengths, a greedy row."""
     policy, _ = tiny_policy(kind=kind)
     asked = requests()
-    usual, fixed = (generate(policy, asked, 150, 0.9, rows, fixed) for fixed in (False, True))
+    usual = generate(policy, asked, 150, 0.9)
+    monkeypatch.setattr(native, "BLOCK", block)
+    monkeypatch.setattr(native, "_look", lambda _: look)
+    other = generate(policy, asked, 150, 0.9)
     lengths = [len(s.tokens) for g in usual for s in g]
-    assert min(lengths) < native.LOOK and max(lengths) > 2 * native.BLOCK  # rows are dropped, caches grow
-    for group_a, group_b in zip(usual, fixed, strict=True):
+    assert min(lengths) < 16 and max(lengths) > 64  # rows are dropped, caches grow
+    for group_a, group_b in zip(usual, other, strict=True):
         for a, b in zip(group_a, group_b, strict=True):
             assert a.tokens == b.tokens and a.finished == b.finished
             assert np.allclose(a.logps, b.logps, atol=1e-5)
 
 
-def rows_of(policy, fixed, length=40):
+def rows_of(policy, length=40):
     asked = [Request(r.prompt, RNG.random((5, length))) for r in requests()[:2]]
     with torch.no_grad():
-        return native._Rows(policy, asked, length, 1.0, fixed)
+        return native._Rows(policy, asked, length, 1.0)
 
 
 def test_every_step_is_the_same():
@@ -55,22 +60,22 @@ def test_every_step_is_the_same():
             seen[-1].append((func, [tuple(x.shape) for x in args if isinstance(x, torch.Tensor)]))
             return func(*args, **(kwargs or {}))
 
-    for fixed in (True, False):
-        rows = rows_of(tiny_policy()[0], fixed)
-        kept = {n: x.data_ptr() for n, x in vars(rows).items() if isinstance(x, torch.Tensor)}
-        seen.clear()
-        for _ in range(3):
-            seen.append([])
-            with torch.no_grad(), Watch():
-                rows.step()
-        assert (seen[1] == seen[2]) == fixed
-        assert kept == {n: x.data_ptr() for n, x in vars(rows).items() if isinstance(x, torch.Tensor)}
+    rows = rows_of(tiny_policy()[0])
+    kept = {n: x.data_ptr() for n, x in vars(rows).items() if isinstance(x, torch.Tensor)}
+    caches = [x.data_ptr() for pair in rows.state.members.values() for x in pair]
+    for _ in range(3):
+        seen.append([])
+        with torch.no_grad(), Watch():
+            rows.step()
+    assert len(seen[0]) > 50 and seen[0] == seen[1] == seen[2]
+    assert kept == {n: x.data_ptr() for n, x in vars(rows).items() if isinstance(x, torch.Tensor)}
+    assert caches == [x.data_ptr() for pair in rows.state.members.values() for x in pair]
 
 
 def test_no_step_waits_for_the_device():
     """Tensors without numbers: whatever asks for one, raises."""
     policy, _ = tiny_policy()
-    rows, mode = rows_of(policy, fixed=True), FakeTensorMode(allow_non_fake_inputs=True)
+    rows, mode = rows_of(policy), FakeTensorMode(allow_non_fake_inputs=True)
     fake = lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
     for name, value in vars(rows).items():
         setattr(rows, name, fake(value))

@@ -84,7 +84,7 @@ def test_recorded_steps(monkeypatch):
     asked = [Request(random_tokens(rng, n), rng.random((6, 150))) for n in (7, 90, 33)]
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        usual, fixed = (generate(shared, asked, 150, 0.9, fixed=fixed) for fixed in (False, True))
+        usual, fixed = (generate(dataclasses.replace(shared, cuda_graphs=on), asked, 150, 0.9) for on in (False, True))
     assert len(recorded) > 1 and all(recorded)
     for a, b in zip((s for g in usual for s in g), (s for g in fixed for s in g), strict=True):
         assert a.tokens == b.tokens and np.allclose(a.logps, b.logps, atol=1e-9)

@@ -22,8 +22,8 @@ from unift.policy import Policy
 from unift.types import Sample
 
 ROWS = 256  # rows decoded side by side
-BLOCK = 64  # cached member positions at first; doubled when they are full
-LOOK = 16  # fixed steps between two looks at which rows have ended
+BLOCK = 32  # cached member positions added at a time
+LOOK = 16  # on a GPU, steps between two looks at which rows have ended
 VOCAB_BLOCK = 256  # tokens whose probabilities are summed first when sampling
 
 
@@ -41,13 +41,8 @@ def generate(
     max_tokens: int,
     temperature: float = 1.0,
     rows: int = ROWS,
-    fixed: bool | None = None,
 ) -> list[list[Sample]]:
-    """Samples of every request, in order: token ids (EOS kept as the last), log-probs under softmax(logits/T).
-
-    fixed: steps of a shape that does not change from token to token, which CUDA graphs need; None: where there are any.
-    """
-    fixed = policy.device.type == "cuda" and policy.cuda_graphs if fixed is None else fixed
+    """Samples of every request, in order: token ids (EOS kept as the last), log-probs under softmax(logits/T)."""
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt), i))  # little padding in a batch
     results: list[list[Sample]] = [[] for _ in requests]
     batches: list[list[int]] = []
@@ -64,7 +59,7 @@ def generate(
         for batch in batches:
             picked = [requests[i] for i in batch]
             if policy.shared:
-                sampled = _run(policy, picked, max_tokens, temperature, fixed)
+                sampled = _run(policy, picked, max_tokens, temperature)
             else:
                 sampled = _run_plain(policy, picked, max_tokens, temperature)
             for i, samples in zip(batch, sampled, strict=True):
@@ -125,27 +120,24 @@ def inverse_cdf(logp_NV: Tensor, u_N: Tensor, block: int = VOCAB_BLOCK) -> Tenso
 class _Rows:
     """The rows of a batch while they are sampled, on the shared-prefix path: B groups of G rows.
 
-    All that a step reads and writes lies on the device. fixed: it stays at its address too, until ``drop`` or ``grow``, and a
-    step never waits for the device, so that it can be recorded.
+    All that a step reads and writes lies on the device and stays at its address until ``drop`` or ``grow``, and a step never
+    waits for the device, so that it can be recorded.
     """
 
-    def __init__(
-        self, policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float, fixed: bool
-    ) -> None:
+    def __init__(self, policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> None:
         self.policy, self.max_tokens, self.eos = policy, max_tokens, _eos_ids(policy)
         self.counts = [_members(r) for r in requests]
         device, b, g = policy.device, len(requests), max(self.counts)
         self.choose = _chooser(requests, g, max_tokens, temperature, device)
         logits_BV, layout = self._prefill(requests)
         some = next(iter(layout.cache.values()))[1]
-        capacity = min(BLOCK, max_tokens)
+        capacity = min(self._block(0), max_tokens)
         members = {
             n: (k.new_zeros(b, k.shape[1], g, capacity, k.shape[2]), v.new_zeros(b, v.shape[1], g, capacity, v.shape[3]))
             for n, (k, v) in layout.cache.items()
         }
-        self.state = DecodeLayout(layout.cache, layout.padding(some), members, (b, g))
-        if fixed:
-            self.state.filled_1 = torch.zeros(1, dtype=torch.long, device=device)
+        filled_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.state = DecodeLayout(layout.cache, layout.padding(some), members, (b, g), filled_1)
         # slot_N: each live row's place in the original B*G grid. A slot without a sample counts as done.
         self.grid = np.arange(b * g).reshape(b, g)
         self.slot_N = torch.arange(b * g, device=device)
@@ -204,12 +196,16 @@ class _Rows:
         self.token_N, self.slot_N, self.start_N, self.done_N = (x[flat_N] for x in rows)
         return True
 
+    def _block(self, capacity: int) -> int:
+        """Positions to add: few on the CPU, which computes all of them; on a GPU, whose steps are recorded anew, twice as many."""
+        return BLOCK if self.policy.device.type == "cpu" else max(capacity, 2 * BLOCK)
+
     def grow(self, filled: int) -> bool:
         """Room for one more position than ``filled``. Returns whether the caches were too small for it."""
-        capacity = next(iter(self.state.members.values()))[1].shape[3]
+        capacity = self.state.capacity
         if filled < capacity:
             return False
-        self.state.grow(min(max(2 * capacity, BLOCK), self.max_tokens))
+        self.state.grow(min(capacity + self._block(capacity), self.max_tokens))
         return True
 
     def samples(self) -> list[list[Sample]]:
@@ -222,13 +218,16 @@ class _Rows:
         return found
 
 
+def _look(device: torch.device) -> int:
+    """Steps between two looks at which rows have ended. Each waits for the device, which otherwise runs ahead."""
+    return 1 if device.type == "cpu" else LOOK
+
+
 @torch.no_grad()
-def _run(
-    policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float, fixed: bool
-) -> list[list[Sample]]:
-    rows = _Rows(policy, requests, max_tokens, temperature, fixed)
-    recorded = graph.Recorded(rows.step) if fixed and policy.device.type == "cuda" else None
-    look = LOOK if fixed else 1  # a device that runs ahead is asked less often which rows have ended
+def _run(policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> list[list[Sample]]:
+    rows = _Rows(policy, requests, max_tokens, temperature)
+    recorded = graph.Recorded(rows.step) if policy.device.type == "cuda" and policy.cuda_graphs else None
+    look = _look(policy.device)
     for drawn in range(1, max_tokens):
         changed = False
         if (drawn - 1) % look == 0:
