@@ -139,6 +139,31 @@ def test_failure_is_reported_and_what_is_earned_is_kept(tmp_path):
     assert sum("finished before" in line for line in said) == 2
 
 
+def test_the_others_are_shown_when_one_fails(tmp_path, monkeypatch, capsys):
+    """Table and files of the runs that ended, with a line that says that some are missing; then the failure."""
+    kinds = iter(["good", "bad", "good", "good"])
+    monkeypatch.setattr(compare, "train_job", lambda m, seed, *_: fake(tmp_path, m, seed, next(kinds)))
+    with pytest.raises(UniftError, match="1 of 4 runs failed") as error:
+        compare.compare_methods(["sft", "uft"], 2, "lock", tmp_path, [], 2)
+    assert [(r["method"], r["seed"]) for r in error.value.results] == [("sft", 0), ("sft", 1), ("uft", 1)]
+    shown, kept = capsys.readouterr().out, (tmp_path / "table.md").read_text()
+    for text in (shown, kept):
+        assert "Not complete: 1 of 4 runs failed" in text
+        assert "| sft | 2 |" in text and "| uft | 1 |" in text
+    assert len(json.loads((tmp_path / "compare.json").read_text())) == 3 and (tmp_path / "curves.png").is_file()
+    (tmp_path / "uft-seed0" / "mended").touch()
+    kinds = iter(["good", "bad", "good", "good"])
+    assert "| uft | 2 |" in compare.compare_methods(["sft", "uft"], 2, "lock", tmp_path, [], 2)
+    assert "Not complete" not in (tmp_path / "table.md").read_text()
+
+
+def test_nothing_to_show_when_all_fail(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "train_job", lambda m, seed, *_: fake(tmp_path, m, seed, "bad"))
+    with pytest.raises(UniftError, match="2 of 2 runs failed"):
+        compare.compare_methods(["sft"], 2, "lock", tmp_path, [], 2)
+    assert "|" not in capsys.readouterr().out and not (tmp_path / "table.md").exists()
+
+
 def test_a_result_of_another_command_is_not_taken(tmp_path):
     job = fake(tmp_path, "sft", 0)
     run_many([job], 1)

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Job", "compare_methods", "interval", "reading", "run_many", "table", "train_job", "wilson", "write_report"]
 
+
+class RunsFailed(UniftError):
+    """Some runs failed; ``results`` has those of the others."""
+
+    def __init__(self, text: str, results: list[Result]) -> None:
+        super().__init__(text)
+        self.results = results
+
+
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 END_SECONDS = 10.0  # for a run to end when asked
 COMMAND = ".command.json"  # what brought the result of a folder; a dot file, since `train` minds foreign files
@@ -86,7 +95,7 @@ def run_many(
     """Results in the order of the jobs, ``workers`` processes side by side; each writes ``log.txt`` in its folder.
 
     A run that this very command finished before is read from its folder. A failure does not stop the others; when all
-    are through, UniftError names the failed ones with the last lines of their logs.
+    are through, RunsFailed names the failed ones with the last lines of their logs.
     Interrupted, or once ``stop`` is set, it ends the processes and raises KeyboardInterrupt.
     """
     results: dict[int, Result] = {}
@@ -127,9 +136,10 @@ def run_many(
     finally:
         end([process for process, _ in running.values()])
     if failed:
-        raise UniftError(
+        raise RunsFailed(
             f"{len(failed)} of {len(jobs)} runs failed; the others are kept. Mend the cause and repeat the command: "
-            "it runs only what is missing\n  " + "\n  ".join(failed)
+            "it runs only what is missing\n  " + "\n  ".join(failed),
+            [results[number] for number in sorted(results)],
         )
     return [results[number] for number in range(len(jobs))]
 
@@ -187,7 +197,8 @@ def compare_methods(
     methods: Sequence[str], seeds: int, recipe: str, folder: Path, settings: Sequence[str], workers: int,
     limit: Budget | None = None,
 ) -> str:  # fmt: skip
-    """The whole comparison; returns table, reading and the path of the plot as text. Settings are checked first.
+    """The whole comparison; returns table, reading and the path of the plot as text. Settings are checked first. If some
+    runs fail, the table of the others is printed before RunsFailed is raised.
 
     With a budget, every method's steps are chosen so that one run uses it up (``unift.budget``).
     """
@@ -220,11 +231,22 @@ def compare_methods(
         jobs = [
             train_job(m, seed, recipe, folder, [*settings, *own.get(m, [])]) for seed in range(seeds) for m in methods
         ]
-        results = run_many(jobs, workers, say, stop)
-    notes = [budgets.note(limit, results)] if limit else []
+        failure = None
+        try:
+            results = run_many(jobs, workers, say, stop)
+        except RunsFailed as error:
+            results, failure = error.results, error
+            if not results:
+                raise
+    notes = [f"**Not complete: {len(jobs) - len(results)} of {len(jobs)} runs failed and are missing here.**"] if failure else []
+    notes += [budgets.note(limit, results)] if limit else []
     plot = write_report(folder, results, notes)
     places = [f"plot: {plot}", f"folder: {folder}  (as a page: unift report {folder})"]
-    return "\n".join([table(results), "", *notes, *reading(results), "", *places])
+    text = "\n".join([table(results), "", *notes, *reading(results), "", *places])
+    if failure:
+        say(text)
+        raise failure
+    return text
 
 
 # ---------------------------------------------------------------------------------------------- files

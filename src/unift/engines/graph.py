@@ -48,7 +48,8 @@ class Recorded:
     def _record(self) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # thread_local: NCCL's watchdog may ask for its events meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 self.step()  # nothing runs
             return graph
         except torch.OutOfMemoryError:
