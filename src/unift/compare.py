@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Job", "compare_methods", "interval", "reading", "run_many", "table", "train_job", "wilson", "write_report"]
 
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+END_SECONDS = 10.0  # for a run to end when asked
+COMMAND = ".command.json"  # what brought the result of a folder; a dot file, since `train` minds foreign files
+
 
 class RunsFailed(UniftError):
     """Some runs failed; ``results`` has those of the others."""
@@ -31,11 +35,6 @@ class RunsFailed(UniftError):
     def __init__(self, text: str, results: list[Result]) -> None:
         super().__init__(text)
         self.results = results
-
-
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-END_SECONDS = 10.0  # for a run to end when asked
-COMMAND = ".command.json"  # what brought the result of a folder; a dot file, since `train` minds foreign files
 
 
 @dataclass(frozen=True)
