@@ -67,28 +67,39 @@ SHAPES = {
         "math": Shape(383, 190, 256, 1),
     },
 }
+SHAPES["135m-random"] = SHAPES["135m"]
 
 
 # ---------------------------------------------------------------------------------------------- models
 
 
-def model_3m() -> tuple[Any, Any]:
-    """A random Llama of 3.2 M parameters (4 layers, width 256, 8 heads, 128 characters) and a tokenizer of characters."""
+def random_llama(vocabulary: int = 128, **size: Any) -> tuple[Any, Any]:
+    """A Llama with random weights and a tokenizer of 128 characters."""
     import transformers as t
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     torch.manual_seed(0)
-    size = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8}
-    ids = {"bos_token_id": None, "eos_token_id": 128, "pad_token_id": 0}
-    config = t.LlamaConfig(vocab_size=128, max_position_embeddings=4096, **ids, **size)
-    model = t.LlamaForCausalLM(config)
+    ids = {"bos_token_id": None, "eos_token_id": vocabulary, "pad_token_id": 0}
+    model = t.LlamaForCausalLM(t.LlamaConfig(vocab_size=vocabulary, max_position_embeddings=4096, **ids, **size))
     words = ["<pad>", "<unk>", *(chr(i) for i in range(32, 127))]
-    words += [f"<{i}>" for i in range(len(words), 128)] + ["<end>"]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    words += [f"<{i}>" for i in range(len(words), 128)]
+    numbers = {w: i for i, w in enumerate(words)} | {"<end>": vocabulary}
+    backend = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
     return model, tokenizer
+
+
+def model_3m() -> tuple[Any, Any]:
+    """A random Llama of 3.2 M parameters: 4 layers, width 256, 8 heads, 128 characters."""
+    return random_llama(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8)
+
+
+def model_135m_random() -> tuple[Any, Any]:
+    """SmolLM2-135M's sizes with random weights, for machines without its package: products take as long."""
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "initializer_range": 0.04}
+    return random_llama(49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, **heads)
 
 
 def smollm_path() -> Path:
@@ -115,7 +126,7 @@ def model_135m() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-MODELS = {"3m": model_3m, "135m": model_135m}
+MODELS = {"3m": model_3m, "135m": model_135m, "135m-random": model_135m_random}
 
 
 def load(name: str) -> tuple[Any, Any]:

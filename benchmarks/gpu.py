@@ -56,6 +56,7 @@ def rates(size: int = 8192) -> tuple[float, float]:
 
 def work(model: str, shape: Shape) -> dict[str, float]:
     """Operations of the update, and bytes that sampling reads: bfloat16 weights once a step, caches of either kind."""
+    model = model.removesuffix("-random")
     layers, _, _, _, kv, _ = SIZES[model]
     trunk, head = weights(model)
     rows, steps = shape.groups * shape.g, shape.completion - 1
@@ -99,6 +100,7 @@ def measure(model_name: str, shape: Shape, repeats: int, size: int = 8192) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("135m", "135m-random"), default="135m")
     parser.add_argument("--shape", default="knights", help="short, countdown, knights, math")
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
@@ -106,7 +108,7 @@ def main() -> None:
     if DEVICE.type != "cuda":
         parser.error("needs a CUDA device: torch.cuda.is_available() is false")
     shape, began = replace(SHAPES["135m"][a.shape], groups=a.groups), time.time()
-    found = measure("135m", shape, a.repeats)
+    found = measure(a.model, shape, a.repeats)
     print(f"products {found['tflops']:.0f} TFLOP/s, reads {found['gbytes']:.0f} GB/s; {time.time() - began:.0f} s in all")
     for r in found["rows"]:
         print(
@@ -114,7 +116,7 @@ def main() -> None:
             f"{r['of_roofline']:.0%} of {found['roofline_tokens_per_second']:,.0f}; update {r['update']['median']:.3f} s, "
             f"MFU {r['mfu']:.0%} of the measured rate, {r['mfu_nominal']:.0%} of the nominal; largest gap {r['gap']:.2g}"
         )
-    save(f"gpu-135m-{a.shape}", {"shape": a.shape, "sizes": vars(shape), **found, "machine": machine()})
+    save(f"gpu-{a.model}-{a.shape}", {"model": a.model, "shape": a.shape, "sizes": vars(shape), **found, "machine": machine()})
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def main() -> None:
         return child(side, name, Shape(**json.loads(shape)), int(vocab))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the 3 M model only")
+    parser.add_argument("--model", choices=("135m", "135m-random"), default="135m", help="the larger one")
     parser.add_argument("--only", nargs="*", help="these cases, by name; the others' results stay as they are")
     a = parser.parse_args()
     cases: list[tuple[str, str, Shape, int]] = [(f"3m {n}", "3m", SHAPES["3m"][n], 0) for n in ("short", "knights")]
@@ -78,7 +79,7 @@ def main() -> None:
     cases += [(f"3m vocabulary {v}", "3m", small, v) for v in (8192, 49152, 151936)]
     cases += [(f"3m G={g}", "3m", replace(SHAPES["3m"]["countdown"], groups=4, g=g), 0) for g in (2, 8, 16)]
     if not a.quick:
-        cases += [(f"135m {n}", "135m", SHAPES["135m"][n], 0) for n in ("short", "knights")]
+        cases += [(f"{a.model} {n}", a.model, SHAPES[a.model][n], 0) for n in ("short", "knights")]
     target = "memory" + "-cuda" * (DEVICE.type == "cuda")
     kept = json.loads((RESULTS / f"{target}.json").read_text())["rows"] if a.only else []
     rows = {row["case"]: row for row in kept}

@@ -121,8 +121,8 @@ def main() -> None:
     rows, read = [], bandwidth()
     print(f"reads {read / 1e9:.0f} GB/s")
     with torch.no_grad():
-        for model, shapes in SHAPES.items():
-            for name, shape in shapes.items():
+        for model in SIZES:
+            for name, shape in SHAPES[model].items():
                 row = {"model": model, "shape": name, **floors(model, shape, read)}
                 rows.append(row)
                 print(

@@ -57,7 +57,7 @@ def gpu() -> str:
     """Sampling and update on a GPU beside its limits."""
     rows = [
         [
-            f"135m {record['shape']}",
+            f"{record['model']} {record['shape']}",
             r["variant"],
             span(r["seconds"], 3),
             f"{r['tokens_per_second']['median']:,.0f} ({r['of_roofline']:.0%} of {record['roofline_tokens_per_second']:,.0f})",

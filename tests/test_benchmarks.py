@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -56,3 +57,16 @@ def test_the_work_of_a_gpu_step(common):
     assert work["update"] == 6 * trunk * (4 + 2 * 2) + 6 * head * 2 * 3 + 3.5 * 4 * 2 * pairs
     assert work["prefill"] == 2 * trunk * 4
     assert work["read"] == 2 * (2 * (trunk + head) + 4 * 2 * (4 + 2 * 3 / 2))
+
+
+def test_the_random_model_has_the_sizes_of_smollm2(common, smollm):
+    """As many numbers as SmolLM2-135M, layer by layer; one token a character, and an end that cannot be sampled."""
+    from transformers import AutoConfig
+
+    with torch.device("meta"):
+        model, tokenizer = common.model_135m_random()
+    config = AutoConfig.from_pretrained(smollm.parent, gguf_file=smollm.name)
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        assert getattr(model.config, name) == getattr(config, name), name
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert tokenizer("ab c")["input_ids"] == [67, 68, 2, 69] and tokenizer.eos_token_id == config.vocab_size
