@@ -23,6 +23,7 @@ from common import DEVICE, SHAPES, Shape, Unift, load, machine, now, prompts, sa
 from roofline import SIZES, attention, weights
 
 from unift import flex
+from unift.speed import _rate
 
 NOMINAL = 989e12  # operations a second of an H100 in bfloat16, by its data sheet
 VARIANTS = ("all on", "no recorded steps", "no flex_attention")
@@ -35,23 +36,11 @@ def variant(name: str, side: Unift) -> Iterator[None]:
         yield
 
 
-def best(work: Any, calls: int = 10) -> float:
-    """Least seconds of a call."""
-    work()
-    least = float("inf")
-    for _ in range(5):
-        began = now()
-        for _ in range(calls):
-            work()
-        least = min(least, (now() - began) / calls)
-    return least
-
-
 def rates(size: int = 8192) -> tuple[float, float]:
     """Operations a second of a bfloat16 product, bytes a second of reading (a sum of bfloat16)."""
     a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     x = torch.ones(16 * size, size, device=DEVICE, dtype=torch.bfloat16)
-    return 2 * size**3 / best(lambda: a @ b), x.nbytes / best(x.sum)
+    return 1e9 * _rate(lambda: a @ b, 2.0 * size**3, wait=now), 1e9 * _rate(x.sum, x.nbytes, wait=now)
 
 
 def work(model: str, shape: Shape) -> dict[str, float]:

@@ -98,8 +98,9 @@ def grown(r: dict[str, Any]) -> float:
 
 def memory() -> str:
     rows = [
-        [r["case"], *(f"{r[s]['peak_mib']:,.0f}" for s in SIDES), f"{r['saved']:.0%}", f"{grown(r):.0%}"]
-        for record in read("memory")
+        [r["case"] + " on a GPU" * bool(record["machine"].get("gpu")), *(f"{r[s]['peak_mib']:,.0f}" for s in SIDES),
+         f"{r['saved']:.0%}", f"{grown(r):.0%}"]
+        for record in read("memory*")
         for r in record["rows"]
     ]
     head = ["case", "unift MiB", "TRL, checkpointing off", "TRL, on (its default)", "below TRL, off"]

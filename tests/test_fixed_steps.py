@@ -87,7 +87,7 @@ def test_no_step_waits_for_the_device():
         rows.policy = dataclasses.replace(policy, model=model)
         rows.step()
         with pytest.raises(DataDependentOutputException):
-            int(rows.drawn_1)
+            int(rows.state.filled_1)
 
 
 class Device:

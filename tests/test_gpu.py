@@ -42,7 +42,7 @@ def model_of(width=64, heads=4, kv=2, dtype=torch.float32, vocabulary=300):
     return policy.Policy(model, FakeTokenizer(), DEVICE), plain
 
 
-def items_of(rng, vocabulary=300):
+def items_of(rng):
     """Groups whose rows span several blocks of 128 tokens."""
     items = []
     for prompt, hint, lengths in ((150, 40, (90, 1, 70)), (20, 0, (200, 130)), (3, 300, (40,))):

@@ -299,7 +299,7 @@ class DecodeLayout:
     def begin(self) -> None:
         """Before a step."""
         _, values = next(iter(self.members.values()))
-        beyond_S = torch.arange(values.shape[3], device=values.device) > self.filled_1
+        beyond_S = torch.arange(self.capacity, device=values.device) > self.filled_1
         self.hidden_S = torch.zeros_like(beyond_S, dtype=values.dtype).masked_fill_(beyond_S, -torch.inf)
 
     def end(self) -> None:

@@ -144,7 +144,6 @@ class _Rows:
         self.done_N = torch.tensor([j >= n for n in self.counts for j in range(g)], device=device)
         self.start_N = layout.prefix_len_B.repeat_interleave(g)
         self.token_N = torch.zeros(b * g, dtype=torch.long, device=device)
-        self.drawn_1 = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens_NL = torch.zeros(b * g, max_tokens, dtype=torch.long, device=device)
         self.logps_NL = torch.zeros(b * g, max_tokens, dtype=torch.float64, device=device)
         self.length_N = torch.zeros(b * g, dtype=torch.long, device=device)  # of the rows that ended; 0: not ended
@@ -165,20 +164,20 @@ class _Rows:
     def step(self) -> None:
         """Forward of the last tokens, and a draw of the next."""
         self.state.begin()
-        logits_NV = self.policy.logits(self.policy.hidden(self.token_N, self.start_N + (self.drawn_1 - 1), self.state))
+        logits_NV = self.policy.logits(self.policy.hidden(self.token_N, self.start_N + self.state.filled_1, self.state))
         self.state.end()
         self._draw(logits_NV)
 
     def _draw(self, logits_NV: Tensor) -> None:
-        at = self.slot_N, self.drawn_1
+        drawn_1 = self.state.filled_1  # tokens drawn before this one: all of them are in the caches by now
+        at = self.slot_N, drawn_1
         token_N, logp_N = self.choose(logits_NV, *at)
         stop_N = (token_N[:, None] == self.eos).any(1)
         self.tokens_NL[at], self.logps_NL[at] = token_N, logp_N.double()  # of done rows too: cut off at the end
-        length_N = torch.where(stop_N & ~self.done_N, self.drawn_1 + 1, self.length_N[self.slot_N])
+        length_N = torch.where(stop_N & ~self.done_N, drawn_1 + 1, self.length_N[self.slot_N])
         self.length_N[self.slot_N] = length_N
         self.done_N |= stop_N
         self.token_N.copy_(token_N)
-        self.drawn_1 += 1
 
     def live(self) -> np.ndarray:
         """bool [B, G]: rows that have not ended. Waits for the device."""
@@ -210,7 +209,7 @@ class _Rows:
 
     def samples(self) -> list[list[Sample]]:
         tokens, logps, lengths = self.tokens_NL.tolist(), self.logps_NL.tolist(), self.length_N.tolist()
-        drawn, found = int(self.drawn_1), []
+        drawn, found = int(self.state.filled_1) + 1, []
         for i, count in enumerate(self.counts):
             ends = [lengths[s] or drawn for s in self.grid[i, :count]]
             rows = zip(self.grid[i, :count], ends, strict=True)
