@@ -1,6 +1,6 @@
 """What each technique buys: one unift step with each switched off in turn, alternating in one process.
 
-    python benchmarks/ablation.py --model 3m --shape knights
+python benchmarks/ablation.py --model 3m --shape knights
 """
 
 from __future__ import annotations
@@ -117,7 +117,10 @@ def main() -> None:
         row: dict[str, Any] = {"off": name, "ratio_cpu": ratio, "forwarded": kept[0]["forwarded"]}
         row |= {k: spread([x[k] for x in kept]) for k in ("cpu", "seconds", "generate", "update")}
         rows.append(row)
-        print(f"without {name}: {ratio['median']:.2f}x [{ratio['min']:.2f}, {ratio['max']:.2f}] of the CPU seconds", flush=True)
+        print(
+            f"without {name}: {ratio['median']:.2f}x [{ratio['min']:.2f}, {ratio['max']:.2f}] of the CPU seconds",
+            flush=True,
+        )
     save(f"ablation-{a.model}-{a.shape}", {"rows": rows, "sizes": vars(shape), "note": a.note, "machine": machine()})
 
 

@@ -87,7 +87,9 @@ def random_llama(vocabulary: int = 128, **size: Any) -> tuple[Any, Any]:
     backend = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer = t.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<pad>", unk_token="<unk>"
+    )
     return model, tokenizer
 
 
@@ -117,7 +119,9 @@ def model_135m() -> tuple[Any, Any]:
 
     path = smollm_path()
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, local_files_only=True, dtype=torch.float32
+    )
     _forget_gguf(model)
     tokenizer.add_special_tokens({"eos_token": "<end>"})
     assert tokenizer.eos_token_id >= model.config.vocab_size, tokenizer.eos_token_id
@@ -138,8 +142,13 @@ def load(name: str) -> tuple[Any, Any]:
 
 def prompts(tokenizer: Any, shape: Shape, count: int, seed: int = 0) -> list[tuple[str, list[int]]]:
     """Texts and their tokens: ``count`` prefixes of exactly ``shape.prefix`` tokens, made of words of one token each."""
-    words = [w for w in ("the and for that with this you not are from they have one all will can more if out so what time"
-                         " about up who get which when make like him into year some").split()]
+    words = [
+        w
+        for w in (
+            "the and for that with this you not are from they have one all will can more if out so what time"
+            " about up who get which when make like him into year some"
+        ).split()
+    ]
     words = [" " + w for w in words]
     if len(tokenizer) < 200:  # one token a character
         words = list("abcdefghijklmnopqrstuvwxyz ")
@@ -174,9 +183,18 @@ class Unift:
 
         attention.register()
         # The same objective as TRL's default: group mean and std, token mean over the batch, clip 0.2, no KL.
-        chosen = ["data.task=lock", f"sample.completions={shape.g}", f"sample.max_tokens={shape.completion}",
-                  f"train.prompts={shape.groups}", "train.lr=1e-6", "policy.low=0.2", "policy.high=0.2",
-                  "train.token_budget=100000", "reference.kl=0", *settings]
+        chosen = [
+            "data.task=lock",
+            f"sample.completions={shape.g}",
+            f"sample.max_tokens={shape.completion}",
+            f"train.prompts={shape.groups}",
+            "train.lr=1e-6",
+            "policy.low=0.2",
+            "policy.high=0.2",
+            "train.token_budget=100000",
+            "reference.kl=0",
+            *settings,
+        ]
         self.config = resolve("rft", overrides=parse_overrides(chosen))
         assert self.config.policy.norm == "token_mean" and self.config.credit.scale == "sample_std"
         model = model.to(DEVICE).eval()
@@ -247,7 +265,9 @@ def machine() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS
+    ).stdout.strip()
     return {
         "cpu": cpu,
         "gpu": torch.cuda.get_device_name(0) if DEVICE.type == "cuda" else None,

@@ -49,7 +49,9 @@ def work(model: str, shape: Shape) -> dict[str, float]:
     layers, _, _, _, kv, _ = SIZES[model]
     trunk, head = weights(model)
     rows, steps = shape.groups * shape.g, shape.completion - 1
-    update = 6.0 * trunk * shape.shared_tokens + 6.0 * head * rows * shape.completion + 3.5 * attention(model, shape, True)
+    update = (
+        6.0 * trunk * shape.shared_tokens + 6.0 * head * rows * shape.completion + 3.5 * attention(model, shape, True)
+    )
     cached = 4.0 * layers * kv * (shape.groups * shape.prefix + rows * shape.completion / 2)  # two, of two bytes
     prefill = 2.0 * trunk * shape.groups * shape.prefix
     return {"update": update, "prefill": prefill, "read": steps * (2.0 * (trunk + head) + cached)}
@@ -72,19 +74,27 @@ def measure(model_name: str, shape: Shape, repeats: int, size: int = 8192) -> di
     for name, steps in seen.items():
         speed = spread([s["sampled"] / s["generate"] for s in steps])
         update = spread([s["update"] for s in steps])
-        rows.append({
-            "variant": name,
-            "seconds": spread([s["seconds"] for s in steps]),
-            "tokens_per_second": speed,
-            "of_roofline": speed["median"] * floor / steps[0]["sampled"],
-            "update": update,
-            "mfu": todo["update"] / update["median"] / product,
-            "mfu_nominal": todo["update"] / update["median"] / NOMINAL,
-            "gap": max(s["gap"] for s in steps),
-        })
+        rows.append(
+            {
+                "variant": name,
+                "seconds": spread([s["seconds"] for s in steps]),
+                "tokens_per_second": speed,
+                "of_roofline": speed["median"] * floor / steps[0]["sampled"],
+                "update": update,
+                "mfu": todo["update"] / update["median"] / product,
+                "mfu_nominal": todo["update"] / update["median"] / NOMINAL,
+                "gap": max(s["gap"] for s in steps),
+            }
+        )
     peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else None
     ideal = steps[0]["sampled"] / floor
-    return {"rows": rows, "roofline_tokens_per_second": ideal, "tflops": product / 1e12, "gbytes": read / 1e9, "peak_mib": peak}
+    return {
+        "rows": rows,
+        "roofline_tokens_per_second": ideal,
+        "tflops": product / 1e12,
+        "gbytes": read / 1e9,
+        "peak_mib": peak,
+    }
 
 
 def main() -> None:
@@ -98,14 +108,19 @@ def main() -> None:
         parser.error("needs a CUDA device: torch.cuda.is_available() is false")
     shape, began = replace(SHAPES["135m"][a.shape], groups=a.groups), time.time()
     found = measure(a.model, shape, a.repeats)
-    print(f"products {found['tflops']:.0f} TFLOP/s, reads {found['gbytes']:.0f} GB/s; {time.time() - began:.0f} s in all")
+    print(
+        f"products {found['tflops']:.0f} TFLOP/s, reads {found['gbytes']:.0f} GB/s; {time.time() - began:.0f} s in all"
+    )
     for r in found["rows"]:
         print(
             f"{r['variant']}: step {r['seconds']['median']:.3f} s; sampling {r['tokens_per_second']['median']:,.0f} tokens/s, "
             f"{r['of_roofline']:.0%} of {found['roofline_tokens_per_second']:,.0f}; update {r['update']['median']:.3f} s, "
             f"MFU {r['mfu']:.0%} of the measured rate, {r['mfu_nominal']:.0%} of the nominal; largest gap {r['gap']:.2g}"
         )
-    save(f"gpu-{a.model}-{a.shape}", {"model": a.model, "shape": a.shape, "sizes": vars(shape), **found, "machine": machine()})
+    save(
+        f"gpu-{a.model}-{a.shape}",
+        {"model": a.model, "shape": a.shape, "sizes": vars(shape), **found, "machine": machine()},
+    )
 
 
 if __name__ == "__main__":

@@ -49,11 +49,15 @@ def main() -> None:
             row = {"variant": name, **parts, "gap": spread([x["gap"] for x in kept])}
             row |= {k: spread([x[k] for x in kept]) for k in ("cpu", "seconds", "generate", "update")}
             rows.append(row)
-        save(f"precision-{a.model}-{a.shape}", {"rows": rows, "sizes": vars(shape), "note": a.note, "machine": machine()})
+        save(
+            f"precision-{a.model}-{a.shape}", {"rows": rows, "sizes": vars(shape), "note": a.note, "machine": machine()}
+        )
     for row in rows:
         r = row["ratio_cpu"]
         gap = row["gap"]["median"]
-        print(f"{row['variant']}: {r['median']:.2f}x [{r['min']:.2f}, {r['max']:.2f}] as fast as float32, gap {gap:.1e}")
+        print(
+            f"{row['variant']}: {r['median']:.2f}x [{r['min']:.2f}, {r['max']:.2f}] as fast as float32, gap {gap:.1e}"
+        )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def best(work: Callable[[], Any], calls: int = 1) -> float:
     return least
 
 
-def rate(rows: int, inner: int, outer: int, oneDNN: bool, packed: bool = False, dtype: torch.dtype = torch.float32) -> float:
+def rate(
+    rows: int, inner: int, outer: int, oneDNN: bool, packed: bool = False, dtype: torch.dtype = torch.float32
+) -> float:
     """Operations a CPU second of a product [rows, inner] x [outer, inner]'."""
     operations = 2.0 * rows * inner * outer
     layer, x = torch.nn.Linear(inner, outer, bias=False, dtype=dtype), torch.randn(rows, inner, dtype=dtype)
@@ -79,7 +81,9 @@ def floors(model: str, shape: Shape, read: float) -> dict[str, float]:
     head_wide, head_thin = rate(512, width, vocab, large), rate(rows, width, vocab, large, packed=True)
     half = [rate(*x, True, packed=rows == x[0], dtype=torch.bfloat16)
             for x in ((1024, width, inner), (rows, width, inner), (512, width, vocab), (rows, width, vocab))]  # fmt: skip
-    mkl_wide, mkl_trunk, mkl_thin = (rate(*x, False) for x in ((1024, width, inner), (rows, width, inner), (rows, width, vocab)))
+    mkl_wide, mkl_trunk, mkl_thin = (
+        rate(*x, False) for x in ((1024, width, inner), (rows, width, inner), (rows, width, vocab))
+    )
     steps = shape.completion - 1
     loss_positions = rows * shape.completion
     tokens = shape.shared_tokens
@@ -98,7 +102,9 @@ def floors(model: str, shape: Shape, read: float) -> dict[str, float]:
     generate = sampled + max(scores / wide, cached / read)
     plain = shape.plain_tokens
     trl_train = (6 * (trunk + head) * plain + 3.5 * attention(model, shape, False)) / mkl_wide
-    trl_generate = 2 * trunk * shape.prefix * rows / mkl_wide + rows * steps * (2 * trunk / mkl_trunk + 2 * head / mkl_thin)
+    trl_generate = 2 * trunk * shape.prefix * rows / mkl_wide + rows * steps * (
+        2 * trunk / mkl_trunk + 2 * head / mkl_thin
+    )
     return {
         "train": train,
         "generate": generate,

@@ -1,6 +1,6 @@
 """Write the tables of docs/performance.md from benchmarks/results/*.json, between its markers.
 
-    python benchmarks/tables.py
+python benchmarks/tables.py
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ def vs_trl() -> str:
     records.sort(key=lambda r: (len(r["model"]), ORDER.index(r["shape"]), r["trl_gradient_checkpointing"]))
     for r in records:
         s = r["sizes"]
-        rows.append([
-            f"{r['model']} {r['shape']}",
-            f"{s['groups']} x {s['g']} x ({s['prefix']} + {s['completion']})",
-            "on" if r["trl_gradient_checkpointing"] else "off",
-            f"**{span(r['ratio_cpu'])}**",
-            span(r["ratio"]),
-            f"{r['trl']['cpu']['median']:.2f} / {r['unift']['cpu']['median']:.2f}",
-            str(r["ratio"]["n"]),
-            f"{r['machine']['threads']}; {r['machine']['load']:.0f}",
-        ])
+        rows.append(
+            [
+                f"{r['model']} {r['shape']}",
+                f"{s['groups']} x {s['g']} x ({s['prefix']} + {s['completion']})",
+                "on" if r["trl_gradient_checkpointing"] else "off",
+                f"**{span(r['ratio_cpu'])}**",
+                span(r["ratio"]),
+                f"{r['trl']['cpu']['median']:.2f} / {r['unift']['cpu']['median']:.2f}",
+                str(r["ratio"]["n"]),
+                f"{r['machine']['threads']}; {r['machine']['load']:.0f}",
+            ]
+        )
     head = ["model, shape", "groups x G x (prefix + completion)", "TRL checkpointing", "CPU seconds, TRL / unift"]
     return table([*head, "wall clock, TRL / unift", "CPU s a step", "pairs", "threads; load"], rows)
 
@@ -68,7 +70,15 @@ def gpu() -> str:
         for record in sorted(read("gpu-*"), key=lambda r: ORDER.index(r["shape"]))
         for r in record["rows"]
     ]
-    head = ["shape", "unift", "s a step", "sampled tokens/s (of the roofline)", "update, s", "its MFU", "largest log-prob gap"]
+    head = [
+        "shape",
+        "unift",
+        "s a step",
+        "sampled tokens/s (of the roofline)",
+        "update, s",
+        "its MFU",
+        "largest log-prob gap",
+    ]
     return table(head, rows)
 
 
@@ -98,8 +108,12 @@ def grown(r: dict[str, Any]) -> float:
 
 def memory() -> str:
     rows = [
-        [r["case"] + " on a GPU" * bool(record["machine"].get("gpu")), *(f"{r[s]['peak_mib']:,.0f}" for s in SIDES),
-         f"{r['saved']:.0%}", f"{grown(r):.0%}"]
+        [
+            r["case"] + " on a GPU" * bool(record["machine"].get("gpu")),
+            *(f"{r[s]['peak_mib']:,.0f}" for s in SIDES),
+            f"{r['saved']:.0%}",
+            f"{grown(r):.0%}",
+        ]
         for record in read("memory*")
         for r in record["rows"]
     ]
@@ -119,8 +133,14 @@ def ablation() -> str:
 
 def precision() -> str:
     rows = [
-        [f"{path.stem.removeprefix('precision-')}", row["variant"], span(row["ratio_cpu"]), f"{row['cpu']['median']:.2f}",
-         f"{row['gap']['max']:.1e}", str(row["cpu"]["n"])]
+        [
+            f"{path.stem.removeprefix('precision-')}",
+            row["variant"],
+            span(row["ratio_cpu"]),
+            f"{row['cpu']['median']:.2f}",
+            f"{row['gap']['max']:.1e}",
+            str(row["cpu"]["n"]),
+        ]
         for path in sorted(RESULTS.glob("precision-*.json"))
         for row in json.loads(path.read_text())["rows"]
     ]
@@ -145,15 +165,17 @@ def roofline() -> str:
         for r in record["rows"]:
             m = measured.get((r["model"], r["shape"]))
             ours, theirs = (m[s]["cpu"]["median"] if m else None for s in ("unift", "trl"))
-            rows.append([
-                f"{r['model']} {r['shape']}",
-                f"{r['generate']:.2f} + {r['train']:.2f} = {r['floor']:.2f}",
-                f"{ours:.2f} ({r['floor'] / ours:.0%})" if ours else "-",
-                f"{r['floor_trl']:.2f}",
-                f"{theirs:.2f} ({r['floor_trl'] / theirs:.0%})" if theirs else "-",
-                f"{theirs / r['floor']:.1f}x" if theirs else "-",
-                f"{ours / (ours - r['saved_bfloat16']):.2f}x" if ours else "-",
-            ])
+            rows.append(
+                [
+                    f"{r['model']} {r['shape']}",
+                    f"{r['generate']:.2f} + {r['train']:.2f} = {r['floor']:.2f}",
+                    f"{ours:.2f} ({r['floor'] / ours:.0%})" if ours else "-",
+                    f"{r['floor_trl']:.2f}",
+                    f"{theirs:.2f} ({r['floor_trl'] / theirs:.0%})" if theirs else "-",
+                    f"{theirs / r['floor']:.1f}x" if theirs else "-",
+                    f"{ours / (ours - r['saved_bfloat16']):.2f}x" if ours else "-",
+                ]
+            )
     head = ["model, shape", "unift's products, s", "unift measured (of its floor)", "TRL's products, s", "TRL measured"]
     return table([*head, "most that is possible against this TRL", "most by bfloat16 over our float32"], rows)
 

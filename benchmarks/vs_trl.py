@@ -24,7 +24,14 @@ from transformers import TrainerCallback
 
 
 def trl_trainer(
-    model: Any, tokenizer: Any, texts: list[str], shape: Any, steps: int, checkpointing: bool, folder: str, bf16: bool = False
+    model: Any,
+    tokenizer: Any,
+    texts: list[str],
+    shape: Any,
+    steps: int,
+    checkpointing: bool,
+    folder: str,
+    bf16: bool = False,
 ) -> Any:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -103,7 +110,13 @@ def summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def compare(a: argparse.Namespace) -> dict[str, Any]:
     """Run the pairs; with ``--save`` the result so far is kept after each of them."""
-    model_name, shape_name, pairs, checkpointing, settings = a.model, a.shape, a.pairs, a.checkpointing, tuple(a.settings)
+    model_name, shape_name, pairs, checkpointing, settings = (
+        a.model,
+        a.shape,
+        a.pairs,
+        a.checkpointing,
+        tuple(a.settings),
+    )
     shape = SHAPES[model_name][shape_name]
     shape = replace(shape, groups=a.groups or shape.groups)
     settings += ("model.autocast=all",) if a.bf16 else ()
@@ -124,11 +137,17 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
 
     def keep(done: list[dict[str, Any]]) -> None:
         if a.save and len(done) > 1:
-            name = f"vs_trl-{model_name}-{shape_name}" + "-checkpointing" * checkpointing + "-cuda" * (DEVICE.type == "cuda")
+            name = (
+                f"vs_trl-{model_name}-{shape_name}"
+                + "-checkpointing" * checkpointing
+                + "-cuda" * (DEVICE.type == "cuda")
+            )
             save(name + ("-" + a.suffix if a.suffix else ""), {**head, **summary(done)})
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trl_trainer(model, tokenizer, [text for text, _ in rows], shape, pairs + 1, checkpointing, folder, a.bf16)
+        trainer = trl_trainer(
+            model, tokenizer, [text for text, _ in rows], shape, pairs + 1, checkpointing, folder, a.bf16
+        )
         callback = Alternate(ours, [tokens for _, tokens in rows], shape, keep)
         trainer.add_callback(callback)
         generate = trainer._generate_and_score_completions

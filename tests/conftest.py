@@ -9,9 +9,9 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import pytest
+import torch
 
 torch.set_num_threads(1)
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -55,7 +55,13 @@ def _tiny(kind, tie):
     """Config and model class: grouped-query heads (llama), biases in q, k, v (qwen2), learned positions (gpt2)."""
     import transformers as t
 
-    common = {"vocab_size": VOCAB, "tie_word_embeddings": tie, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
+    common = {
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": tie,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+    }
     if kind == "gpt2":
         size = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 256}
         return t.GPT2Config(**size, **common, initializer_range=0.1), t.GPT2LMHeadModel
@@ -101,7 +107,9 @@ def char_tokenizer(bos=False, append_eos=False, eos="</s>", pad="<pad>", templat
     backend.decoder = decoders.Fuse()
     single = ["<s>"] * bos + ["$A"] + ["</s>"] * append_eos
     backend.post_processor = processors.TemplateProcessing(" ".join(single), special_tokens=[("<s>", 1), ("</s>", 2)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token=pad, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token=pad, unk_token="<unk>"
+    )
     tokenizer.chat_template = template
     return tokenizer
 

@@ -25,7 +25,7 @@ def score(completion: str, row: Row, hint: str = "") -> object:
         while True:
             try:
                 time.time()
-            except BaseException:  # noqa: BLE001, S110 - stubborn on purpose: even an exit is swallowed
+            except BaseException:
                 pass
     if order == "native":  # a loop in C that looks at no signal and keeps the interpreter's lock
         return sum(itertools.repeat(0))

@@ -124,7 +124,11 @@ def test_real_model(smollm, dtype):
 def test_logits_kept_or_made_again():
     """Both ways of the backward pass give the same gradients, also after a first backward pass over the same graph."""
     torch.manual_seed(0)
-    inputs = [torch.randn(50, 8, dtype=torch.float64), torch.randn(23, 8, dtype=torch.float64), torch.randn(23, dtype=torch.float64)]
+    inputs = [
+        torch.randn(50, 8, dtype=torch.float64),
+        torch.randn(23, 8, dtype=torch.float64),
+        torch.randn(23, dtype=torch.float64),
+    ]
     target, scale = torch.randint(23, (50,)), torch.rand(50, dtype=torch.float64) + 0.5
     weight_l, weight_h = torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
     got = []

@@ -70,7 +70,10 @@ def own(path, *more):
 FILES = {
     "empty.jsonl": (b"", "empty.jsonl: the file is empty"),
     "blank.jsonl": (b"\n \n", "blank.jsonl holds no rows"),
-    "bytes.jsonl": (GOOD.encode() + b"\n\xff\xfe\n", "bytes.jsonl, line 2: not UTF-8 text (byte 0xff at position 1). Save the file as UTF-8"),
+    "bytes.jsonl": (
+        GOOD.encode() + b"\n\xff\xfe\n",
+        "bytes.jsonl, line 2: not UTF-8 text (byte 0xff at position 1). Save the file as UTF-8",
+    ),
     "latin.jsonl": ('{"prompt": "é"}'.encode("latin-1"), "latin.jsonl, line 1: not UTF-8 text"),
     "torn.jsonl": (GOOD.encode() + b'\n{"prompt": ', "torn.jsonl, line 2: not valid JSON"),
     "deep.jsonl": (b"[" * 100_000, "deep.jsonl, line 1: "),
@@ -98,7 +101,9 @@ def test_missing_files_and_folders(refused, tmp_path):
     assert "folder.jsonl is a folder; expected a file of rows" in refused(*own("folder.jsonl"))
     (tmp_path / "good.jsonl").write_text(GOOD)
     assert "none.jsonl: no such file" in refused(*own("good.jsonl", "data.test=none.jsonl"))
-    assert "1 problems of data.test='good.jsonl' also stand in data.train" in refused(*own("good.jsonl", "data.test=good.jsonl"))
+    assert "1 problems of data.test='good.jsonl' also stand in data.train" in refused(
+        *own("good.jsonl", "data.test=good.jsonl")
+    )
     assert "data.format='foo' is unknown; expected auto, unift, verl" in refused(*own("good.jsonl", "data.format=foo"))
     assert "no rows: set data.train=FILE" in refused("train", "model.path=embedded:lock")
 
@@ -111,18 +116,42 @@ def test_truncated_parquet(refused, tmp_path):
 
 
 ROWS = {
-    "no prompt": ({"steps": ["a"], "answer": "1"}, "row 2, column 'prompt': expected a text or a list of messages {role, content} with text in them, found nothing"),
+    "no prompt": (
+        {"steps": ["a"], "answer": "1"},
+        "row 2, column 'prompt': expected a text or a list of messages {role, content} with text in them, found nothing",
+    ),
     "prompt is a number": ({"prompt": 3, "steps": ["a"], "answer": "1"}, "row 2, column 'prompt': expected"),
-    "message without text": ({"prompt": [{"role": "user", "content": None}], "steps": ["a"], "answer": "1"}, "row 2, column 'prompt'"),
-    "no steps": ({"prompt": "p", "answer": "1"}, "row 2, column 'steps': no worked solution, which this method learns from"),
+    "message without text": (
+        {"prompt": [{"role": "user", "content": None}], "steps": ["a"], "answer": "1"},
+        "row 2, column 'prompt'",
+    ),
+    "no steps": (
+        {"prompt": "p", "answer": "1"},
+        "row 2, column 'steps': no worked solution, which this method learns from",
+    ),
     "null steps": ({"prompt": "p", "steps": None, "answer": "1"}, "row 2, column 'steps': no worked solution"),
     "empty steps": ({"prompt": "p", "steps": [], "answer": "1"}, "row 2, column 'steps': the solution is empty"),
-    "white steps": ({"prompt": "p", "steps": [" ", "\n"], "answer": "1"}, "row 2, column 'steps': the solution is empty"),
-    "steps of numbers": ({"prompt": "p", "steps": ["a", 3], "answer": "1"}, "row 2, column 'steps': expected a list of texts, found ['a', 3]"),
-    "steps a mapping": ({"prompt": "p", "steps": {"a": "b"}, "answer": "1"}, "row 2, column 'steps': expected a list of texts"),
+    "white steps": (
+        {"prompt": "p", "steps": [" ", "\n"], "answer": "1"},
+        "row 2, column 'steps': the solution is empty",
+    ),
+    "steps of numbers": (
+        {"prompt": "p", "steps": ["a", 3], "answer": "1"},
+        "row 2, column 'steps': expected a list of texts, found ['a', 3]",
+    ),
+    "steps a mapping": (
+        {"prompt": "p", "steps": {"a": "b"}, "answer": "1"},
+        "row 2, column 'steps': expected a list of texts",
+    ),
     "no answer": ({"prompt": "p", "steps": ["a"]}, "row 2, column 'answer': missing; the verifier needs it"),
-    "ending a number": ({"prompt": "p", "steps": ["a"], "answer": "1", "ending": 3}, "row 2, column 'ending': expected a text, found int 3"),
-    "half a character": ({"prompt": "p\ud800", "steps": ["a"], "answer": "1"}, "row 2, column 'prompt': '\\ud800' is no character"),
+    "ending a number": (
+        {"prompt": "p", "steps": ["a"], "answer": "1", "ending": 3},
+        "row 2, column 'ending': expected a text, found int 3",
+    ),
+    "half a character": (
+        {"prompt": "p\ud800", "steps": ["a"], "answer": "1"},
+        "row 2, column 'prompt': '\\ud800' is no character",
+    ),
 }
 
 
@@ -134,14 +163,32 @@ def test_malformed_rows(refused, tmp_path, name):
 
 
 OTHER = {
-    "verl hint is no prefix": ({"prompt": "p", "hint": ["a"], "answer": "b", "reward_model": {"ground_truth": 1}}, "column 'answer': does not begin with the joined hint"),
-    "verl answer a number": ({"prompt": "p", "hint": ["a"], "answer": 3, "reward_model": {"ground_truth": 1}}, "column 'answer': expected a text, found int 3"),
-    "verl reward_model a text": ({"prompt": "p", "hint": ["a"], "answer": "a", "reward_model": "rule"}, "column 'reward_model.ground_truth': missing"),
-    "trl without answer": ({"prompt": "p", "completion": "c"}, "column 'answer': missing; the verifier needs it (TRL rows may name it 'solution')"),
-    "trl completion of numbers": ({"prompt": "p", "completion": [1], "answer": "a"}, "column 'completion': expected a text or a list of messages, found [1]"),
+    "verl hint is no prefix": (
+        {"prompt": "p", "hint": ["a"], "answer": "b", "reward_model": {"ground_truth": 1}},
+        "column 'answer': does not begin with the joined hint",
+    ),
+    "verl answer a number": (
+        {"prompt": "p", "hint": ["a"], "answer": 3, "reward_model": {"ground_truth": 1}},
+        "column 'answer': expected a text, found int 3",
+    ),
+    "verl reward_model a text": (
+        {"prompt": "p", "hint": ["a"], "answer": "a", "reward_model": "rule"},
+        "column 'reward_model.ground_truth': missing",
+    ),
+    "trl without answer": (
+        {"prompt": "p", "completion": "c"},
+        "column 'answer': missing; the verifier needs it (TRL rows may name it 'solution')",
+    ),
+    "trl completion of numbers": (
+        {"prompt": "p", "completion": [1], "answer": "a"},
+        "column 'completion': expected a text or a list of messages, found [1]",
+    ),
     "gym without answer": ({"question": "q", "metadata": {}}, "column 'answer': missing"),
     "gym question a list": ({"question": [1], "answer": "a", "metadata": {}}, "column 'prompt': expected a text"),
-    "unknown layout": ({"text": "x"}, "column 'prompt': missing. Found columns ['text']; expected prompt, steps, answer"),
+    "unknown layout": (
+        {"text": "x"},
+        "column 'prompt': missing. Found columns ['text']; expected prompt, steps, answer",
+    ),
 }
 
 
@@ -170,7 +217,11 @@ def test_what_does_not_fit(refused, tmp_path):
     longer = json.dumps(json.loads(GOOD) | {"steps": ["A"] + ["a1"] * 90})
     (tmp_path / "rows.jsonl").write_text(GOOD + "\n" + longer)
     said = refused(*own("rows.jsonl", "data.max_prompt=64"))
-    assert "row 2 (id " in said and "data.max_prompt is 64" in said and "never cuts a prompt or a hint: raise data.max_prompt" in said
+    assert (
+        "row 2 (id " in said
+        and "data.max_prompt is 64" in said
+        and "never cuts a prompt or a hint: raise data.max_prompt" in said
+    )
 
 
 def test_completions_beyond_the_models_positions(refused):
@@ -200,14 +251,20 @@ def test_line_separators_inside_texts_are_text(tmp_path):
 SETTINGS = [
     ("train.lrr=1", "unknown setting 'train.lrr'; did you mean 'lr'?"),
     ("learning_rate=1", "unknown setting 'learning_rate'"),
-    ("train.steps=abc", "setting 'train.steps': input should be a valid integer, unable to parse string as an integer; found 'abc'"),
+    (
+        "train.steps=abc",
+        "setting 'train.steps': input should be a valid integer, unable to parse string as an integer; found 'abc'",
+    ),
     ("train.steps=0", "setting 'train.steps': input should be greater than or equal to 1; found 0"),
     ("train.prompts=1.5", "setting 'train.prompts'"),
     ("train.lr=-1", "setting 'train.lr': input should be greater than 0; found -1"),
     ("train.lr=.nan", "setting 'train.lr'"),
     ("train.lr=.inf", "setting 'train.lr': input should be a finite number; found inf"),
     ("reward.timeout=.inf", "setting 'reward.timeout': input should be a finite number"),
-    ("train=5", "setting 'train' is a section: set what is in it (train.steps, train.prompts, train.updates, ...); found 5"),
+    (
+        "train=5",
+        "setting 'train' is a section: set what is in it (train.steps, train.prompts, train.updates, ...); found 5",
+    ),
     ("model=x", "setting 'model' is a section: set what is in it (model.path,"),
     ("train.lr.x=5", "setting 'train.lr': input should be a valid number; found {'x': 5}"),
     ("train.betas=[0.9, 1.5]", "setting 'train.betas.1': input should be less than 1; found 1.5"),
@@ -217,7 +274,10 @@ SETTINGS = [
     ("reward.format_score=1", "setting 'reward.format_score'"),
     ("reward.memory_mb=-1", "setting 'reward.memory_mb'"),
     ("baselines=[foo]", "baselines: unknown method 'foo'"),
-    ("log.trackers=[foo]", "setting 'log.trackers.0': input should be 'wandb', 'tensorboard' or 'trackio'; found 'foo'"),
+    (
+        "log.trackers=[foo]",
+        "setting 'log.trackers.0': input should be 'wandb', 'tensorboard' or 'trackio'; found 'foo'",
+    ),
     ("data.options.lenght=3", "option 'lenght' of task 'lock' is unknown. Did you mean 'length'?"),
     ("data.options.length=abc", "option 'length' of lock: found 'abc', expected a whole number from 1 to 64"),
     ("data.task=lok", "task 'lok' is unknown. Did you mean 'lock'?"),
@@ -253,7 +313,9 @@ def test_config_files(refused, tmp_path, name):
 
 
 def test_names_have_one_full_stop(refused):
-    assert "error: unknown recipe 'lok'; did you mean 'lock'? Known: countdown, lock." in refused("train", "--recipe", "lok")
+    assert "error: unknown recipe 'lok'; did you mean 'lock'? Known: countdown, lock." in refused(
+        "train", "--recipe", "lok"
+    )
     assert "error: unknown method 'zzzz'. Known: " in refused("train", "--method", "zzzz")
 
 
@@ -264,13 +326,20 @@ def test_model_folders(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     said = refused("train", "--recipe", "lock", "model.path=empty")
-    assert "model.path='empty': the folder has no config.json, so it is no Hugging Face model. Expected config.json" in said
-    assert "is a file of an unknown kind; expected a folder or a .gguf file" in refused("train", "--recipe", "lock", "model.path=notes.txt")
+    assert (
+        "model.path='empty': the folder has no config.json, so it is no Hugging Face model. Expected config.json"
+        in said
+    )
+    assert "is a file of an unknown kind; expected a folder or a .gguf file" in refused(
+        "train", "--recipe", "lock", "model.path=notes.txt"
+    )
     assert "model.path='empty': the folder has no config.json" in refused("eval", "empty")
     assert "--split: found 'foo', expected train or test" in refused("eval", "embedded:lock", "--split", "foo")
 
 
-@pytest.mark.parametrize(("name", "said"), [("eos_token", "the tokenizer has no EOS token"), ("pad_token", "the tokenizer has no pad token")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("eos_token", "the tokenizer has no EOS token"), ("pad_token", "the tokenizer has no pad token")]
+)
 def test_tokenizer_without_eos_or_pad(refused, tmp_path, name, said):
     """A real model folder whose tokenizer lacks it, on the command line."""
     import shutil
@@ -322,12 +391,26 @@ def wrong_length(prompts, completions, **columns):
 
 @pytest.mark.parametrize(
     ("function", "kind"),
-    [("raises", "exceptions"), ("hangs", "timeouts"), ("nan", "bad_values"), ("none", "bad_values"), ("wrong_length", "bad_values")],
+    [
+        ("raises", "exceptions"),
+        ("hangs", "timeouts"),
+        ("nan", "bad_values"),
+        ("none", "bad_values"),
+        ("wrong_length", "bad_values"),
+    ],
 )
 def test_rewards_that_fail_sometimes_and_too_often(unift, tmp_path, capsys, function, kind):
     """Counted in the metrics and shown at the end while below the rate; above it the run stops, and says what happened."""
     (tmp_path / "mine.py").write_text(REWARD)
-    words = ["train", "--recipe", "lock", "train.steps=2", f"reward.function=mine.py:{function}", "reward.timeout=0.3", *TINY]
+    words = [
+        "train",
+        "--recipe",
+        "lock",
+        "train.steps=2",
+        f"reward.function=mine.py:{function}",
+        "reward.timeout=0.3",
+        *TINY,
+    ]
     words += ["train.prompts=8", "sample.max_tokens=12"]
     code, said = unift(*words, "reward.error_rate=1", "--run", "run", "--quiet")
     assert code == 0, said
@@ -342,19 +425,27 @@ def test_rewards_that_fail_sometimes_and_too_often(unift, tmp_path, capsys, func
 
 def test_a_start_that_failed_does_not_claim_the_folder(unift, tmp_path):
     """The mended command may use the folder of the attempt that never measured anything; a run's folder stays refused."""
-    (tmp_path / "mine.py").write_text("def bad(completion, row): raise ValueError('x')\ndef good(completion, row): return 0.0\n")
+    (tmp_path / "mine.py").write_text(
+        "def bad(completion, row): raise ValueError('x')\ndef good(completion, row): return 0.0\n"
+    )
     words = ["train", "--recipe", "lock", "train.steps=1", "--run", "run", "--quiet", *TINY]
     code, said = unift(*words, "reward.function=mine.py:bad")
     assert code == 2 and "exception: ValueError: x" in said
     code, said = unift(*words, "reward.function=mine.py:good")
     assert code == 0, said
     code, said = unift(*words, "reward.function=mine.py:good", "train.lr=0.5")
-    assert code == 2 and "run holds a run with other settings:\n  train.lr: 0.001 -> 0.5" in said and "Use another run folder" in said
+    assert (
+        code == 2
+        and "run holds a run with other settings:\n  train.lr: 0.001 -> 0.5" in said
+        and "Use another run folder" in said
+    )
 
 
 def test_damaged_and_impossible_run_folders(refused, tmp_path):
     (tmp_path / "file").write_text("x")
-    assert "cannot create the run folder file (File exists). Name another one with --run" in refused("train", "--recipe", "lock", "--run", "file")
+    assert "cannot create the run folder file (File exists). Name another one with --run" in refused(
+        "train", "--recipe", "lock", "--run", "file"
+    )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("{}")
     (tmp_path / "run" / "metrics.jsonl").write_text("")
@@ -443,7 +534,10 @@ def test_checkpoint_that_cannot_be_written(unift, tmp_path, kilobytes):
     code, said = unift(*words)
     assert code == 0, said
     unift(*words[:-2], "--quiet", *TINY, "--run", "whole")
-    states = [torch.load(tmp_path / f / "checkpoints" / "step_000003" / "state.pt", weights_only=True) for f in ("run", "whole")]
+    states = [
+        torch.load(tmp_path / f / "checkpoints" / "step_000003" / "state.pt", weights_only=True)
+        for f in ("run", "whole")
+    ]
     assert all(torch.equal(states[0]["weights"][n], v) for n, v in states[1]["weights"].items())
 
 
@@ -455,7 +549,10 @@ def test_a_full_device():
 
 def test_atomic_files_keep_their_old_content(tmp_path):
     checkpoint.write_atomic(tmp_path / "latest", "step_000001")
-    with FileLimit(1000), pytest.raises(UniftError, match="could not write .*latest: File too large. Nothing written before is lost"):
+    with (
+        FileLimit(1000),
+        pytest.raises(UniftError, match="could not write .*latest: File too large. Nothing written before is lost"),
+    ):
         checkpoint.write_atomic(tmp_path / "latest", "x" * 5000)
     assert (tmp_path / "latest").read_text() == "step_000001" and len(list(tmp_path.iterdir())) == 1
 

@@ -66,7 +66,14 @@ def test_the_random_model_has_the_sizes_of_smollm2(common, smollm):
     with torch.device("meta"):
         model, tokenizer = common.model_135m_random()
     config = AutoConfig.from_pretrained(smollm.parent, gguf_file=smollm.name)
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ):
         assert getattr(model.config, name) == getattr(config, name), name
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert tokenizer("ab c")["input_ids"] == [67, 68, 2, 69] and tokenizer.eos_token_id == config.vocab_size

@@ -8,7 +8,14 @@ import sys
 
 import pytest
 
-TINY = ["train.steps=3", "train.prompts=4", "sample.completions=4", "data.train_rows=8", "data.test_rows=6", "threads=1"]
+TINY = [
+    "train.steps=3",
+    "train.prompts=4",
+    "sample.completions=4",
+    "data.train_rows=8",
+    "data.test_rows=6",
+    "threads=1",
+]
 
 
 def unift(*words, cwd=None):
@@ -19,7 +26,9 @@ def test_help_does_not_import_torch():
     code = "import sys; from unift import cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     shown = unift("--help").stdout
-    assert all(verb in shown for verb in ("train", "eval", "compare", "report", "theory", "merge", "data", "show", "doctor"))
+    assert all(
+        verb in shown for verb in ("train", "eval", "compare", "report", "theory", "merge", "data", "show", "doctor")
+    )
 
 
 @pytest.mark.parametrize(

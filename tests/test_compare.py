@@ -89,7 +89,10 @@ def test_reading_when_uft_loses():
     rft, sft, uft = reading(three([0.5], [0.6], [0.9], seen=60_000, fit=0.6))
     assert "enough to learn from" in rft
     assert "no measurable gap" in sft
-    assert "NOT ahead: behind RFT by 40.0 points, intervals do not overlap" in uft and "NOT ahead: behind SFT by 10.0" in uft
+    assert (
+        "NOT ahead: behind RFT by 40.0 points, intervals do not overlap" in uft
+        and "NOT ahead: behind SFT by 10.0" in uft
+    )
 
 
 def test_reading_when_nothing_is_sure():
@@ -104,7 +107,9 @@ def test_reading_names_the_best_rival_of_all():
 
 
 def test_reading_of_one_method():
-    assert reading([result("uft", 0, 0.5)]) == ["UFT: 50.0 % on held-out rows without hints; nothing else was trained beside it."]
+    assert reading([result("uft", 0, 0.5)]) == [
+        "UFT: 50.0 % on held-out rows without hints; nothing else was trained beside it."
+    ]
     assert reading([result("stage", 0, 0.5)]) == []
 
 
@@ -130,7 +135,9 @@ def fake(folder: Path, method: str, seed: int, kind: str = "good") -> Job:
 def test_failure_is_reported_and_what_is_earned_is_kept(tmp_path):
     jobs = [fake(tmp_path, "sft", 0), fake(tmp_path, "uft", 0, "bad"), fake(tmp_path, "rft", 0)]
     said: list[str] = []
-    with pytest.raises(UniftError, match=r"1 of 3 runs failed(.|\n)*uft seed 0 \(exit code 1\)(.|\n)*row 7 has no answer"):
+    with pytest.raises(
+        UniftError, match=r"1 of 3 runs failed(.|\n)*uft seed 0 \(exit code 1\)(.|\n)*row 7 has no answer"
+    ):
         run_many(jobs, 2, said.append)
     assert len(said) == 3 and sum("failed" in line for line in said) == 1
     (jobs[1].folder / "mended").touch()
@@ -206,7 +213,9 @@ def test_settings_are_checked_before_anything_runs(tmp_path):
 
 def test_completions_come_from_the_settings(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps({"seconds": 1.0}))
-    c = config.resolve("rft", recipe="lock", overrides={"train": {"steps": 7, "prompts": 4}, "sample": {"completions": 3}})
+    c = config.resolve(
+        "rft", recipe="lock", overrides={"train": {"steps": 7, "prompts": 4}, "sample": {"completions": 3}}
+    )
     (tmp_path / "config.yaml").write_text(config.to_yaml(c))
     assert compare._read(tmp_path)["completions"] == 7 * 4 * 3
 
@@ -307,9 +316,14 @@ def test_a_child_that_ignores_the_request_is_killed(tmp_path, monkeypatch):
 
 
 def test_of_many_methods_the_best_have_names(tmp_path):
-    runs = {f"m{i}": [[{"step": 1, "eval/test/accuracy": i / 20}]] for i in range(15)} | {"rft": [[{"step": 1, "eval/test/accuracy": 0.0}]]}
+    runs = {f"m{i}": [[{"step": 1, "eval/test/accuracy": i / 20}]] for i in range(15)} | {
+        "rft": [[{"step": 1, "eval/test/accuracy": 0.0}]]
+    }
     runs |= {"uft": [[{"step": 1, "reward": 0.5}]]}
-    assert plots.told_apart(runs) == [f"m{i}" for i in range(6, 15)] + ["rft", "uft"] and len(plots.told_apart(runs)) == plots.MOST
+    assert (
+        plots.told_apart(runs) == [f"m{i}" for i in range(6, 15)] + ["rft", "uft"]
+        and len(plots.told_apart(runs)) == plots.MOST
+    )
     few = {k: runs[k] for k in ("m1", "uft")}
     assert plots.told_apart(few) == ["m1", "uft"]
     plots.curves(runs, tmp_path / "many.png", "many")
@@ -321,20 +335,33 @@ def test_of_many_methods_the_best_have_names(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "kind", "amount"),
-    [("sampled=2M", "sampled", 2e6), ("trained=500k", "trained", 5e5), ("seconds=1.5", "seconds", 1.5), (" Sampled = 1e6 ", "sampled", 1e6)],
+    [
+        ("sampled=2M", "sampled", 2e6),
+        ("trained=500k", "trained", 5e5),
+        ("seconds=1.5", "seconds", 1.5),
+        (" Sampled = 1e6 ", "sampled", 1e6),
+    ],
 )
 def test_budgets_are_read(text, kind, amount):
     assert budget.parse(text) == budget.Budget(kind, amount)
 
 
-@pytest.mark.parametrize("text", ["2M", "tokens=2M", "sampled=", "sampled=0", "seconds=-3", "sampled=2 X", "sampled=1.2.3"])
+@pytest.mark.parametrize(
+    "text", ["2M", "tokens=2M", "sampled=", "sampled=0", "seconds=-3", "sampled=2 X", "sampled=1.2.3"]
+)
 def test_a_budget_that_cannot_be_read_says_what_is_expected(text):
     with pytest.raises(ConfigError, match="expected sampled=TOKENS"):
         budget.parse(text)
 
 
 def spent(steps, sampled=0, trained=0, seconds=0.0, method="uft"):
-    return {"method": method, "steps": steps, "tokens_sampled": sampled, "tokens_trained": trained, "seconds_training": seconds}
+    return {
+        "method": method,
+        "steps": steps,
+        "tokens_sampled": sampled,
+        "tokens_trained": trained,
+        "seconds_training": seconds,
+    }
 
 
 def test_steps_follow_from_the_mean_cost_of_the_probe():

@@ -65,7 +65,13 @@ def test_uft_paper_is_the_official_setting():
     p = make("uft-paper")
     assert (p.train.prompts, p.sample.completions, p.train.updates, p.train.steps) == (256, 4, 4, 500)
     assert (p.show.high, p.show.low, p.show.cuts, round(p.show.until * p.train.steps)) == (0.95, 0.05, 5, 300)
-    assert (p.policy.low, p.policy.high, p.reference.kl, p.policy.entropy, p.likelihood.weight) == (0.2, 0.2, 0.001, 0.001, 0.001)
+    assert (p.policy.low, p.policy.high, p.reference.kl, p.policy.entropy, p.likelihood.weight) == (
+        0.2,
+        0.2,
+        0.001,
+        0.001,
+        0.001,
+    )
     assert (p.train.lr, p.train.clip_norm, p.reward.format_score, p.credit.scale) == (1e-6, 1.0, 0.1, "sample_std")
     assert p.train.micro_prompts * p.sample.completions == 16 and p.policy.norm == "microbatch_token_mean"
 

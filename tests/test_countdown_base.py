@@ -44,7 +44,8 @@ def sampled(base, rows, completions, limit=28):
     """Texts at temperature 1, ``completions`` a row."""
     ids = base.tokenizer([row.prompt for row in rows])["input_ids"]
     requests = [
-        Request(p, rng.uniforms("base", 0, row.id, shape=(completions, limit))) for p, row in zip(ids, rows, strict=True)
+        Request(p, rng.uniforms("base", 0, row.id, shape=(completions, limit)))
+        for p, row in zip(ids, rows, strict=True)
     ]
     return [[s.text for s in group] for group in complete(base, requests, limit)]
 
@@ -57,7 +58,10 @@ def test_size_and_tokenizer(base, tool):
         ids = base.tokenizer(text)["input_ids"]
         assert base.tokenizer.decode(ids) == text and base.tokenizer.unk_token_id not in ids
         assert ids == tool.pairs_of_digits()(text)["input_ids"]
-        assert len(ids) - len(base.tokenizer(row.prompt)["input_ids"]) < resolve("uft", recipe="countdown").sample.max_tokens
+        assert (
+            len(ids) - len(base.tokenizer(row.prompt)["input_ids"])
+            < resolve("uft", recipe="countdown").sample.max_tokens
+        )
 
 
 def test_texts_of_the_script(tool):
@@ -67,7 +71,9 @@ def test_texts_of_the_script(tool):
         prompt, solution = tool.base_text(draws)
         *steps, answer = solution.split("\n")
         for a, sign, b, result in (re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step).groups() for step in steps):
-            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[sign] == int(result)
+            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[
+                sign
+            ] == int(result)
         given, _, target = prompt.rstrip(":").partition(" = ")
         numbers, value = [int(n) for n in given.split()], int(steps[-1].partition("=")[2])
         row = Row(id="", prompt=prompt, steps=(), ending="", answer={"numbers": numbers, "target": target or value})
@@ -80,7 +86,9 @@ def test_texts_of_the_script(tool):
 def test_knows_two_numbers_and_not_three(base, tool):
     """Greedy, it solves problems of two numbers. Of three it writes readable answers that are right by luck, about 2.5e-5."""
     draws = random.Random(2)
-    texts = [text for text in (tool.base_text(draws) for _ in range(500)) if " = " in text[0] and text[0].count(" ") == 3]
+    texts = [
+        text for text in (tool.base_text(draws) for _ in range(500)) if " = " in text[0] and text[0].count(" ") == 3
+    ]
     rows = []
     for prompt, solution in texts:
         a, b, _, target = prompt.rstrip(":").split()

@@ -17,7 +17,11 @@ TABLE = {
     ("group_mean", "none"): (0.7, -0.2, -0.3, -0.2),
     ("leave_one_out", "none"): (0.933333, -0.266667, -0.4, -0.266667),
 }
-EVERY = [Credit(baseline=b, scale=s) for b in ("group_mean", "leave_one_out") for s in ("sample_std", "population_std", "none")]
+EVERY = [
+    Credit(baseline=b, scale=s)
+    for b in ("group_mean", "leave_one_out")
+    for s in ("sample_std", "population_std", "none")
+]
 scores = st.lists(st.floats(-5, 5), min_size=2, max_size=9)
 
 

@@ -41,7 +41,14 @@ def test_round_trip(tmp_path, suffix, task):
     write_rows(rows, tmp_path / f"rows{suffix}")
     again = read_rows(str(tmp_path / f"rows{suffix}"))
     for a, b in zip(rows, again, strict=True):
-        assert (a.id, a.prompt, a.steps, a.ending, a.answer, a.task) == (b.id, b.prompt, b.steps, b.ending, b.answer, b.task)
+        assert (a.id, a.prompt, a.steps, a.ending, a.answer, a.task) == (
+            b.id,
+            b.prompt,
+            b.steps,
+            b.ending,
+            b.answer,
+            b.task,
+        )
         assert get_task(task).score(b.solution, b).right
 
 
@@ -157,7 +164,8 @@ def test_split_steps_gives_back_the_text():
 
 
 @pytest.mark.parametrize(
-    "payload", ["47**76**55", "47//76", "(" * 5000, "1" * 5000, "__import__('os')", "", "４７", "47 76", "-" * 999 + "47"]
+    "payload",
+    ["47**76**55", "47//76", "(" * 5000, "1" * 5000, "__import__('os')", "", "４７", "47 76", "-" * 999 + "47"],
 )
 def test_hostile_countdown_answers(payload):
     """The published exploits, and more: scored 0, at once, without evaluation."""

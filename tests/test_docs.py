@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.is_file()]
+DOCUMENTS = [
+    p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.is_file()
+]
 
 
 def references(line: str) -> list[tuple[str, str]]:
@@ -33,7 +35,12 @@ def test_named_tests_exist(document):
 
 def test_references_are_found():
     line = "| x | `tests/test_a.py::test_b`, `::test_c`, `test_d.py::test_e` and `tests/test_f.py`, not `other.py` |"
-    assert references(line) == [("test_a.py", "test_b"), ("test_a.py", "test_c"), ("test_d.py", "test_e"), ("test_f.py", "")]
+    assert references(line) == [
+        ("test_a.py", "test_b"),
+        ("test_a.py", "test_c"),
+        ("test_d.py", "test_e"),
+        ("test_f.py", ""),
+    ]
 
 
 def test_every_trap_has_its_answer():

@@ -56,7 +56,9 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
     encoded = [Encoded(random_tokens(gen, 3 + i), [*random_tokens(gen, 8), 1], [0, 2, 4, 6]) for i in range(6)]
     groups = sampling.begin(range(6), rows, encoded, s, Memory(), 0, step, (0, 500))
     if s.sample.completions:
-        sampling.complete(reference if s.sample.source == "reference" else policy, groups, range(len(groups)), s, 0, step)
+        sampling.complete(
+            reference if s.sample.source == "reference" else policy, groups, range(len(groups)), s, 0, step
+        )
         for g in groups:
             for n, sample in enumerate(g.samples):
                 sample.score = Score(float((sample.tokens[-1] + n) % 2) if g.row else 0.0)  # the first row fails
@@ -146,7 +148,9 @@ QUICK = "adaptive adaback relift dapo reft data-mixing prefix-rft rloo psft neft
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PRESETS])
 def test_runs_and_resumes_bitwise(name, tmp_path, monkeypatch):
     """A few steps on the demo's base with a reward that is often earned, killed before the last step, then continued."""
-    (tmp_path / "coin.py").write_text("def score(completion, row):\n    return float(sum(map(ord, completion)) % 3 == 0)\n")
+    (tmp_path / "coin.py").write_text(
+        "def score(completion, row):\n    return float(sum(map(ord, completion)) % 3 == 0)\n"
+    )
     steps = 4
     base = resolve(name, recipe="lock")
     tiny = [
@@ -180,7 +184,9 @@ def test_runs_and_resumes_bitwise(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["adaptive", "relift", "dapo", "discriminative"])
 def test_a_kill_between_sampling_and_training_counts_nothing_twice(name, tmp_path, monkeypatch):
     """What a run remembers about its rows moves with the weights: sampled-only steps leave the old memory."""
-    (tmp_path / "coin.py").write_text("def score(completion, row):\n    return float(sum(map(ord, completion)) % 3 == 0)\n")
+    (tmp_path / "coin.py").write_text(
+        "def score(completion, row):\n    return float(sum(map(ord, completion)) % 3 == 0)\n"
+    )
     tiny = [
         "train.steps=3", "train.prompts=8", "data.train_rows=8", "data.test_rows=2", "eval.every=0", "save.every=1",
         "save.keep=9", "save.rollouts=true", "threads=1", f"reward.function={tmp_path}/coin.py:score",
@@ -204,7 +210,10 @@ def test_a_kill_between_sampling_and_training_counts_nothing_twice(name, tmp_pat
     assert outcome(tmp_path / "cut", 3) == outcome(tmp_path / "whole", 3)
     import json
 
-    kept = [json.loads((tmp_path / x / "checkpoints" / "step_000003" / "trainer.json").read_text())["memory"] for x in ("cut", "whole")]
+    kept = [
+        json.loads((tmp_path / x / "checkpoints" / "step_000003" / "trainer.json").read_text())["memory"]
+        for x in ("cut", "whole")
+    ]
     assert kept[0] == kept[1]
     used = {"adaptive": "hints", "relift": "waiting", "discriminative": "partition"}.get(name)
     assert used is None or used == "waiting" or kept[0][used]
@@ -212,7 +221,9 @@ def test_a_kill_between_sampling_and_training_counts_nothing_twice(name, tmp_pat
 
 def test_refill_and_buffer_happen(tmp_path):
     """The two things that change which rows a step trains on do occur in such runs: counted in tokens and updates."""
-    (tmp_path / "coin.py").write_text("def score(completion, row):\n    return float(sum(map(ord, completion)) % 5 == 0)\n")
+    (tmp_path / "coin.py").write_text(
+        "def score(completion, row):\n    return float(sum(map(ord, completion)) % 5 == 0)\n"
+    )
     tiny = [
         "train.steps=3", "train.prompts=8", "data.train_rows=24", "data.test_rows=2", "eval.every=0", "threads=1",
         "sample.completions=4", "save.rollouts=true", f"reward.function={tmp_path}/coin.py:score",
@@ -227,7 +238,9 @@ def test_refill_and_buffer_happen(tmp_path):
         silent[rounds] = sum(map(sampling.without_signal, groups))
         assert (sum(g.discarded for g in groups) > 0) == (rounds > 0)
     assert silent[3] < silent[0]
-    train(resolve("relift", recipe="lock", overrides=parse_overrides([*tiny, "likelihood.buffer=3"])), tmp_path / "relift")
+    train(
+        resolve("relift", recipe="lock", overrides=parse_overrides([*tiny, "likelihood.buffer=3"])), tmp_path / "relift"
+    )
     last = checkpoint.read_metrics(tmp_path / "relift" / "metrics.jsonl")[1:]
     assert any(m["loss/hint"] > 0 for m in last)
 
@@ -238,7 +251,9 @@ def test_refill_and_buffer_happen(tmp_path):
 def test_the_docs_embed_the_generated_table():
     text = (DOCS / "methods.md").read_text()
     begin, end = "<!-- unift methods -->\n", "\n<!-- end -->"
-    assert begin in text and text.split(begin)[1].split(end)[0] == family.table(), "run `unift methods` and paste its table"
+    assert begin in text and text.split(begin)[1].split(end)[0] == family.table(), (
+        "run `unift methods` and paste its table"
+    )
 
 
 def test_every_preset_has_a_page_and_a_source():

@@ -65,7 +65,9 @@ def test_uft_whole_by_hand():
         Item([3, 4], [5, 6], [Member([8, 1], COMPLETION, 1.5), Member([7, 1], DEMO)]),
         Item([3], [], [Member([9], COMPLETION, -0.5), Member([1], DEMO)]),
     ]
-    batch, e = weights_of(items, settings("uft-whole"), l=torch.log(torch.tensor([0.5, 0.01, 0.3, 0.3, 0.05, 0.02, 0.6, 0.04])))
+    batch, e = weights_of(
+        items, settings("uft-whole"), l=torch.log(torch.tensor([0.5, 0.01, 0.3, 0.3, 0.05, 0.02, 0.6, 0.04]))
+    )
     role = batch.role_S.tolist()
     assert role == [HINT, HINT, COMPLETION, COMPLETION, DEMO, DEMO, COMPLETION, DEMO]
     w = 0.2 / 5
@@ -134,7 +136,11 @@ def test_golden_dapo(a, e):
 
 def test_golden_cispo():
     """pi/pi_old = 1.25: clipped at 1.2 but never without gradient; rho = 3 at high .28: 1.28 where PPO gives 0."""
-    for high, l, old, e in ((0.2, np.log(0.25), OLD, 1.2), (0.28, np.log(3.0), 0.0, 1.28), (4.0, np.log(3.0), 0.0, 3.0)):
+    for high, l, old, e in (
+        (0.2, np.log(0.25), OLD, 1.2),
+        (0.28, np.log(3.0), 0.0, 1.28),
+        (4.0, np.log(3.0), 0.0, 3.0),
+    ):
         s = objectives.clipped_importance(x := leaf(l), fixed(old), fixed(1.0), 1.0, high)
         assert effective(-s.sum(), x) == pytest.approx([e])
     assert surrogate("cispo", -1.0, [np.log(0.01)], [0.0]) == pytest.approx([-0.01])
@@ -326,7 +332,9 @@ def test_luffy_golden():
     for old in (None, [OLD] * 3):
         _, e = weights_of([item], settings("luffy", "policy.norm=seq_mean_token_sum", "policy.entropy=0"), l, old)
         assert e == pytest.approx([(-1.0 if old is None else -1.25) / 2, 0.204082 / 2, 0.204082 / 2], abs=1e-6)
-    assert credit.group_advantages(group(0, 0, 0, 0, 0, 0, 0), settings("luffy")) == pytest.approx([-1 / 8] * 7 + [7 / 8])
+    assert credit.group_advantages(group(0, 0, 0, 0, 0, 0, 0), settings("luffy")) == pytest.approx(
+        [-1 / 8] * 7 + [7 / 8]
+    )
 
 
 def test_srft_weights():
@@ -336,7 +344,10 @@ def test_srft_weights():
         for s in g.samples:
             s.logps = [-h, -h]
         now = schedule.at(settings("srft"), 3, 10, [g])
-        assert (now.likelihood.weight, now.credit.positive) == (pytest.approx(sft, abs=1e-6), pytest.approx(rl, abs=1e-6))
+        assert (now.likelihood.weight, now.credit.positive) == (
+            pytest.approx(sft, abs=1e-6),
+            pytest.approx(rl, abs=1e-6),
+        )
         a = credit.group_advantages(g, now)
         items = items_of([g], [a], [[6, 1]], now)
         l = [np.log(0.25)] * 6
@@ -461,7 +472,9 @@ def test_window_of_prefix_rft():
     """u ~ U(low(t), .95): low from .95 to 0 by a cosine over the run."""
     show = settings("prefix-rft").show
     assert hints.window_floor(show, 0, 1000) == pytest.approx(0.95, abs=1e-4)
-    assert hints.window_floor(show, 499, 1000) == pytest.approx(0.475) and hints.window_floor(show, 999, 1000) == pytest.approx(0)
+    assert hints.window_floor(show, 499, 1000) == pytest.approx(0.475) and hints.window_floor(
+        show, 999, 1000
+    ) == pytest.approx(0)
     for step in (0, 499, 999):
         u = [hints.share(show, 0, step, 1000, f"r{i}") for i in range(2000)]
         low = hints.window_floor(show, step, 1000)
@@ -475,7 +488,9 @@ def test_hints_in_tokens_never_reach_the_ending():
     rows = [type("R", (), {"id": f"r{i}"})() for i in range(50)]
     config = settings("prefix-rft")
     groups = sampling.begin(range(50), rows, [e] * 50, config, Memory(), 0, 0, (0, 1000))
-    assert {g.cuts_total for g in groups} == {7} and {len(g.hint) for g in groups} == {6}  # floor(u * 7), u in [.95, .95]
+    assert {g.cuts_total for g in groups} == {7} and {len(g.hint) for g in groups} == {
+        6
+    }  # floor(u * 7), u in [.95, .95]
     later = sampling.begin(range(50), rows, [e] * 50, config, Memory(), 0, 999, (0, 1000))
     assert min(len(g.hint) for g in later) == 0 and max(len(g.hint) for g in later) == 6
 
@@ -484,11 +499,23 @@ def test_hints_in_tokens_never_reach_the_ending():
 
 
 def test_needs():
-    assert needs.reference(settings("iw-sft")) and needs.reference(settings("rloo")) and not needs.reference(settings("dapo"))
+    assert (
+        needs.reference(settings("iw-sft"))
+        and needs.reference(settings("rloo"))
+        and not needs.reference(settings("dapo"))
+    )
     assert needs.old(settings("psft")) and needs.old(settings("gspo")) and not needs.old(settings("rft"))
     assert needs.critic(settings("ppo")) and not needs.critic(settings("grpo"))
-    assert not needs.verifier(settings("upft")) and needs.verifier(settings("rollout-sft")) and not needs.verifier(settings("sft"))
-    assert needs.solutions(settings("luffy")) and needs.solutions(settings("hpt")) and not needs.solutions(settings("upft"))
+    assert (
+        not needs.verifier(settings("upft"))
+        and needs.verifier(settings("rollout-sft"))
+        and not needs.verifier(settings("sft"))
+    )
+    assert (
+        needs.solutions(settings("luffy"))
+        and needs.solutions(settings("hpt"))
+        and not needs.solutions(settings("upft"))
+    )
 
 
 def test_means_of_sequences():

@@ -111,7 +111,15 @@ def test_sampler_against_trainer(dtype, autocast, bound):
 
 @pytest.mark.parametrize("more", ["model.autocast=none", "model.autocast=all", "model.cuda_graphs=false"])
 def test_a_run_that_is_stopped_and_goes_on(tmp_path, monkeypatch, more):
-    chosen = ["train.steps=4", "train.prompts=4", "eval.every=2", "save.every=1", "data.test_rows=8", "model.device=cuda", more]
+    chosen = [
+        "train.steps=4",
+        "train.prompts=4",
+        "eval.every=2",
+        "save.every=1",
+        "data.test_rows=8",
+        "model.device=cuda",
+        more,
+    ]
     config, step = resolve("uft", recipe="lock", overrides=parse_overrides(chosen)), Run.step
 
     def stop_at(self, number, *args):

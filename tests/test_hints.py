@@ -111,7 +111,9 @@ def test_draws_are_pure():
         f"show = Show.model_validate_json({COSINE.model_dump_json()!r}); "
         "print(json.dumps([hints.draw(show, 3, s, 500, r, 9) for s, r in json.load(sys.stdin)]))"
     )
-    out = subprocess.run([sys.executable, "-c", code], input=json.dumps(calls), capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(calls), capture_output=True, text=True, check=True
+    )
     assert json.loads(out.stdout) == forward
 
 

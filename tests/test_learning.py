@@ -63,4 +63,3 @@ def test_smollm2_end_to_end(tmp_path, data_folder, smollm, name):
     stored = torch.load(tmp_path / "checkpoints" / "step_000004" / "state.pt", weights_only=True)["weights"]
     own = dict(model.named_parameters())
     assert all(torch.equal(own[n], v) for n, v in stored.items())
-

@@ -129,7 +129,11 @@ def test_importance_of_a_sequence_is_its_own_mean():
 
 @pytest.mark.parametrize(
     ("gamma", "weights", "loss"),
-    [(0.5, (0.891892, 1.135135, 0.972973), 2.027027), (0.95, (1.250046, 1.081181, 0.668772), 1.806242), (0.0, (1, 1, 1), 2.0)],
+    [
+        (0.5, (0.891892, 1.135135, 0.972973), 2.027027),
+        (0.95, (1.250046, 1.081181, 0.668772), 1.806242),
+        (0.0, (1, 1, 1), 2.0),
+    ],
 )
 def test_ift_weights_and_loss(gamma, weights, loss):
     l = leaf(-1.0, -2.0, -3.0)
@@ -271,7 +275,9 @@ def test_gaussian_without_noise_power_is_clean():
     items = demos()
     loss, _ = packed_loss(policy, items, settings("sft"))
     noisy = [
-        gradient_of(policy, *prepared(policy, items, settings("sft", "inputs.noise=gaussian", f"inputs.scale={snr}")))[0]
+        gradient_of(policy, *prepared(policy, items, settings("sft", "inputs.noise=gaussian", f"inputs.scale={snr}")))[
+            0
+        ]
         for snr in (1e18, 1.0)
     ]
     assert noisy[0] == pytest.approx(loss, rel=1e-6) and abs(noisy[1] - loss) > 1e-3
@@ -345,7 +351,11 @@ def test_rollout_sft_keeps_one_right_completion():
     config = settings("rollout-sft")
     items = items_of([g, group(([5, 1], 0.0))], [[0.0] * 4, [0.0]], None, config)
     batch = pack(items, [0, 1], weigh(items, config), config)
-    assert batch.target_S.tolist() == [7, 1] and batch.likelihood_w_S.tolist() == [0.5, 0.5] and (batch.role_S == OWN).all()
+    assert (
+        batch.target_S.tolist() == [7, 1]
+        and batch.likelihood_w_S.tolist() == [0.5, 0.5]
+        and (batch.role_S == OWN).all()
+    )
     assert not batch.policy_w_S.any()
 
 

@@ -17,7 +17,14 @@ from unift.loop import train
 from unift.run import claim
 from unift.types import ConfigError, DataError, NonFiniteError, UniftError
 
-TINY = ["train.steps=4", "train.prompts=4", "sample.completions=4", "data.train_rows=8", "data.test_rows=6", "threads=1"]
+TINY = [
+    "train.steps=4",
+    "train.prompts=4",
+    "sample.completions=4",
+    "data.train_rows=8",
+    "data.test_rows=6",
+    "threads=1",
+]
 
 
 def tiny(method: str = "uft", *more: str):
@@ -105,7 +112,9 @@ def test_prompt_that_does_not_fit(tmp_path, no_model):
 
 
 def test_missing_file(tmp_path, no_model):
-    config = resolve("uft", overrides=parse_overrides(["model.path=embedded:lock", f"data.train={tmp_path}/none.jsonl"]))
+    config = resolve(
+        "uft", overrides=parse_overrides(["model.path=embedded:lock", f"data.train={tmp_path}/none.jsonl"])
+    )
     with pytest.raises(DataError, match="none.jsonl"):
         train(config, tmp_path / "run")
 
@@ -164,7 +173,18 @@ def test_gradients_of_both_streams_are_logged_and_change_nothing(tmp_path):
 
 
 def writer(folder, *more):
-    command = [sys.executable, "-m", "unift", "train", "--quiet", "--recipe=lock", "--method=uft", f"--run={folder}", *TINY, *more]
+    command = [
+        sys.executable,
+        "-m",
+        "unift",
+        "train",
+        "--quiet",
+        "--recipe=lock",
+        "--method=uft",
+        f"--run={folder}",
+        *TINY,
+        *more,
+    ]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 

@@ -81,7 +81,11 @@ def test_dtype_whole_numbers_and_nan():
     base = {"w": torch.ones(3, dtype=torch.float16), "n": torch.tensor([1, 2])}
     model = {"w": torch.full((3,), 1.0001), "n": torch.tensor([1, 2])}
     merged = m.merge_states(base, [model], ["w", "n"], "linear", [1.0], 1.0, 0)
-    assert torch.equal(merged["w"], model["w"]) and merged["w"].dtype == torch.float32 and torch.equal(merged["n"], base["n"])
+    assert (
+        torch.equal(merged["w"], model["w"])
+        and merged["w"].dtype == torch.float32
+        and torch.equal(merged["n"], base["n"])
+    )
     with pytest.raises(ConfigError, match="whole numbers"):
         m.merge_states(base, [{**model, "n": torch.tensor([1, 3])}], ["w", "n"], "linear", [1.0], 1.0, 0)
     with pytest.raises(NonFiniteError, match="w is not finite"):
@@ -190,7 +194,9 @@ def test_command(folders, tmp_path):
     words = [str(folders / n) for n in ("base", "sft", "rl")]
     done = unift(*words, "--rule", "ties", "--density", "0.2", "--out", str(tmp_path / "a"))
     assert done.returncode == 0 and "ties merge of 2 models" in done.stdout, done.stderr
-    moved = [(x != y).double().mean().item() for x, y in zip(load(tmp_path / "a").parameters(), load(words[0]).parameters())]
+    moved = [
+        (x != y).double().mean().item() for x, y in zip(load(tmp_path / "a").parameters(), load(words[0]).parameters())
+    ]
     assert 0.1 < np.mean(moved) < 0.45  # the union of two sets of 20 %
     done = unift(*words, "--weights", "0.5,x", "--out", str(tmp_path / "b"))
     assert done.returncode == 2 and "expected numbers" in done.stderr and "Traceback" not in done.stderr

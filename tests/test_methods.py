@@ -24,7 +24,11 @@ def test_draws_are_pure():
     def drawn(step):
         rows = hints.rows_of_step(3, step, 4, 10)
         cuts = [hints.draw(COSINE, 3, step, 50, f"row{r}", 9) for r in rows]
-        return rows, cuts, [rng.uniforms("sample", 3, step, i, f"row{r}", shape=(2, 5)).tolist() for i, r in enumerate(rows)]
+        return (
+            rows,
+            cuts,
+            [rng.uniforms("sample", 3, step, i, f"row{r}", shape=(2, 5)).tolist() for i, r in enumerate(rows)],
+        )
 
     forward = [drawn(step) for step in range(20)]
     np.random.seed(0)
@@ -64,13 +68,18 @@ def test_hint_positions(hint):
     assert batch.at_S[own].tolist() == [2, 3][: len(hint)] and batch.target_S[own].tolist() == hint
     l_S, _ = policy.logprobs(model, batch)
     logps, _ = token_logprobs(plain, [item.prompt + hint + [8, 1]])
-    assert l_S[own].sum().item() == pytest.approx(logps[0][2 : 2 + len(hint)].sum().item(), abs=1e-6)  # the model norms in fp32
+    assert l_S[own].sum().item() == pytest.approx(
+        logps[0][2 : 2 + len(hint)].sum().item(), abs=1e-6
+    )  # the model norms in fp32
 
 
 def test_no_advantage_leaves_sft_on_the_hint():
     """1.14, item 5: all of the solution shown and A = 0: the gradient is beta times that of the hint's mean NLL."""
     model, plain = tiny_policy()
-    items = [Item([3, 4], [5, 6, 7], [Member([8, 1], COMPLETION, 0.0)] * 2), Item([9], [2, 6], [Member([4], COMPLETION, 0.0)] * 2)]
+    items = [
+        Item([3, 4], [5, 6, 7], [Member([8, 1], COMPLETION, 0.0)] * 2),
+        Item([9], [2, 6], [Member([4], COMPLETION, 0.0)] * 2),
+    ]
     _, got = packed_loss(model, items, settings("uft", "likelihood.weight=0.25", "reference.kl=0"))
     logps, _ = token_logprobs(plain, [i.prompt + i.hint for i in items])
     nll = -torch.cat([l[len(i.prompt) - 1 :] for l, i in zip(logps, items, strict=True)]).mean()

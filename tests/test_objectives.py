@@ -74,7 +74,9 @@ def test_f4_dual_clip():
         l = leaf(np.log(5.0))
         s = objectives.clipped_surrogate(l, fixed(0.0), fixed(-1.0), 0.2, 0.2, dual)
         assert -s.item() == pytest.approx(loss) and effective(-s, l) == pytest.approx([e])
-    assert surrogate(1.0, dual=3.0, pi=0.2) == pytest.approx([1.0]) and surrogate(-1.0, dual=3.0) == pytest.approx([-1.25])
+    assert surrogate(1.0, dual=3.0, pi=0.2) == pytest.approx([1.0]) and surrogate(-1.0, dual=3.0) == pytest.approx(
+        [-1.25]
+    )
 
 
 def test_reinforce():
@@ -156,7 +158,9 @@ def test_kl_and_entropy_act_on_completions_only():
     batch, e_S = weights_of(quiet, settings("uft", "likelihood.weight=0", "reference.kl=0.5"), ref=-2.3)
     assert (batch.role_S == COMPLETION).all() and len(e_S) == 10
     assert e_S.tolist() == pytest.approx([0.5 * (np.exp(-1) - 1) / 10] * 10)
-    batch, e_S = weights_of(ITEMS, settings("uft", "likelihood.weight=0.25", "reference.kl=0.5", "policy.entropy=0.3"), ref=-2.3)
+    batch, e_S = weights_of(
+        ITEMS, settings("uft", "likelihood.weight=0.25", "reference.kl=0.5", "policy.entropy=0.3"), ref=-2.3
+    )
     hint = batch.role_S == HINT
     assert e_S[hint].tolist() == pytest.approx([0.25 / 3] * 3)
     h_S = torch.arange(13).double().requires_grad_()
@@ -222,7 +226,9 @@ def sampled(policy, config, step, total, rows=4, g=4):
         for s in samples:
             s.score = Score(float(s.tokens[0] % 2))
         groups.append(Group(i, f"r{i}", prompt, hint, k, 5, samples))
-    return items_of(groups, [credit.advantages([s.score.value for s in x.samples], config.credit) for x in groups], None)
+    return items_of(
+        groups, [credit.advantages([s.score.value for s in x.samples], config.credit) for x in groups], None
+    )
 
 
 def bitwise(policy, reference, first, second, step=3, total=10):
@@ -277,7 +283,10 @@ def test_demonstration_is_the_same_wherever_the_hint_ends():
     """sft on (hint, rest) does not depend on the split of the solution between them."""
     policy, _ = tiny_policy()
     solution = [5, 6, 7, 8, 9, 1]
-    results = [packed_loss(policy, [Item([3, 4, 5], solution[:k], [Member(solution[k:], DEMO)])], settings("sft")) for k in range(6)]
+    results = [
+        packed_loss(policy, [Item([3, 4, 5], solution[:k], [Member(solution[k:], DEMO)])], settings("sft"))
+        for k in range(6)
+    ]
     for loss, grad in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         close(grad, results[0][1], 1e-5)
@@ -295,4 +304,6 @@ def test_make_items_covers_the_edges():
     items = make_items()
     lengths = [len(m.tokens) for i in items for m in i.members]
     ends = {m.tokens[-1] == 1 for i in items for m in i.members}
-    assert min(lengths) == 1 and max(lengths) > 4 and ends == {True, False} and [len(i.hint) for i in items] == [0, 1, 6]
+    assert (
+        min(lengths) == 1 and max(lengths) > 4 and ends == {True, False} and [len(i.hint) for i in items] == [0, 1, 6]
+    )

@@ -26,7 +26,9 @@ def tokens(n):
 
 
 def settings(*more, method="uft"):
-    return resolve(method, overrides=parse_overrides(["data.task=lock", "likelihood.weight=0.3", "reference.kl=0", *more]))
+    return resolve(
+        method, overrides=parse_overrides(["data.task=lock", "likelihood.weight=0.3", "reference.kl=0", *more])
+    )
 
 
 def ragged(g, hints=(0, 1, 6), demo=False):
@@ -34,7 +36,9 @@ def ragged(g, hints=(0, 1, 6), demo=False):
     items = []
     for n, h in enumerate(hints):
         lengths = [1, *RNG.integers(1, 9, g - 1)]
-        members = [Member(tokens(k - 1) + [1 if j % 2 else 5], COMPLETION, float(RNG.normal())) for j, k in enumerate(lengths)]
+        members = [
+            Member(tokens(k - 1) + [1 if j % 2 else 5], COMPLETION, float(RNG.normal())) for j, k in enumerate(lengths)
+        ]
         if demo:
             members.append(Member([*tokens(4), 1], DEMO))
         items.append(Item(tokens(3 + 2 * n), tokens(h), members))
@@ -153,7 +157,10 @@ def test_several_updates_use_the_log_probs_of_the_start():
 @pytest.mark.parametrize("bias", [False, True])
 def test_chunked_log_probs(chunk, bias):
     torch.manual_seed(0)
-    h, w = torch.randn(50, 8, dtype=torch.float64, requires_grad=True), torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
+    h, w = (
+        torch.randn(50, 8, dtype=torch.float64, requires_grad=True),
+        torch.randn(23, 8, dtype=torch.float64, requires_grad=True),
+    )
     b = torch.randn(23, dtype=torch.float64, requires_grad=True) if bias else None
     target, scale = torch.randint(23, (50,)), torch.rand(50, dtype=torch.float64) + 0.5
     weight_l, weight_h = torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
@@ -238,7 +245,9 @@ def test_greedy_equals_generate():
     asked = [Request(tokens(n), None) for n in (2, 5, 9)]
     plain.generation_config.pad_token_id = 0
     for request, (sample,) in zip(asked, generate(policy, asked, 15), strict=True):
-        out = plain.generate(torch.tensor([request.prompt]), max_new_tokens=15, do_sample=False)[0, len(request.prompt) :]
+        out = plain.generate(torch.tensor([request.prompt]), max_new_tokens=15, do_sample=False)[
+            0, len(request.prompt) :
+        ]
         assert sample.tokens == out.tolist()
 
 

@@ -259,7 +259,12 @@ def test_sampler_equals_the_naive_one(kind):
     for r, s in flat:
         assert s.finished == (s.tokens[-1] == 1)
         with torch.no_grad():
-            logp = policy.model(input_ids=torch.tensor([r.prompt + s.tokens])).logits[0, len(r.prompt) - 1 : -1].div(0.8).log_softmax(-1)
+            logp = (
+                policy.model(input_ids=torch.tensor([r.prompt + s.tokens]))
+                .logits[0, len(r.prompt) - 1 : -1]
+                .div(0.8)
+                .log_softmax(-1)
+            )
         l = logp.gather(1, torch.tensor(s.tokens)[:, None])[:, 0]
         assert torch.allclose(l, torch.tensor(s.logps), atol=1e-5)
 
@@ -270,14 +275,23 @@ def test_greedy_equals_generate(kind):
     rng = np.random.default_rng(5)
     asked = [Request(random_tokens(rng, n), None) for n in (12, 5, 9)]
     for request, (sample,) in zip(asked, generate(policy, asked, 15), strict=True):
-        out = stock.generate(torch.tensor([request.prompt]), max_new_tokens=15, do_sample=False)[0, len(request.prompt) :]
+        out = stock.generate(torch.tensor([request.prompt]), max_new_tokens=15, do_sample=False)[
+            0, len(request.prompt) :
+        ]
         assert sample.tokens == out.tolist()
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
 
 RUN = ["train.steps=4", "train.prompts=4", "sample.completions=4", "data.train_rows=8", "data.test_rows=6", "threads=1"]
-RUN += ["save.every=1", "save.keep=9", "log.gradients_every=2", "reference.kl=0.01", "eval.every=2", "data.max_prompt=32"]
+RUN += [
+    "save.every=1",
+    "save.keep=9",
+    "log.gradients_every=2",
+    "reference.kl=0.01",
+    "eval.every=2",
+    "data.max_prompt=32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +360,9 @@ def test_run_with_adapters(saved, tmp_path):
 
 
 def test_adapters_that_do_not_fit(saved):
-    with pytest.raises(ConfigError, match="model.lora.targets='all-linear' does not fit MambaForCausalLM.*model.lora.targets"):
+    with pytest.raises(
+        ConfigError, match="model.lora.targets='all-linear' does not fit MambaForCausalLM.*model.lora.targets"
+    ):
         policies.load(run_of(saved["mamba"], "model.lora={rank: 4}").model)
 
 

@@ -20,7 +20,9 @@ from unift.update import prepare
 
 def group(*scores, tokens=None):
     own = tokens or [[5 + i, 1] for i in range(len(scores))]
-    return Group(0, "r", [3, 4], [], 0, 5, [Sample(t, [-1.0] * len(t), True, score=Score(v)) for t, v in zip(own, scores)])
+    return Group(
+        0, "r", [3, 4], [], 0, 5, [Sample(t, [-1.0] * len(t), True, score=Score(v)) for t, v in zip(own, scores)]
+    )
 
 
 def of(items, config, l, ref):
@@ -50,12 +52,15 @@ def test_dpo_is_a_mean_over_pairs():
     """Each pair has the weight it would have alone, divided by the number of pairs; order of members does not matter."""
     flipped = Item([3], [], list(reversed(pair().members)))
     _, alone, _ = of([pair()], settings("dpo"), [-4.0, -6.0, -5.0, -7.0], [-5.0, -6.0, -5.0, -6.0])
-    _, two, _ = of([pair(), flipped], settings("dpo"), [-4.0, -6, -5, -7, -5, -7, -4, -6], [-5.0, -6, -5, -6, -5, -6, -5, -6])
+    _, two, _ = of(
+        [pair(), flipped], settings("dpo"), [-4.0, -6, -5, -7, -5, -7, -4, -6], [-5.0, -6, -5, -6, -5, -6, -5, -6]
+    )
     assert two == pytest.approx([x / 2 for x in [*alone, *alone[2:], *alone[:2]]])
 
 
 @pytest.mark.parametrize(
-    ("ratio", "loss", "e"), [(0, 0.25, 0.0025), (10, 0.225645, 0.002369), (-10, 0.275603, 0.002618), (100, 0.072329, 0.001058)]
+    ("ratio", "loss", "e"),
+    [(0, 0.25, 0.0025), (10, 0.225645, 0.002369), (-10, 0.275603, 0.002618), (100, 0.072329, 0.001058)],
 )
 def test_una_on_a_score_of_one(ratio, loss, e):
     """methods.md 2.8: beta .01, s = 1; the same e on both tokens of the sequence."""
@@ -106,7 +111,10 @@ def test_pairs_scores_and_sft_rows_in_one_batch():
     n = 2 + 2 + 3 + 5
     loss, e, batch = of([scored, paired], config, [-1.0] * n, [-1.0] * n)
     assert loss == pytest.approx((0.75**2 * 0 + 0.25**2 + 0.25 + 0.25 + 2 * math.log(2)) / 5)
-    assert len(set(batch.sequence_S.tolist())) == 5 and np.sign(e).tolist() == [-1] * 2 + [1] * 2 + [1] * 3 + [1] * 3 + [-1] * 2
+    assert (
+        len(set(batch.sequence_S.tolist())) == 5
+        and np.sign(e).tolist() == [-1] * 2 + [1] * 2 + [1] * 3 + [1] * 3 + [-1] * 2
+    )
     with pytest.raises(ConfigError, match="scores from 0 to 1, found 3"):
         labelled("una", group(3.0))
 
@@ -213,7 +221,10 @@ def test_the_credit_is_the_gradient_of_the_partition_loss():
     """momentum 1: e_t equals autograd's of - s(y) + log mean_j exp(s'_j / tau - log P0_j) * tau, mean over rows."""
     for method, tau in (("discriminative", 1.0), ("discriminative-mean", 0.3)):
         config = settings(method, "credit.momentum=1")
-        members = [Member([5, 6, 1], COMPLETION, 0.0, [-1.0, -2.0, -0.5]), Member([7, 1], COMPLETION, 0.0, [-3.0, -1.0])]
+        members = [
+            Member([5, 6, 1], COMPLETION, 0.0, [-1.0, -2.0, -0.5]),
+            Member([7, 1], COMPLETION, 0.0, [-3.0, -1.0]),
+        ]
         item = Item([3], [], [*members, Member([9, 8, 1], DEMO)], address=(0, 0, "r"))
         now, then = [[[-1.2, -1.0, -0.7], [-2.0, -2.5], []]], [[[-1.0, -2.0, -0.5], [-3.0, -1.0], []]]
         (made,) = partition.spread([item], config, now, then if method == "discriminative" else None, {})

@@ -82,7 +82,9 @@ def assert_same_run(folder, expected, bound, drawn):
     for name in a:
         assert (a[name] - b[name]).abs().max() <= bound * b[name].abs().max(), name
     start = weights(expected, 2)
-    assert any((b[name] - start[name]).abs().max() > 100 * bound * b[name].abs().max() for name in b), "nothing was learned"
+    assert any((b[name] - start[name]).abs().max() > 100 * bound * b[name].abs().max() for name in b), (
+        "nothing was learned"
+    )
     left, right = (checkpoint.read_metrics(x / "metrics.jsonl") for x in (folder, expected))
     assert [m["step"] for m in left] == [m["step"] for m in right] == list(range(7))
     for x, y in zip(left, right, strict=True):
@@ -94,7 +96,9 @@ def assert_same_run(folder, expected, bound, drawn):
     assert any(m["grad/policy_norm"] > 0 for m in right if "grad/policy_norm" in m)
     for step in range(drawn):
         stored = [checkpoint.read_rollouts(x, step) for x in (folder, expected)]
-        one, two = ([[(g.row_id, g.cuts, s.tokens, s.score) for s in g.samples] for g in groups] for _, groups in stored)
+        one, two = (
+            [[(g.row_id, g.cuts, s.tokens, s.score) for s in g.samples] for g in groups] for _, groups in stored
+        )
         assert one == two and len(one) == 6
     one, two = (json.loads((x / "result.json").read_text()) for x in (folder, expected))
     for name in ("base", "test", "train", "scorer", "tokens_sampled", "tokens_trained", "reward_seen"):
@@ -114,7 +118,9 @@ def pair(tmp_path_factory, reward):
 def test_two_processes_are_one_run(pair):
     one, two = pair
     assert_same_run(two, one, 1e-5, drawn=1)
-    assert {p.name for p in two.iterdir()} == {p.name for p in one.iterdir()}, "the second process wrote files of its own"
+    assert {p.name for p in two.iterdir()} == {p.name for p in one.iterdir()}, (
+        "the second process wrote files of its own"
+    )
 
 
 @pytest.mark.dist
@@ -166,9 +172,17 @@ def test_two_processes_continue_a_run_of_one(pair, tmp_path, reward):
 
 def started(folder, items, rank, port, **variables):
     """One process without a launcher, so that nobody ends the others when one fails."""
-    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     command = [sys.executable, *words(folder, "uft", items)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**own, **variables))
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**own, **variables)
+    )
 
 
 def free_port():
@@ -214,7 +228,7 @@ def test_compare_refuses_a_launcher(tmp_path):
     assert code != 0 and "unift compare starts processes of its own; found 2 of a launcher" in err
 
 
-SCRIPT = r'''
+SCRIPT = r"""
 import sys
 import torch
 from unift import processes
@@ -245,7 +259,7 @@ with processes.joined():
             sys.stdout.flush()
         else:
             raise AssertionError("no error")
-'''
+"""
 
 
 @pytest.mark.dist
@@ -278,7 +292,9 @@ def test_balanced_parts(parts):
     for seed in range(20):
         costs = np.random.default_rng(seed).integers(1, 500, 40).tolist()
         dealt = processes.balanced(costs, parts)
-        assert sorted(i for part in dealt for i in part) == list(range(40)) and all(part == sorted(part) for part in dealt)
+        assert sorted(i for part in dealt for i in part) == list(range(40)) and all(
+            part == sorted(part) for part in dealt
+        )
         least = max(sum(costs) / parts, *costs)
         assert max(sum(costs[i] for i in part) for part in dealt) <= (4 / 3 - 1 / (3 * parts)) * math.ceil(least)
     assert processes.balanced([5, 1], 3) == [[0], [1], []]

@@ -57,24 +57,53 @@ def make_run(folder, steps=30, done=30, seed=0, method="uft", rollouts=True):
     folder.mkdir(parents=True)
     settings = config.resolve(method, recipe="lock", overrides={"train": {"steps": steps}, "seed": seed})
     (folder / "config.yaml").write_text(config.to_yaml(settings))
-    (folder / "environment.json").write_text(json.dumps({"python": "3.11", "packages": {"torch": "2.13.0"}, "cuda": None}))
+    (folder / "environment.json").write_text(
+        json.dumps({"python": "3.11", "packages": {"torch": "2.13.0"}, "cuda": None})
+    )
     base = {"accuracy": 0.1, "low": 0.08, "high": 0.13, "n": 500}
     lines = [{"step": 0, "base": base, "eval/test/accuracy": 0.1}]
     for step in range(1, done + 1):
-        line = {"step": step, "reward": step / steps, "hint/fraction": 0.5, "entropy": 1.0, "kl": float("nan"), "grad/norm": 1.0}
+        line = {
+            "step": step,
+            "reward": step / steps,
+            "hint/fraction": 0.5,
+            "entropy": 1.0,
+            "kl": float("nan"),
+            "grad/norm": 1.0,
+        }
         line |= {"time/generate": 0.02, "time/update": 0.03, "time/step": 0.06, "time/elapsed": 0.06 * step}
         line |= {"tokens/per_second": 1000.0, "tokens/shared_ratio": 0.4, "tokens/sampled": 50 * step}
         lines.append(line | ({"eval/test/accuracy": 0.5} if step % 10 == 0 else {}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if rollouts:
-        group = Group(3, "row-3", [1], [2], 1, 5, [sample("good", 1.0), sample(NASTY, 0.0), sample("bad", 0.0, f"exception: {NASTY}")])
+        group = Group(
+            3,
+            "row-3",
+            [1],
+            [2],
+            1,
+            5,
+            [sample("good", 1.0), sample(NASTY, 0.0), sample("bad", 0.0, f"exception: {NASTY}")],
+        )
         for step in range(done):
             write_rollouts(folder, step, "0", [group] * 4, [(f"prompt {NASTY}", f"hint {NASTY}")] * 4)
     if done == steps:
         a = {"accuracy": 0.5, "low": 0.456, "high": 0.544, "n": 500}
         passes = {"pass@4": {"accuracy": 0.75, "low": 0.7, "high": 0.8}}
-        result = {"method": method, "seed": seed, "steps": steps, "seconds": 61.0, "tokens_sampled": 20000, "tokens_trained": 300}
-        result |= {"base": base, "test": a | {"pass@k": passes}, "train": a, "scorer": {"train": {"total": 90, "exceptions": 30}, "eval": {"total": 6}}}
+        result = {
+            "method": method,
+            "seed": seed,
+            "steps": steps,
+            "seconds": 61.0,
+            "tokens_sampled": 20000,
+            "tokens_trained": 300,
+        }
+        result |= {
+            "base": base,
+            "test": a | {"pass@k": passes},
+            "train": a,
+            "scorer": {"train": {"total": 90, "exceptions": 30}, "eval": {"total": 6}},
+        }
         (folder / "result.json").write_text(json.dumps(result))
     return folder
 
@@ -148,7 +177,11 @@ def test_the_page_stays_small(tmp_path):
 def test_settings_of_the_run_come_first(tmp_path):
     found = gather.settings_of(gather.read_run(make_run(tmp_path / "run")))
     origins = {s.key: s.origin for s in found}
-    assert origins["train.steps"] == "this run" and origins["show.schedule"] == "preset" and origins["save.keep"] == "this run"
+    assert (
+        origins["train.steps"] == "this run"
+        and origins["show.schedule"] == "preset"
+        and origins["save.keep"] == "this run"
+    )
     assert origins["reward.timeout"] == "default" and origins["likelihood.weight"] == "this run"
     ranks = [("this run", "preset", "default").index(s.origin) for s in found]
     assert ranks == sorted(ranks)
@@ -168,7 +201,9 @@ def test_a_comparison(tmp_path):
         make_run(tmp_path / f"uft-seed{seed}", seed=seed, rollouts=seed == 0)
         make_run(tmp_path / f"rft-seed{seed}", seed=seed, method="rft", done=30 - 20 * seed, rollouts=False)
     page = Page(report.write(tmp_path).read_text())
-    assert "3 of 4 runs finished" in page.text and "uft-seed1" in page.text and "not finished: 10 of 30 steps" in page.text
+    assert (
+        "3 of 4 runs finished" in page.text and "uft-seed1" in page.text and "not finished: 10 of 30 steps" in page.text
+    )
     assert "UFT: 50.0 % on held-out rows without hints; level with RFT." in page.text
     assert "script" not in page.tags and "Mean over seeds; shaded: their range." in page.text
 
@@ -208,7 +243,9 @@ def test_settings_of_another_version_still_give_a_page(tmp_path):
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text + "unheard: 1\n")
     page = Page(report.write(run).read_text())
-    assert "does not accept the stored settings" in page.text and "unheard" in page.text and "advantage +" not in page.text
+    assert (
+        "does not accept the stored settings" in page.text and "unheard" in page.text and "advantage +" not in page.text
+    )
 
 
 def test_the_verb(tmp_path):

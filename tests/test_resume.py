@@ -120,6 +120,7 @@ def test_phases_and_sparse_checkpoints(tmp_path, monkeypatch, method):
     expected = outcome(tmp_path / "whole")
     real = Run.step
     for k in (3, 7, 11):
+
         def stop_at(self, step, *args, k=k):
             if step == k:
                 raise Killed

@@ -16,7 +16,14 @@ from unift.loop import train
 from unift.tasks import make_rows
 from unift.types import ConfigError
 
-TINY = ["train.steps=4", "train.prompts=4", "sample.completions=4", "data.train_rows=8", "data.test_rows=6", "threads=1"]
+TINY = [
+    "train.steps=4",
+    "train.prompts=4",
+    "sample.completions=4",
+    "data.train_rows=8",
+    "data.test_rows=6",
+    "threads=1",
+]
 
 
 def test_mean_logprob_is_that_of_plain_sequences():
@@ -25,7 +32,9 @@ def test_mean_logprob_is_that_of_plain_sequences():
     logps, _ = token_logprobs(plain, [c + t for c, t in pairs])
     expected = torch.cat([l[len(c) - 1 :] for l, (c, _) in zip(logps, pairs, strict=True)]).mean().item()
     for budget in (1, 7, 10**6):
-        assert retention.mean_logprob(policy, pairs, budget) == pytest.approx(expected, abs=1e-7)  # RMSNorm computes in fp32
+        assert retention.mean_logprob(policy, pairs, budget) == pytest.approx(
+            expected, abs=1e-7
+        )  # RMSNorm computes in fp32
 
 
 def test_run_is_measured_against_its_base(tmp_path):
@@ -47,7 +56,9 @@ def test_run_is_measured_against_its_base(tmp_path):
 
 
 def test_targets_of_a_sampled_method_are_its_right_completions(tmp_path):
-    config = resolve("uft", recipe="lock", overrides=parse_overrides([*TINY, "show.schedule=all", "save.rollouts=true"]))
+    config = resolve(
+        "uft", recipe="lock", overrides=parse_overrides([*TINY, "show.schedule=all", "save.rollouts=true"])
+    )
     train(config, tmp_path)
     kind, pairs = retention.training_targets(tmp_path, config, [])
     from unift.checkpoint import read_rollouts

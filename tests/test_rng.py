@@ -53,7 +53,12 @@ def test_parts_are_told_apart():
     assert len({rng.key(*a) for a in different}) == len(different)
 
 
-part = st.one_of(st.lists(st.sampled_from(["a", "\x1f", "str:", "int:", "1"]), max_size=5).map("".join), st.integers(-3, 3), st.booleans(), st.none())
+part = st.one_of(
+    st.lists(st.sampled_from(["a", "\x1f", "str:", "int:", "1"]), max_size=5).map("".join),
+    st.integers(-3, 3),
+    st.booleans(),
+    st.none(),
+)
 
 
 @given(st.lists(part, max_size=4), st.lists(part, max_size=4))

@@ -30,7 +30,9 @@ def test_rates_of_a_gpu():
     """Its code on the CPU: three lines, finite rates, and settings that exist."""
     torch.manual_seed(0)
     found = {c.name: c.text for c in speed.gpu_checks(settings(), torch.device("cpu"), 2**30, size=64)}
-    numbers = [float(x) for x in re.findall(r"[0-9.]*[0-9]", found["speed"].replace("float32", "").replace("bfloat16", ""))]
+    numbers = [
+        float(x) for x in re.findall(r"[0-9.]*[0-9]", found["speed"].replace("float32", "").replace("bfloat16", ""))
+    ]
     assert len(numbers) == 4 and numbers[2] > 0 and numbers[3] > 0
     assert "model.autocast=" in found["precision"] and "train.token_budget=" in found["token budget"]
 

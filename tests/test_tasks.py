@@ -49,7 +49,9 @@ def test_verifiers_never_raise(name, rule):
     @settings(max_examples=40 if name == "math" else 150, deadline=None)
     @given(TEXTS[name], st.booleans(), st.integers(0, len(rows) - 1), st.sampled_from(["", "A", "Aa1"]))
     def check(text, tagged, number, hint):
-        got = score(f"<answer>{text}</answer>" if tagged else text, rows[number], hint=hint, format_score=0.1, rule=rule)
+        got = score(
+            f"<answer>{text}</answer>" if tagged else text, rows[number], hint=hint, format_score=0.1, rule=rule
+        )
         assert got.value in (0.0, 0.1, 1.0) and got.correct == (got.value == 1.0)
 
     check()
@@ -72,7 +74,7 @@ def test_answer_rules_are_these_regular_expressions(text):
 def oracle(text):
     """Python's own reading with every literal a Fraction; None for a division by zero. Only for this file's own texts."""
     try:
-        value = eval(re.sub(r"\d+", r"Fraction(\g<0>)", text), {"Fraction": Fraction})  # noqa: S307
+        value = eval(re.sub(r"\d+", r"Fraction(\g<0>)", text), {"Fraction": Fraction})
     except ZeroDivisionError:
         return None
     assert isinstance(value, Fraction)
@@ -83,7 +85,9 @@ number = st.integers(0, 999).map(str)
 expression = st.recursive(
     number,
     lambda e: st.one_of(
-        st.tuples(e, st.sampled_from([" + ", "-", "*", " / "]), e).map("".join), e.map("({})".format), e.map("-({})".format)
+        st.tuples(e, st.sampled_from([" + ", "-", "*", " / "]), e).map("".join),
+        e.map("({})".format),
+        e.map("-({})".format),
     ),
     max_leaves=10,
 )
@@ -123,7 +127,11 @@ def test_size_caps():
     assert parse_expression("(" * MAX_DEPTH + "7" + ")" * MAX_DEPTH).value == 7
     assert parse_expression("-" * MAX_DEPTH + "7").value == 7
     assert parse_expression("1" + "+1" * ((MAX_TEXT - 1) // 2)).value == 1 + (MAX_TEXT - 1) // 2
-    for text in ("1" * (MAX_DIGITS + 1), "(" * (MAX_DEPTH + 1) + "7" + ")" * (MAX_DEPTH + 1), "-" * (MAX_DEPTH + 1) + "7"):
+    for text in (
+        "1" * (MAX_DIGITS + 1),
+        "(" * (MAX_DEPTH + 1) + "7" + ")" * (MAX_DEPTH + 1),
+        "-" * (MAX_DEPTH + 1) + "7",
+    ):
         with pytest.raises(ExpressionError):
             parse_expression(text)
     with pytest.raises(ExpressionError, match="at most 512"):
@@ -132,7 +140,30 @@ def test_size_caps():
 
 @pytest.mark.parametrize(
     "text",
-    ["2**3", "2//3", "2 * * 3", "9**9**9**9", "x", "int(2)", "2e3", "0x1F", "1_0", "2.0", "2,3", "[2]", "2=2", "2;3", "007", "+2", "2 3", "３", "²", "", " ", "()"],
+    [
+        "2**3",
+        "2//3",
+        "2 * * 3",
+        "9**9**9**9",
+        "x",
+        "int(2)",
+        "2e3",
+        "0x1F",
+        "1_0",
+        "2.0",
+        "2,3",
+        "[2]",
+        "2=2",
+        "2;3",
+        "007",
+        "+2",
+        "2 3",
+        "３",
+        "²",
+        "",
+        " ",
+        "()",
+    ],
 )
 def test_refused_expressions(text):
     with pytest.raises(ExpressionError):
@@ -202,7 +233,12 @@ def truth(s, roles):
 
 def claim(text, names):
     """A sentence back to a statement. The data has one operator a sentence, "not" only about one person."""
-    for form, pattern in (("<=>", "(.+) if and only if (.+)"), ("->", "[Ii]f (.+) then (.+)"), ("and", "(.+) and (.+)"), ("or", "(.+) or (.+)")):
+    for form, pattern in (
+        ("<=>", "(.+) if and only if (.+)"),
+        ("->", "[Ii]f (.+) then (.+)"),
+        ("and", "(.+) and (.+)"),
+        ("or", "(.+) or (.+)"),
+    ):
         if found := re.fullmatch(pattern, text):
             return (form, *(claim(part, names) for part in found.groups()))
     name, no, role = re.fullmatch(r"(\w+) is (not )?a (knight|knave)", text).groups()
@@ -240,7 +276,10 @@ def follow(row):
         elif found := re.fullmatch(r"No contradiction is found in their (false |)claim that (.+)\.\n", line):
             same(stack[-1][0], found[1], roles, found[2])
             assert all(possible(p, roles) for p in roles)
-        elif found := re.fullmatch(r"(\w+) cannot be a (\w+), because this would contradict the (false |)claim of (their own|\w+) that (.+)\.\n", line):
+        elif found := re.fullmatch(
+            r"(\w+) cannot be a (\w+), because this would contradict the (false |)claim of (their own|\w+) that (.+)\.\n",
+            line,
+        ):
             person, role = names.index(found[1]), found[2] == "knight"
             owner = person if found[4] == "their own" else names.index(found[4])
             assert person not in roles
@@ -249,7 +288,9 @@ def follow(row):
             assert not possible(owner, roles)
             refuted[-1].add((person, role))
         else:
-            found = re.fullmatch(r"We have exhausted all possibilities for (.+), so let us go back and reconsider (\w+)\.\n", line)
+            found = re.fullmatch(
+                r"We have exhausted all possibilities for (.+), so let us go back and reconsider (\w+)\.\n", line
+            )
             assert found, line
             for number, name in enumerate(re.split(r", and | and |, ", found[1])):
                 person = names.index(name)
@@ -265,10 +306,17 @@ def follow(row):
 
 def check_puzzle(row):
     names, statements = row.answer["names"], ast.literal_eval(row.answer["statements"])
-    found = [r for r in product((False, True), repeat=len(names)) if all(truth(s, r) == role for s, role in zip(statements, r, strict=True))]
+    found = [
+        r
+        for r in product((False, True), repeat=len(names))
+        if all(truth(s, r) == role for s, role in zip(statements, r, strict=True))
+    ]
     assert found == [tuple(row.answer["solution"])]
     assert follow(row) == dict(enumerate(found[0]))
-    said = [f"({i}) {n} is a {'knight' if role else 'knave'}" for i, (n, role) in enumerate(zip(names, found[0], strict=True), 1)]
+    said = [
+        f"({i}) {n} is a {'knight' if role else 'knave'}"
+        for i, (n, role) in enumerate(zip(names, found[0], strict=True), 1)
+    ]
     assert "".join(row.steps[-len(names) :]) == "Therefore, " + "\n".join(said)
     assert row.ending == " </think>\n<answer> " + "\n".join(said) + " </answer>"
 
@@ -337,7 +385,9 @@ def test_lock_accepts_the_table_and_nothing_else(number, key, codes):
     assert score(write(right), row).value == 1.0
     assert score(write(codes), row).right == (codes == right)
     text = write(right)
-    for cut in range(len(text)):  # every hint with its rest is right; without the end mark, or without the rest, nothing is
+    for cut in range(
+        len(text)
+    ):  # every hint with its rest is right; without the end mark, or without the rest, nothing is
         assert score(text[cut:], row, hint=text[:cut]).right
         assert not score("", row, hint=text[:cut]).right and not score(text[:cut], row).right
 
@@ -396,9 +446,13 @@ def test_math_rules(completion, ours, paper):
 
 
 OPTIONS = {
-    "countdown": st.fixed_dictionaries({"numbers": st.integers(2, 5), "style": st.sampled_from(["paper", "short"]), "integers": st.booleans()}),
+    "countdown": st.fixed_dictionaries(
+        {"numbers": st.integers(2, 5), "style": st.sampled_from(["paper", "short"]), "integers": st.booleans()}
+    ),
     "knights": st.fixed_dictionaries({"people": st.integers(2, 6)}),
-    "lock": st.fixed_dictionaries({"length": st.integers(3, 6), "keys": st.integers(1, 10), "table_seed": st.integers(0, 3)}),
+    "lock": st.fixed_dictionaries(
+        {"length": st.integers(3, 6), "keys": st.integers(1, 10), "table_seed": st.integers(0, 3)}
+    ),
 }
 
 

@@ -120,9 +120,18 @@ def differ(a, b):
 
 TWINS = {
     "uft-0": (lambda b, h, s, eta: theory.uft_queries(b, h, s, 0.0, eta), lambda b, h, s: twin_uft(b, h, s, 0.0)),
-    "uft beta 0.2": (lambda b, h, s, eta: theory.uft_queries(b, h, s, 0.2, eta), lambda b, h, s: twin_uft(b, h, s, 0.2)),
-    "rft": (lambda b, h, s, eta: theory.group_queries(b, h, s, "root", eta), lambda b, h, s: twin_group(b, h, s, "root")),
-    "r3": (lambda b, h, s, eta: theory.group_queries(b, h, s, "path", eta), lambda b, h, s: twin_group(b, h, s, "path")),
+    "uft beta 0.2": (
+        lambda b, h, s, eta: theory.uft_queries(b, h, s, 0.2, eta),
+        lambda b, h, s: twin_uft(b, h, s, 0.2),
+    ),
+    "rft": (
+        lambda b, h, s, eta: theory.group_queries(b, h, s, "root", eta),
+        lambda b, h, s: twin_group(b, h, s, "root"),
+    ),
+    "r3": (
+        lambda b, h, s, eta: theory.group_queries(b, h, s, "path", eta),
+        lambda b, h, s: twin_group(b, h, s, "path"),
+    ),
 }
 
 
@@ -248,7 +257,9 @@ def planted(method, law, heights, branching=2):
 
 def test_fits_and_crossover_find_what_was_planted():
     heights = [2, 8, 10, 12, 20, 30]
-    cells = planted("uft-0", lambda h: 7 * h**2.9 if h >= 10 else 1e9, heights) + planted("rft", lambda h: 3 * 2**h, heights)
+    cells = planted("uft-0", lambda h: 7 * h**2.9 if h >= 10 else 1e9, heights) + planted(
+        "rft", lambda h: 3 * 2**h, heights
+    )
     result = {"cells": cells}
     poly, expo = (theory_report.fit(result, m, 2) for m in ("uft-0", "rft"))
     assert poly["slope"] == pytest.approx(2.9) and expo["slope"] == pytest.approx(1.0)
@@ -259,7 +270,9 @@ def test_fits_and_crossover_find_what_was_planted():
     assert theory_report.crossover({"cells": never}, 2) is None
 
 
-@pytest.mark.parametrize(("x", "text"), [(2.25, "2.25"), (32.5, "32.5"), (2048.5, "2,048"), (16384, "16,384"), (2**40 / 4, "2.7e11")])
+@pytest.mark.parametrize(
+    ("x", "text"), [(2.25, "2.25"), (32.5, "32.5"), (2048.5, "2,048"), (16384, "16,384"), (2**40 / 4, "2.7e11")]
+)
 def test_numbers(x, text):
     assert theory_report.number(x) == text
 
@@ -283,7 +296,10 @@ def test_command(tmp_path):
     assert (tmp_path / "a/theory.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize(("words", "said"), [(["--branching", "2,x"], "2,x"), (["--branching", "1"], "at least 2"), (["--seeds", "1"], "--seeds 1")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--branching", "2,x"], "2,x"), (["--branching", "1"], "at least 2"), (["--seeds", "1"], "--seeds 1")],
+)
 def test_mistakes(words, said):
     done = unift("theory", *words)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -40,7 +40,9 @@ def test_a_missing_tracker_names_its_package(tmp_path):
     if not missing:
         pytest.skip("trackio, wandb and tensorboard are all installed here: nothing is missing")
     with pytest.raises(ConfigError, match=f"{missing[0]} is not installed. Install it with `pip install {missing[0]}`"):
-        loop.train(settings(missing[0], model={"path": "/nowhere"}), tmp_path / "run")  # it would fail on the model next
+        loop.train(
+            settings(missing[0], model={"path": "/nowhere"}), tmp_path / "run"
+        )  # it would fail on the model next
     with pytest.raises(ConfigError, match="log.trackers"):
         loop.train(settings("tensorbord"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

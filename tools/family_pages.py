@@ -37,7 +37,9 @@ def picture(method: str, runs: Runs, uft: Runs, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(4.6, 2.1), constrained_layout=True)
     grid, name = np.linspace(0, 100, 101), "eval/test/accuracy"
     if method != "uft":
-        axis.plot(grid, 100 * plots.over_seeds(uft, name, grid).mean(0), color="#999999", lw=1.2, ls=(0, (4, 3)), label="uft")
+        axis.plot(
+            grid, 100 * plots.over_seeds(uft, name, grid).mean(0), color="#999999", lw=1.2, ls=(0, (4, 3)), label="uft"
+        )
     for seed in runs:
         x, y = plots.series(seed, name)
         axis.plot(x, 100 * y, color="#0072B2", lw=1.6, label=method if seed is runs[0] else None)

@@ -80,7 +80,9 @@ def lines(task: str, found: dict[tuple[str, str, int], Run], seeds: Sequence[int
         used = [mean(r[k] for r, _ in runs) / budget[k] for k in budget]
         hits = [reached(m, target) for _, m in runs]
         shares = [h["tokens/sampled"] / budget["tokens_sampled"] for h in hits if h is not None]
-        when = " ".join(f"{x:.2f}" for x in shares) + (f" (never in {hits.count(None)} of {len(hits)})" if None in hits else "")
+        when = " ".join(f"{x:.2f}" for x in shares) + (
+            f" (never in {hits.count(None)} of {len(hits)})" if None in hits else ""
+        )
         each = " ".join(f"{100 * v:.1f}" for v in values)
         out.append(
             f"| {name} | {100 * mean(values):.1f} | {100 * low:.1f} to {100 * high:.1f} | {each} "

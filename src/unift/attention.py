@@ -25,7 +25,15 @@ NAME = "unift"
 
 
 # What models hand to an attention function and what changes nothing here.
-NEUTRAL = {"dropout", "scaling", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"}
+NEUTRAL = {
+    "dropout",
+    "scaling",
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "cache_position",
+}
 
 
 class Layout(Protocol):
@@ -91,7 +99,9 @@ class PackedLayout:
     member_BGR: Tensor | None  # None: prefixes only (prefill)
     slot_T: Tensor  # where each flat token's output lies in [all prefix slots, all member slots]
     prefix_len_B: Tensor
-    spans: list[tuple[range, list[range]]] = field(default_factory=list)  # of each group in the flat row: prefix, members
+    spans: list[tuple[range, list[range]]] = field(
+        default_factory=list
+    )  # of each group in the flat row: prefix, members
     longest: float = 0  # of the run; 0: of this layout
     keep: bool = False  # keep keys [B, K, D, P] and values [B, K, P, D] of the prefixes for decoding
     cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -188,7 +198,7 @@ class _Flash(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_THD, k_TKD, v_TKD, at, scale):  # noqa: ANN001, ANN205
+    def forward(ctx, q_THD, k_TKD, v_TKD, at, scale):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         heads, q_THD = q_THD.shape[1], q_THD.to(v_TKD.dtype)
         k_TKD = k_TKD.to(v_TKD.dtype)  # under autocast, rotary embeddings promote q and k
@@ -213,7 +223,7 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     @matmul.small()
-    def backward(ctx, g_THD):  # noqa: ANN001, ANN205
+    def backward(ctx, g_THD):
         back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         q_THD, k_TKD, v_TKD, out_THD, *saved = ctx.saved_tensors
         at, scale, heads, kv = ctx.at, ctx.scale, q_THD.shape[1], k_TKD.shape[1]
@@ -229,8 +239,16 @@ class _Flash(torch.autograd.Function):
             g, o = at.rows_or_zero(g_THD, index, at.prefix_BP.numel()), at.rows(out_THD, index)
             lse, fold = saved[1], lambda x: _Flash._fold(x, at, kv)
             dq1, dk1, dv1 = back(
-                fold(g), fold(own[0]), k, v, fold(o), _Flash._lse(fold(lse[..., None])[..., 0]), 0.0, False,
-                attn_mask=at.padding(q), scale=scale,
+                fold(g),
+                fold(own[0]),
+                k,
+                v,
+                fold(o),
+                _Flash._lse(fold(lse[..., None])[..., 0]),
+                0.0,
+                False,
+                attn_mask=at.padding(q),
+                scale=scale,
             )
             dq2, dk2, dv2 = back(g, *own, o, _Flash._lse(lse), 0.0, True, scale=scale)
             parts[0].append(dq2.add_(_Flash._unfold(dq1, at)))
@@ -244,30 +262,30 @@ class _Flash(torch.autograd.Function):
         return *flat, None, None
 
     @staticmethod
-    def _prefix(q, k, v, at):  # noqa: ANN001, ANN205
+    def _prefix(q, k, v, at):
         return tuple(at.rows(x, at.prefix_BP) for x in (q, k, v))
 
     @staticmethod
-    def _members(q, k, v, at):  # noqa: ANN001, ANN205
+    def _members(q, k, v, at):
         index, heads = at.member_BGR.flatten(0, 1), q.shape[1]
         return at.rows(q, index), _expand_heads(at.rows(k, index), heads), _expand_heads(at.rows(v, index), heads)
 
     @staticmethod
-    def _fold(x, at, kv):  # noqa: ANN001, ANN205
+    def _fold(x, at, kv):
         """[B*G, H, R, D] -> [B, K, H/K*G*R, D]: every query that reads the same keys."""
         b, g, r = at.member_BGR.shape
         x = x.reshape(b, g, kv, -1, r, x.shape[-1]).permute(0, 2, 3, 1, 4, 5)
         return x.reshape(b, kv, -1, x.shape[-1])
 
     @staticmethod
-    def _unfold(x, at):  # noqa: ANN001, ANN205
+    def _unfold(x, at):
         """The inverse of _fold."""
         b, g, r = at.member_BGR.shape
         x = x.reshape(b, x.shape[1], -1, g, r, x.shape[-1]).permute(0, 3, 1, 2, 4, 5)
         return x.reshape(b * g, -1, r, x.shape[-1])
 
     @staticmethod
-    def _lse(x):  # noqa: ANN001, ANN205
+    def _lse(x):
         """[B, H, P] in the memory order in which the forward kernel returns it (heads innermost)."""
         return x.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -283,7 +301,9 @@ class DecodeLayout:
 
     prefix: dict[int, tuple[Tensor, Tensor]]  # layer -> keys [B, K, D, P] (products read rows), values [B, K, P, D]
     mask_B11P: Tensor | None  # additive: 0, or -inf at prefix padding; None where there is no padding
-    members: dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [B, K, G, S, D]; zeros where nothing is written yet
+    members: dict[
+        int, tuple[Tensor, Tensor]
+    ]  # layer -> keys, values [B, K, G, S, D]; zeros where nothing is written yet
     shape: tuple[int, int]  # B, G
     filled_1: Tensor  # int64 [1]: positions written
     hidden_S: Tensor = field(init=False)  # additive: 0, or -inf beyond the position of this step; made by ``begin``

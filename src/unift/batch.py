@@ -202,7 +202,9 @@ def weigh(items: Sequence[Item], settings: Config | Phase) -> Weights:
     unit = _unit_weights(supervised, likelihood.norm, max_tokens, micro)
     policy = _unit_weights(completions, settings.policy.norm, max_tokens, micro)
     share = policy_weight(settings)
-    scaled = [[likelihood.weight * x if k else 0.0 for x, k in zip(w, n)] for w, n in zip(unit, supervised, strict=True)]
+    scaled = [
+        [likelihood.weight * x if k else 0.0 for x, k in zip(w, n)] for w, n in zip(unit, supervised, strict=True)
+    ]
     return Weights(
         policy if share == 1 else [[share * w for w in row] for row in policy],
         [row[0] for row in scaled],
@@ -351,4 +353,6 @@ def make_layout(prefixes: Sequence[range], members: Sequence[Sequence[range]], t
                 first = b * p + (i * g + j) * r
                 slot_T[own.start : own.stop] = torch.arange(first, first + len(own))
     lengths_B = torch.tensor([len(s) for s in prefixes])
-    return PackedLayout(prefix_BP, member_BGR, slot_T, lengths_B, [(p, list(m)) for p, m in zip(prefixes, members, strict=True)])
+    return PackedLayout(
+        prefix_BP, member_BGR, slot_T, lengths_B, [(p, list(m)) for p, m in zip(prefixes, members, strict=True)]
+    )

@@ -38,7 +38,7 @@ class Budget:
 
 
 def parse(text: str) -> Budget:
-    """"sampled=2M", "trained=500k" or "seconds=60"."""
+    """ "sampled=2M", "trained=500k" or "seconds=60"."""
     found = re.fullmatch(r"\s*([a-z]+)\s*=\s*([0-9.]+(?:e[0-9]+)?)\s*([kmb]?)\s*", text.lower())
     try:
         if found is None or found[1] not in KINDS:
@@ -80,7 +80,9 @@ def spend(budget: Budget, cost: dict[str, Any], config: Config) -> list[str]:
     """Settings that make a run use up the budget. It is evaluated as often as it would have been."""
     own, every = config.train.steps, config.eval.every
     steps = steps_for(budget, cost, own)
-    configuration.plan(config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})}))  # fits phases?
+    configuration.plan(
+        config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+    )  # fits phases?
     return [f"train.steps={steps}", f"eval.every={max(round(every * steps / own), 1) if every else 0}"]
 
 

@@ -69,7 +69,9 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UniftError(f"could not write {path}: {error.strerror or error}. Nothing written before is lost") from error
+        raise UniftError(
+            f"could not write {path}: {error.strerror or error}. Nothing written before is lost"
+        ) from error
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
@@ -205,7 +207,12 @@ def write_rollouts(folder: Path, step: int, weights: str, groups: list[Group], t
 
 
 def _sample_record(s: Sample) -> dict[str, Any]:
-    score = s.score and {"value": s.score.value, "correct": s.score.correct, "parts": dict(s.score.parts), "note": s.score.note}
+    score = s.score and {
+        "value": s.score.value,
+        "correct": s.score.correct,
+        "parts": dict(s.score.parts),
+        "note": s.score.note,
+    }
     return {
         "completion": s.text,
         "tokens": s.tokens,

@@ -80,7 +80,9 @@ def train(
     recipe: Recipe = None,
     method: Method = None,
     run: RunFolder = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show config, batch arithmetic and schedule; train nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show config, batch arithmetic and schedule; train nothing")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing while training")] = False,
 ) -> None:
     """Train, or continue the run in an existing folder. Without settings: the embedded demo with its baselines."""
@@ -107,7 +109,7 @@ def train(
     from unift.loop import train as run_training
 
     quiet = quiet or not processes.first()
-    with (Quiet() if quiet else Live()) as display:
+    with Quiet() if quiet else Live() as display:
         result = run_training(resolved, folder, display.update)
     if not quiet:
         typer.echo(_summary(result))
@@ -122,7 +124,9 @@ def _summary(result: dict[str, Any]) -> str:
         a = result.get(name)
         if a:
             label = {"base": "before, held-out", "test": "after, held-out", "train": "after, training rows"}[name]
-            lines.append(f"{label}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}] of {a['n']}")
+            lines.append(
+                f"{label}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}] of {a['n']}"
+            )
     for name, where in (("train", "in training"), ("eval", "in evaluations")):
         counts = result.get("scorer", {}).get(name, {})
         if failed := failures(counts):
@@ -141,7 +145,8 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test or train")] = "test",
     samples: Annotated[int, typer.Option(help="sampled completions a row for pass@k; 0 = greedy only")] = 0,
     retention: Annotated[
-        Optional[list[str]], typer.Option(help="rows of another task: what the run forgot of it, against its base; repeatable")
+        Optional[list[str]],
+        typer.Option(help="rows of another task: what the run forgot of it, against its base; repeatable"),
     ] = None,
 ) -> None:
     """Accuracy without hints, with intervals, on a split. A run folder brings its own settings."""
@@ -161,11 +166,15 @@ def evaluate(
     if stored.is_file():
         weights = folder / "model"
         if not weights.is_dir():
-            raise ConfigError(f"{folder} holds an unfinished run (no model/). Continue it first, or name a checkpoint's model/")
+            raise ConfigError(
+                f"{folder} holds an unfinished run (no model/). Continue it first, or name a checkpoint's model/"
+            )
         over = parse_overrides([*(settings or []), f"model.path={weights}", "model.lora=null", "model.gguf=null"])
         resolved = resolve(None, file=read_yaml(stored), overrides=over)
     else:
-        resolved = _resolve(config, recipe or (None if config else DEMO), None, [*(settings or []), f"model.path={model}"])
+        resolved = _resolve(
+            config, recipe or (None if config else DEMO), None, [*(settings or []), f"model.path={model}"]
+        )
     from unift import processes
 
     _quiet_libraries(resolved.data.train, resolved.data.test)
@@ -202,7 +211,9 @@ def compare(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="run folder, finished or not, or a folder of runs (compare, demo)")],
-    out: Annotated[Optional[Path], typer.Option("--out", help="file to write; default: report.html in the folder")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option("--out", help="file to write; default: report.html in the folder")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML file: results, curves, speed, settings and sampled rollouts."""
     from unift.report import write
@@ -271,7 +282,9 @@ def theory(
     if not all(w.strip().isdigit() and int(w) >= 2 for w in words):
         raise ConfigError(f"--branching {branching!r}: expected whole numbers of at least 2, e.g. 2,3,4")
     if seeds < 2 or max_height < HEIGHTS[0]:
-        raise ConfigError(f"expected at least 2 seeds and height {HEIGHTS[0]}, found --seeds {seeds} --max-height {max_height}")
+        raise ConfigError(
+            f"expected at least 2 seeds and height {HEIGHTS[0]}, found --seeds {seeds} --max-height {max_height}"
+        )
     heights = [h for h in HEIGHTS if h <= max_height]
     typer.echo(run(out, [int(w) for w in words], heights, range(seeds), lambda text: typer.echo(text, err=True)))
     typer.echo(f"\nfiles: {out}/table.md, theory.json, theory.png")
@@ -279,11 +292,15 @@ def theory(
 
 @app.command("merge")
 def merge_models(
-    base: Annotated[str, typer.Argument(help="the model both were trained from: model folder, run folder or embedded:NAME")],
+    base: Annotated[
+        str, typer.Argument(help="the model both were trained from: model folder, run folder or embedded:NAME")
+    ],
     models: Annotated[list[str], typer.Argument(help="model or run folders, e.g. one after SFT and one after RL")],
     out: Annotated[Path, typer.Option(help="new model folder")],
     rule: Annotated[str, typer.Option(help="linear, ties or dare")] = "linear",
-    weights: Annotated[Optional[str], typer.Option(help="comma-separated, one a model; default 1/models, for ties 1")] = None,
+    weights: Annotated[
+        Optional[str], typer.Option(help="comma-separated, one a model; default 1/models, for ties 1")
+    ] = None,
     density: Annotated[Optional[float], typer.Option(help="share of changed entries kept by ties and dare")] = None,
     seed: Annotated[int, typer.Option(help="of the entries that dare drops")] = 0,
 ) -> None:

@@ -50,7 +50,19 @@ class Job:
 def train_job(method: str, seed: int, recipe: str, folder: Path, settings: Sequence[str], name: str = "") -> Job:
     """``unift train`` of one run with one thread, in the folder's ``<method>-seed<seed>`` or ``<name>-seed<seed>``."""
     own = folder / f"{name or method}-seed{seed}"
-    start = [sys.executable, "-m", "unift", "train", "--quiet", "--recipe", recipe, "--method", method, "--run", str(own)]
+    start = [
+        sys.executable,
+        "-m",
+        "unift",
+        "train",
+        "--quiet",
+        "--recipe",
+        recipe,
+        "--method",
+        method,
+        "--run",
+        str(own),
+    ]
     return Job(method, seed, own, [*start, *settings, f"seed={seed}", "threads=1"])
 
 
@@ -207,7 +219,9 @@ def compare_methods(
     methods = list(dict.fromkeys(m.strip() for m in methods if m.strip()))
     methods = preset_names() if methods == ["all"] else methods
     if not methods or seeds < 1:
-        raise ConfigError(f"nothing to compare: found methods {methods} and seeds={seeds}; name a method, 1 seed or more")
+        raise ConfigError(
+            f"nothing to compare: found methods {methods} and seeds={seeds}; name a method, 1 seed or more"
+        )
     over = parse_overrides(settings)
     if limit and "steps" in over.get("train", {}):
         raise ConfigError("--budget chooses train.steps, which is also set; keep one")
@@ -223,7 +237,9 @@ def compare_methods(
 
     with on_signals(lambda number, frame: stop.set()):
         if limit:
-            probes = [train_job(m, 0, recipe, folder / budgets.FOLDER, budgets.probe(settings, configs[m])) for m in methods]
+            probes = [
+                train_job(m, 0, recipe, folder / budgets.FOLDER, budgets.probe(settings, configs[m])) for m in methods
+            ]
             costs = run_many(probes, workers, lambda text: say(f"probe {text}"), stop)
             for method, cost in zip(methods, costs, strict=True):
                 own[method] = budgets.spend(limit, cost, configs[method])
@@ -237,7 +253,11 @@ def compare_methods(
             results, failure = error.results, error
             if not results:
                 raise
-    notes = [f"**Not complete: {len(jobs) - len(results)} of {len(jobs)} runs failed and are missing here.**"] if failure else []
+    notes = (
+        [f"**Not complete: {len(jobs) - len(results)} of {len(jobs)} runs failed and are missing here.**"]
+        if failure
+        else []
+    )
     notes += [budgets.note(limit, results)] if limit else []
     plot = write_report(folder, results, notes)
     places = [f"plot: {plot}", f"folder: {folder}  (as a page: unift report {folder})"]

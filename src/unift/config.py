@@ -255,7 +255,10 @@ def check(config: Config) -> None:
                     f"train.micro_prompts={train.micro_prompts} does not divide the "
                     f"{train.prompts // train.updates} prompts of an update"
                 )
-        compared = phase.credit.baseline in ("group_mean", "leave_one_out") and phase.policy.loss not in ("none", *SEQUENCE_LOSSES)
+        compared = phase.credit.baseline in ("group_mean", "leave_one_out") and phase.policy.loss not in (
+            "none",
+            *SEQUENCE_LOSSES,
+        )
         if sample.completions == 1 and compared and not sample.demonstration:
             raise ConfigError(
                 f"sample.completions=1 leaves baseline {phase.credit.baseline!r} nothing to compare with: every "
@@ -345,7 +348,8 @@ def _check_together(phase: Config | Phase) -> None:
             f"policy.loss={phase.policy.loss} has the solution as a member (sample.demonstration); set likelihood.tokens=none",
         ),
         (
-            phase.credit.baseline == "partition" and not (sample.demonstration and sample.source == "reference" and g > 0),
+            phase.credit.baseline == "partition"
+            and not (sample.demonstration and sample.source == "reference" and g > 0),
             "credit.baseline=partition sets the solution against completions of the reference: it needs "
             "sample.demonstration=true, sample.source=reference and completions",
         ),

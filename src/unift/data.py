@@ -93,7 +93,9 @@ def _json_lines(file: Path, path: str) -> list[Any]:
                 bad = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
                 raise DataError(f"{path}, line {number}: not UTF-8 text ({bad}). Save the file as UTF-8") from None
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
+                raise DataError(
+                    f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})"
+                ) from None
             except (RecursionError, ValueError) as error:
                 raise DataError(f"{path}, line {number}: cannot be read as JSON ({error})") from None
     return records
@@ -191,7 +193,9 @@ def _check_text(row: Row, where: str) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise DataError(f"{where}, column {column!r}: {text[error.start]!r} is no character (half a pair)") from None
+            raise DataError(
+                f"{where}, column {column!r}: {text[error.start]!r} is no character (half a pair)"
+            ) from None
 
 
 def _build(
@@ -218,7 +222,12 @@ def _unift(record: Mapping[str, Any], where: str) -> Row:
         ending = f"\n<answer> {answer} </answer>" if steps and isinstance(answer, (str, int, float)) else ""
     ending = _string(ending, where, "ending")
     return _build(
-        _prompt(record.get("prompt"), where), steps, ending, answer, record, ("prompt", "steps", "ending", "answer", column)
+        _prompt(record.get("prompt"), where),
+        steps,
+        ending,
+        answer,
+        record,
+        ("prompt", "steps", "ending", "answer", column),
     )
 
 
@@ -234,7 +243,9 @@ def _verl(record: Mapping[str, Any], where: str) -> Row:
         raise DataError(f"{where}, column 'reward_model.ground_truth': missing; the verifier needs it")
     shown = "".join(steps)
     if not target.startswith(shown):
-        raise DataError(f"{where}, column 'answer': does not begin with the joined hint chunks, so hints are no prefix of it")
+        raise DataError(
+            f"{where}, column 'answer': does not begin with the joined hint chunks, so hints are no prefix of it"
+        )
     ending = target[len(shown) :]
     return _build(prompt, steps, ending, truth, record, ("prompt", "hint", "answer", "reward_model", "question"))
 
@@ -252,7 +263,9 @@ def _gym(record: Mapping[str, Any], where: str) -> Row:
         raise DataError(f"{where}, column 'answer': missing; the verifier needs it")
     steps = _steps(record.get("solution"), where, "solution")
     ending = f"\n<answer> {record['answer']} </answer>" if steps else ""
-    return _build(_prompt(record.get("question"), where), steps, ending, record["answer"], record, ("question", "answer"))
+    return _build(
+        _prompt(record.get("question"), where), steps, ending, record["answer"], record, ("question", "answer")
+    )
 
 
 _READERS = {"unift": _unift, "verl": _verl, "trl": _trl, "reasoning-gym": _gym}

@@ -109,7 +109,9 @@ def encode_column(tokenizer: Any, rows: Sequence[Row], columns: Iterable[str], l
     for number, row in enumerate(rows, start=1):
         text = row.extra.get(names[0])
         if text is not None and (not isinstance(text, str) or not text):
-            raise DataError(f"row {number} (id {row.id}), column {names[0]!r}: expected a text or nothing, found {text!r}")
+            raise DataError(
+                f"row {number} (id {row.id}), column {names[0]!r}: expected a text or nothing, found {text!r}"
+            )
         other = None if text is None else replace(row, steps=(), ending=text)
         out.append(None if other is None else encode_row(tokenizer, other, limit, number).solution)
     if all(tokens is None for tokens in out):

@@ -17,7 +17,9 @@ from unift.types import UniftError
 def run_demo(config: Config, folder: Path, settings: list[str], recipe: str) -> None:
     """Train ``config`` here and ``config.baselines`` in processes of their own; print table, reading, plot and folder."""
     own = folder / f"{config.method}-seed{config.seed}"
-    print(f"unift demo: {config.method} on the task {config.data.task!r}, {config.data.train_rows} solved rows, embedded base.")
+    print(
+        f"unift demo: {config.method} on the task {config.data.task!r}, {config.data.train_rows} solved rows, embedded base."
+    )
     print(f"Beside it, on the other core: {', '.join(config.baselines) or 'nothing'}. Run folder: {folder}", flush=True)
     jobs = [train_job(m, config.seed, recipe, folder, settings) for m in config.baselines]
     others: list[dict[str, Any]] = []
@@ -51,4 +53,8 @@ def run_demo(config: Config, folder: Path, settings: list[str], recipe: str) -> 
     results = [*others, result]
     plot = write_report(folder, results)
     print("\n" + table(results))
-    print("\n".join(["", *reading(results), "", f"plot: {plot}", f"run folder: {folder}  (as a page: unift report {folder})"]))
+    print(
+        "\n".join(
+            ["", *reading(results), "", f"plot: {plot}", f"run folder: {folder}  (as a page: unift report {folder})"]
+        )
+    )

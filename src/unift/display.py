@@ -45,7 +45,9 @@ def fields(
         "tokens/s": f"{metrics['tokens/per_second']:,.0f}" if "tokens/per_second" in metrics else "-",
         "time left": duration(left) if left is not None else "-",
         "ms of a step": split(metrics, least) or "-",
-        "saved by shared prefix": f"{100 * metrics['tokens/shared_ratio']:.0f} %" if "tokens/shared_ratio" in metrics else "-",
+        "saved by shared prefix": f"{100 * metrics['tokens/shared_ratio']:.0f} %"
+        if "tokens/shared_ratio" in metrics
+        else "-",
         **({"scores failed": failed} if failed else {}),
     }
 

@@ -98,10 +98,14 @@ def threads(config: Config) -> Check:
     used = config.threads or torch.get_num_threads()
     device, cuda = config.model.device, torch.cuda.is_available()
     if device.startswith("cuda") and not cuda:
-        return Check("device", False, f"model.device={device!r}, but torch {torch.__version__} sees no CUDA. Use device=auto")
+        return Check(
+            "device", False, f"model.device={device!r}, but torch {torch.__version__} sees no CUDA. Use device=auto"
+        )
     where = torch.cuda.get_device_name(0) if cuda and device != "cpu" else "CPU"
     if used > cores:
-        return Check("device", False, f"{used} threads on {cores} usable cores slow each other down. Set threads={cores}")
+        return Check(
+            "device", False, f"{used} threads on {cores} usable cores slow each other down. Set threads={cores}"
+        )
     return Check("device", True, f"{where}, {used} threads on {cores} cores")
 
 
@@ -115,7 +119,7 @@ def parameters(folder: Path) -> int:
     count = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "np") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
     other = [*folder.glob("*.gguf"), *folder.glob("pytorch_model*.bin")] if not count else []
     return count + sum(2 * path.stat().st_size for path in other)
 
@@ -126,7 +130,9 @@ def find_model(config: Config) -> tuple[Check, tuple[Path, int] | None]:
     folder = locate(config.model.path)
     count = parameters(folder)
     if not count:
-        text = f"{folder} holds no weights (*.safetensors, *.gguf, pytorch_model*.bin). Set model.path to a complete model"
+        text = (
+            f"{folder} holds no weights (*.safetensors, *.gguf, pytorch_model*.bin). Set model.path to a complete model"
+        )
         return Check("model", False, text), None
     return Check("model", True, f"{folder}, {count / 1e6:,.2f} M parameters, {config.model.dtype}"), (folder, count)
 
@@ -229,7 +235,9 @@ def room(config: Config, folder: Path, encoded: Sequence[Encoded]) -> Check:
         )
         return Check("room", False, text)
     known = f", the model has {positions} positions" if positions else ""
-    return Check("room", True, f"up to {context} tokens with a completion of {most}{known}; {longer} solutions are longer")
+    return Check(
+        "room", True, f"up to {context} tokens with a completion of {most}{known}; {longer} solutions are longer"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- reward
@@ -270,4 +278,6 @@ def disk(config: Config, weights: tuple[Path, int] | None) -> Check:
     size = weights[1] * BYTES[config.model.dtype]
     need = size * (3 * (config.save.keep + 2 + len(config.phases)) + 1) if config.model.lora is None else 2 * size
     text = f"the run needs about {need / 2**20:,.0f} MiB, {free / gib:.1f} GiB are free at {place}"
-    return Check("disk", free > need, text if free > need else f"{text}. Free some, lower save.keep, or use another --run")
+    return Check(
+        "disk", free > need, text if free > need else f"{text}. Free some, lower save.keep, or use another --run"
+    )

@@ -34,7 +34,9 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - float(np.prod(1.0 - k / np.arange(n - right + 1, n + 1)))
 
 
-def complete(policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float = 1.0) -> list[list[Sample]]:
+def complete(
+    policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float = 1.0
+) -> list[list[Sample]]:
     groups = generate(policy, requests, max_tokens, temperature)
     flat = [s for g in groups for s in g]
     texts = policy.tokenizer.batch_decode([s.tokens for s in flat], skip_special_tokens=True)
@@ -67,7 +69,9 @@ def _judged(
     return processes.interleave(processes.gather("an evaluation", right))
 
 
-def greedy(policy: Policy, scorer: Scorer, rows: Sequence[Row], encoded: Sequence[Encoded], max_tokens: int) -> Accuracy:
+def greedy(
+    policy: Policy, scorer: Scorer, rows: Sequence[Row], encoded: Sequence[Encoded], max_tokens: int
+) -> Accuracy:
     """Greedy accuracy without a hint."""
     right = sum(v[0] for v in _judged(policy, scorer, rows, [Request(e.prompt, None) for e in encoded], max_tokens))
     return Accuracy(right / max(len(rows), 1), *wilson(right, len(rows)), len(rows))

@@ -25,12 +25,16 @@ def _evaluate(config: Config, split: str, samples: int) -> str:
         raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")
     encoded = dataset.encode(tokenizer, data, config)[1 if split == "test" else 0]
     r = config.reward
-    max_tokens = config.eval.max_tokens or max([config.sample.max_tokens, *(p.sample.max_tokens for p in config.phases)])
+    max_tokens = config.eval.max_tokens or max(
+        [config.sample.max_tokens, *(p.sample.max_tokens for p in config.phases)]
+    )
     limits = {"workers": r.workers, "timeout": r.timeout, "error_rate": r.error_rate, "memory_mb": r.memory_mb}
     with Scorer(r.function, rule=r.rule, **limits) as scorer:
         policy = policies.load(config.model, tokenizer, longest(config))
         a = evaluate.greedy(policy, scorer, rows, encoded, max_tokens)
-        lines = [f"{split}, greedy, no hint: {100 * a.accuracy:.2f} % [{100 * a.low:.2f}, {100 * a.high:.2f}] of {a.n} rows"]
+        lines = [
+            f"{split}, greedy, no hint: {100 * a.accuracy:.2f} % [{100 * a.low:.2f}, {100 * a.high:.2f}] of {a.n} rows"
+        ]
         if not policy.shared:
             lines.insert(0, f"forward: {policy.path}")
         if samples:

@@ -24,7 +24,11 @@ def _shown(s: Config | Phase) -> str:
         "adaptive": f"a length a row, aim {show.target:g}",
         "bisection": "an interval a row",
     }[show.schedule]
-    return text + (f", to {show.members} member" if show.members else "") + (", in tokens" if show.unit == "tokens" else "")
+    return (
+        text
+        + (f", to {show.members} member" if show.members else "")
+        + (", in tokens" if show.unit == "tokens" else "")
+    )
 
 
 def _sampled(s: Config | Phase) -> str:
@@ -47,8 +51,14 @@ def _credit(s: Config | Phase) -> str:
     if s.policy.loss in SEQUENCE_LOSSES:
         return "right before wrong" if s.policy.loss == "dpo" else "the score"
     c = s.credit
-    names = {"group_mean": "r - mean", "leave_one_out": "r - mean of the others", "none": "r", "sign": "+1 / -1", "critic": "GAE",
-             "partition": f"solution against the others, {c.score}"}
+    names = {
+        "group_mean": "r - mean",
+        "leave_one_out": "r - mean of the others",
+        "none": "r",
+        "sign": "+1 / -1",
+        "critic": "GAE",
+        "partition": f"solution against the others, {c.score}",
+    }
     text = names[c.baseline]
     if c.positive != 1:
         text += f", positive times {c.positive:g}" + (f" exp({c.positive_entropy:g} H)" if c.positive_entropy else "")

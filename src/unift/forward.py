@@ -147,7 +147,11 @@ def _head(model: Any, device: torch.device) -> str:
     if not met:  # its head reads from a part of the trunk (OPT): the comparison of the pack has to do
         return ""
     gap = _differ(torch.nn.functional.linear(hidden_TD * factor, head.weight, head.bias), expected_TV)
-    return f"it does more than a product between its last hidden states and its logits (they differ by {gap})" if gap else ""
+    return (
+        f"it does more than a product between its last hidden states and its logits (they differ by {gap})"
+        if gap
+        else ""
+    )
 
 
 def _packed(model: Any, device: torch.device, longest: float) -> str:
@@ -202,7 +206,9 @@ def check_plain(model: Any, device: torch.device) -> bool:
     for row_LV, truth_TV in zip(padded_NLV, alone, strict=True):
         gap = _differ(row_LV[: len(truth_TV)], truth_TV)
         if gap:
-            raise ConfigError(f"{name} cannot be trained: other rows or padding in a batch change a row's logits by {gap}")
+            raise ConfigError(
+                f"{name} cannot be trained: other rows or padding in a batch change a row's logits by {gap}"
+            )
     return _cache_works(model, long_T, torch.cat([d, a, c])[: len(long_T)])
 
 

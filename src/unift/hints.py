@@ -56,9 +56,7 @@ def window_floor(show: Show, step: int, total: int) -> float:
     return show.low + (show.high - show.low) / 2 * (1 + math.cos(math.pi * min(t / t_hint, 1.0)))
 
 
-def share(
-    show: Show, seed: int, step: int, total: int, row_id: str, state: tuple[float, float] | None = None
-) -> float:
+def share(show: Show, seed: int, step: int, total: int, row_id: str, state: tuple[float, float] | None = None) -> float:
     """u in [0, 1], the share of the solution's steps to show, for schedules with a continuous length.
 
     window: u ~ Uniform(floor(t), high). uniform: U(0, 1). adaptive: the row's own p. bisection: U(lo, hi) of the row's

@@ -77,7 +77,9 @@ def worst_case(policy: Policy, batch: PackedBatch, settings: Settings) -> Tensor
     """eps * g / |g| for each item, g the gradient of its loss on its embeddings: the first-order worst perturbation of
     norm eps (arXiv 1605.07725, eq. 5; the jammer of R-SFLLM)."""
     table = policy.embeddings.weight
-    delta_TD = torch.zeros(len(batch.tokens_T), table.shape[1], dtype=table.dtype, device=table.device, requires_grad=True)
+    delta_TD = torch.zeros(
+        len(batch.tokens_T), table.shape[1], dtype=table.dtype, device=table.device, requires_grad=True
+    )
     with torch.enable_grad():
         probe = replace(batch, delta_TD=delta_TD)
         l_S, _ = logprobs(policy, probe, settings.sample.temperature)

@@ -187,7 +187,9 @@ class Run:
                 result["test"]["pass@k"] = self._judge(lambda: evaluate.pass_curve(*args, self.config.seed))
         first = slice(0, 500)
         result["train"] = asdict(self._greedy(self.data.train[first], self.encoded[first]))
-        self.track({f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, self.total)
+        self.track(
+            {f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, self.total
+        )
         result["scorer"] = {"train": self.scored, "eval": self.judged}
 
         def write() -> None:
@@ -234,15 +236,15 @@ class Run:
         measure = bool(every) and step % every == 0
         own = "" if processes.first() else f"-process{processes.rank()}"
         dump = self.folder / "nonfinite" / f"{checkpoint.step_name(step)}{own}.pt"
-        parts = [
-            update.apply(self.policy, optimizer, packs, settings, lr, measure, dump) for packs in updates
-        ]
+        parts = [update.apply(self.policy, optimizer, packs, settings, lr, measure, dump) for packs in updates]
         clock.lap("update")
         metrics: dict[str, Any] = {k: float(np.mean([p[k] for p in parts if k in p])) for k in parts[0]}
         for name in ("tokens/forwarded", "tokens/supervised"):
             metrics[name] = sum(p[name] for p in parts)
         sampled = sum(s.sampled for g in groups for s in g.samples) + sum(g.discarded for g in groups)
-        plain = sum(len(i.prompt + i.hint) * max(len(i.members), 1) + sum(len(m.tokens) for m in i.members) for i in items)
+        plain = sum(
+            len(i.prompt + i.hint) * max(len(i.members), 1) + sum(len(m.tokens) for m in i.members) for i in items
+        )
         self.counters["tokens_sampled"] += sampled
         self.counters["tokens_trained"] += int(metrics["tokens/supervised"])
         self.counters["seen"] += sum(r >= 1 for group in scores for r in group)
@@ -262,7 +264,13 @@ class Run:
         return metrics
 
     def _groups(
-        self, step: int, start: int, stop: int, settings: Config | Phase, clock: Clock, reference: Reference | None = None
+        self,
+        step: int,
+        start: int,
+        stop: int,
+        settings: Config | Phase,
+        clock: Clock,
+        reference: Reference | None = None,
     ) -> list[Group]:
         """The step's groups with scores: from disk if these very weights sampled them before a kill, else sampled now."""
         seed, n = self.config.seed, settings.train.prompts
@@ -432,7 +440,9 @@ class Clock:
         return time.perf_counter() - self.began
 
 
-def group_metrics(groups: Sequence[Group], scores: Sequence[Sequence[float]], settings: Config | Phase) -> dict[str, Any]:
+def group_metrics(
+    groups: Sequence[Group], scores: Sequence[Sequence[float]], settings: Config | Phase
+) -> dict[str, Any]:
     """What the groups show: reward, groups without signal by cause, hints, lengths."""
     shown = [g.cuts / g.cuts_total if g.cuts_total else 0.0 for g in groups]
     metrics: dict[str, Any] = {

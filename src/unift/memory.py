@@ -26,7 +26,11 @@ class Memory:
     partition: dict[str, float] = field(default_factory=dict[str, float])
 
     def dump(self) -> dict[str, Any]:
-        return {"hints": {k: list(v) for k, v in self.hints.items()}, "waiting": self.waiting, "partition": self.partition}
+        return {
+            "hints": {k: list(v) for k, v in self.hints.items()},
+            "waiting": self.waiting,
+            "partition": self.partition,
+        }
 
     @classmethod
     def load(cls, stored: Mapping[str, Any] | None) -> Memory:

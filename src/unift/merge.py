@@ -54,7 +54,10 @@ def ties(taus: Sequence[Tensor], weights: Sequence[float], thresholds: Sequence[
     Equal weights lambda are the paper's scaling of the merged vector by lambda.
     """
     voters = torch.stack(
-        [weight * torch.where(tau.abs().float() >= t, tau, 0.0) for tau, weight, t in zip(taus, weights, thresholds, strict=True)]
+        [
+            weight * torch.where(tau.abs().float() >= t, tau, 0.0)
+            for tau, weight, t in zip(taus, weights, thresholds, strict=True)
+        ]
     )
     sign = voters.sum(0).sign()
     agree = (voters.sign() == sign) & (sign != 0)
@@ -114,7 +117,13 @@ def _check(base: _Weights, models: Sequence[_Weights]) -> None:
 
 
 def merge_states(
-    base: Any, models: Sequence[Any], names: Sequence[str], rule: Rule, weights: Sequence[float], density: float, seed: int
+    base: Any,
+    models: Sequence[Any],
+    names: Sequence[str],
+    rule: Rule,
+    weights: Sequence[float],
+    density: float,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Merged tensors by name. ``base`` and ``models``: anything that gives a tensor for a name."""
     floats = [name for name in names if base[name].is_floating_point()]
@@ -132,7 +141,9 @@ def merge_states(
     for name in names:
         if name not in floats:
             if any(not torch.equal(model[name], base[name]) for model in models):
-                raise ConfigError(f"{name} holds whole numbers that differ between the models: there is no mean of those")
+                raise ConfigError(
+                    f"{name} holds whole numbers that differ between the models: there is no mean of those"
+                )
             merged[name] = base[name]
             continue
         origin, dtype = base[name].double(), models[0][name].dtype
@@ -147,12 +158,20 @@ def merge_states(
             value = linear(origin, [origin + d for d in dropped], weights)
         merged[name] = value.to(dtype).contiguous()
         if not merged[name].isfinite().all():
-            raise NonFiniteError(f"{name} is not finite after merging (dtype {dtype}). Are all entries of the models finite?")
+            raise NonFiniteError(
+                f"{name} is not finite after merging (dtype {dtype}). Are all entries of the models finite?"
+            )
     return merged
 
 
 def merge(
-    base: str, models: Sequence[str], out: Path, rule: str, weights: Sequence[float], density: float | None = None, seed: int = 0
+    base: str,
+    models: Sequence[str],
+    out: Path,
+    rule: str,
+    weights: Sequence[float],
+    density: float | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Merge model folders into ``out``, a folder that ``AutoModelForCausalLM.from_pretrained`` reads.
 
@@ -162,9 +181,13 @@ def merge(
     if rule not in get_args(Rule):
         raise ConfigError(f"rule {rule!r}: expected one of {', '.join(get_args(Rule))}")
     if not models or len(weights) != len(models):
-        raise ConfigError(f"{len(models)} models and {len(weights)} weights: expected at least one model and a weight for each")
+        raise ConfigError(
+            f"{len(models)} models and {len(weights)} weights: expected at least one model and a weight for each"
+        )
     if (rule == "linear") != (density is None):
-        raise ConfigError(f"rule {rule} {'takes no' if rule == 'linear' else 'needs a'} density (share of entries kept)")
+        raise ConfigError(
+            f"rule {rule} {'takes no' if rule == 'linear' else 'needs a'} density (share of entries kept)"
+        )
     if density is not None and not 0 < density <= 1:
         raise ConfigError(f"density {density}: expected more than 0 and at most 1")
     if out.exists():
@@ -172,7 +195,14 @@ def merge(
     sources = [_Weights(_model_folder(path)) for path in models]
     origin = _Weights(_model_folder(base))
     _check(origin, sources)
-    done = {"base": base, "models": list(models), "rule": rule, "weights": list(weights), "density": density, "seed": seed}
+    done = {
+        "base": base,
+        "models": list(models),
+        "rule": rule,
+        "weights": list(weights),
+        "density": density,
+        "seed": seed,
+    }
     state = merge_states(origin, sources, sorted(origin.files), cast(Rule, rule), weights, density or 1.0, seed)
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,14 @@ def clipped_importance(l_S: Tensor, old_S: Tensor, a_S: Tensor, low: float, high
 
 
 def sequence_ratio(
-    l_S: Tensor, old_S: Tensor, a_S: Tensor, sequence_S: Tensor, own_S: Tensor, low: float, high: float, dual: float | None
+    l_S: Tensor,
+    old_S: Tensor,
+    a_S: Tensor,
+    sequence_S: Tensor,
+    own_S: Tensor,
+    low: float,
+    high: float,
+    dual: float | None,
 ) -> Tensor:
     """GSPO (arXiv 2507.18071, eq. 5 and the token variant): s = exp(mean_t(l - old)) over the completion's own tokens,
     clipped as a whole; each token has the value of s and its own share of the gradient. e = s A where not clipped."""

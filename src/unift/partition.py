@@ -26,7 +26,9 @@ def score(l_N: Sequence[float], ref_N: Sequence[float] | None, kind: str) -> flo
     return float(np.sum(l_N) - np.sum(ref_N))
 
 
-def advance(u: float, s_J: Sequence[float], logp0_J: Sequence[float], tau: float, momentum: float) -> tuple[float, list[float]]:
+def advance(
+    u: float, s_J: Sequence[float], logp0_J: Sequence[float], tau: float, momentum: float
+) -> tuple[float, list[float]]:
     """(new u, weights of the negatives): u <- log((1 - momentum) e^u + momentum mean_j exp(s_j / tau - log P0_j)),
     weight_j = exp(s_j / tau - log P0_j - u) / J. All in log space."""
     x_J = np.asarray(s_J) / tau - np.asarray(logp0_J)

@@ -175,7 +175,9 @@ class Decoder:
         assert self.name is not None
         more: dict[str, Any] = {} if self.cache is None else {self.name: self.cache}
         if "position_ids" in self.known:
-            more["position_ids"] = torch.arange(self.length, self.length + width, device=tokens_NL.device).expand(n, width)
+            more["position_ids"] = torch.arange(self.length, self.length + width, device=tokens_NL.device).expand(
+                n, width
+            )
         if "logits_to_keep" in self.known:
             more["logits_to_keep"] = 1
         out = self.model(input_ids=tokens_NL, use_cache=True, **more)

@@ -62,8 +62,12 @@ def told_apart(runs: Mapping[str, Sequence[Metrics]]) -> list[str]:
     """The methods with a colour and a name: all, or the best MOST where there are more."""
     if len(runs) <= MOST:
         return list(runs)
-    ends = {m: [y[-1] for _, y in (series(x, "eval/test/accuracy") for x in seeds) if len(y)] for m, seeds in runs.items()}
-    first = sorted(runs, key=lambda m: (m not in ("uft", "sft", "rft"), -float(np.mean(ends[m])) if ends[m] else 0.0))[:MOST]
+    ends = {
+        m: [y[-1] for _, y in (series(x, "eval/test/accuracy") for x in seeds) if len(y)] for m, seeds in runs.items()
+    }
+    first = sorted(runs, key=lambda m: (m not in ("uft", "sft", "rft"), -float(np.mean(ends[m])) if ends[m] else 0.0))[
+        :MOST
+    ]
     return [m for m in runs if m in first]
 
 
@@ -113,7 +117,9 @@ def curves(runs: Mapping[str, Sequence[Metrics]], path: Path, title: str) -> Non
         axis.spines[["top", "right"]].set_visible(False)
     if handles:
         columns = min(len(handles), 8 if len(handles) <= 8 else 6)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=10
+        )
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -72,7 +72,9 @@ class Policy:
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """What is trained: of the model, then of the critic."""
         own = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        return own + [(f"critic.{n}", p) for n, p in (self.critic.named_parameters() if self.critic is not None else ())]
+        return own + [
+            (f"critic.{n}", p) for n, p in (self.critic.named_parameters() if self.critic is not None else ())
+        ]
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for _, p in self.named_parameters()]
@@ -136,7 +138,7 @@ class _ChunkedLogProb(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_SD, weight_VD, bias_V, target_S, scale_S, chunk, keep):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden_SD, weight_VD, bias_V, target_S, scale_S, chunk, keep):
         logp, entropy, lse, kept = [], [], [], []
         for part in range(0, len(target_S), chunk):
             z = _ChunkedLogProb._z(hidden_SD, weight_VD, bias_V, scale_S, slice(part, part + chunk))
@@ -153,13 +155,13 @@ class _ChunkedLogProb(torch.autograd.Function):
         return torch.cat(logp), torch.cat(entropy)
 
     @staticmethod
-    def _z(hidden_SD, weight_VD, bias_V, scale_S, rows):  # noqa: ANN001, ANN205
+    def _z(hidden_SD, weight_VD, bias_V, scale_S, rows):
         z = torch.nn.functional.linear(hidden_SD[rows], weight_VD, bias_V)
         z = z if z.dtype == torch.float64 else z.float()
         return z.mul_(scale_S[rows, None].to(z.dtype))
 
     @staticmethod
-    def backward(ctx, g_logp, g_entropy):  # noqa: ANN001, ANN205
+    def backward(ctx, g_logp, g_entropy):
         hidden, weight, bias, target, scale, lse, entropy = ctx.saved_tensors
         g_hidden = torch.empty_like(hidden)
         g_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -285,7 +287,9 @@ def expected_path(config: ModelConfig, longest: float) -> str:
         model = AutoModelForCausalLM.from_config(settings)
     reason = forward.obstacle(model, longest)
     if reason and config.forward == "shared":
-        raise ConfigError(f"model.forward=shared does not fit: {type(model).__name__}: {reason}. Use model.forward=auto")
+        raise ConfigError(
+            f"model.forward=shared does not fit: {type(model).__name__}: {reason}. Use model.forward=auto"
+        )
     if reason:
         return f"plain ({type(model).__name__}: {reason})"
     return "shared, if the logits agree when the model is loaded"
@@ -310,7 +314,9 @@ def pick_device(name: str) -> torch.device:
             "use auto, cpu or cuda:N"
         ) from error
     if device.index is not None:
-        raise ConfigError(f"model.device={name!r} is one GPU for {processes.size()} processes: say cuda, and each takes its own")
+        raise ConfigError(
+            f"model.device={name!r} is one GPU for {processes.size()} processes: say cuda, and each takes its own"
+        )
     if processes.local_rank() >= torch.cuda.device_count():
         raise ConfigError(
             f"no GPU is left for process {processes.local_rank()} of this machine: found {torch.cuda.device_count()}. "
@@ -362,7 +368,11 @@ def _adapt(model: nn.Module, lora: Lora) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type="CAUSAL_LM"  # type: ignore[arg-type]
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.targets,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",  # type: ignore[arg-type]
     )
     try:
         return get_peft_model(model, settings)  # type: ignore[arg-type]

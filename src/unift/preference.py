@@ -39,7 +39,9 @@ def label(
         else:
             for m, s in own:
                 if not 0 <= s.value <= 1:
-                    raise ConfigError(f"policy.loss=una needs scores from 0 to 1, found {s.value:g} (row {group.row_id})")
+                    raise ConfigError(
+                        f"policy.loss=una needs scores from 0 to 1, found {s.value:g} (row {group.row_id})"
+                    )
                 members.append(replace(m, label=s.value))
             if not worse:
                 members += [replace(m, label=1.0) for m in good]

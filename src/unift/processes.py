@@ -56,7 +56,9 @@ def label() -> str:
 def alone(what: str) -> None:
     """Refuse to run ``what`` under a launcher: every process would do all of it."""
     if size() > 1:
-        raise ConfigError(f"{what} starts processes of its own; found {size()} of a launcher. Run it without the launcher")
+        raise ConfigError(
+            f"{what} starts processes of its own; found {size()} of a launcher. Run it without the launcher"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- meeting and leaving
@@ -177,7 +179,9 @@ def agree(what: str, value: Any) -> None:
     values = gather(what, value)
     for number, other in enumerate(values):
         if other != values[0]:
-            raise UniftError(f"{what}: process {number} has {other!r}, process 0 has {values[0]!r}; they must be the same")
+            raise UniftError(
+                f"{what}: process {number} has {other!r}, process 0 has {values[0]!r}; they must be the same"
+            )
 
 
 def sums(what: str, values: Sequence[float]) -> list[float]:

@@ -61,7 +61,9 @@ def mean_logprob(policy: Policy, pairs: Sequence[tuple[list[int], list[int]]], b
     return total / n
 
 
-def training_targets(folder: Path, config: Config, encoded: Sequence[Encoded]) -> tuple[str, list[tuple[list[int], list[int]]]]:
+def training_targets(
+    folder: Path, config: Config, encoded: Sequence[Encoded]
+) -> tuple[str, list[tuple[list[int], list[int]]]]:
     """(what they are, (context, target) pairs) of a run: its solutions where they are supervised as a whole, otherwise
     the right completions among the stored rollouts, after the prompt and hint that they were sampled from."""
     spans = configuration.plan(config)
@@ -71,7 +73,9 @@ def training_targets(folder: Path, config: Config, encoded: Sequence[Encoded]) -
     for step in range(spans[-1][1]):
         stored = checkpoint.read_rollouts(folder, step)
         for group in stored[1] if stored else []:
-            pairs += [(group.prompt + group.hint, s.tokens) for s in group.samples if s.score is not None and s.score.right]
+            pairs += [
+                (group.prompt + group.hint, s.tokens) for s in group.samples if s.score is not None and s.score.right
+            ]
         if len(pairs) >= MAX_TARGETS:
             break
     return "right completions", pairs[:MAX_TARGETS]

@@ -56,7 +56,9 @@ def claim(folder: Path) -> Iterator[None]:
         # Not truncated: until the lock is ours, what stands in the file is the other's. Not inherited by children.
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UniftError(f"cannot create the run folder {folder} ({error.strerror}). Name another one with --run") from error
+        raise UniftError(
+            f"cannot create the run folder {folder} ({error.strerror}). Name another one with --run"
+        ) from error
     try:
         _lock(handle, folder)
         os.truncate(handle, 0)
@@ -70,7 +72,10 @@ def _lock(handle: int, folder: Path) -> None:
     try:
         import fcntl
     except ImportError:  # Windows has no flock
-        print(f"unift: {folder} is not locked on this system; see to it that no other process trains in it", file=sys.stderr)
+        print(
+            f"unift: {folder} is not locked on this system; see to it that no other process trains in it",
+            file=sys.stderr,
+        )
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,7 +85,10 @@ def _lock(handle: int, folder: Path) -> None:
             f"another process trains in {folder}: process {owner}. Wait for it, end it, or use another run folder"
         ) from error
     except OSError as error:
-        print(f"unift: {folder} cannot be locked ({error.strerror}); see to it that no other process trains in it", file=sys.stderr)
+        print(
+            f"unift: {folder} cannot be locked ({error.strerror}); see to it that no other process trains in it",
+            file=sys.stderr,
+        )
 
 
 def open_run(folder: Path, config: Config, data: str) -> dict[str, Any] | None:
@@ -120,7 +128,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UniftError(f"{path} cannot be read ({error}): the run folder is damaged. Use another one (--run)") from error
+        raise UniftError(
+            f"{path} cannot be read ({error}): the run folder is damaged. Use another one (--run)"
+        ) from error
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

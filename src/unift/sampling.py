@@ -38,7 +38,13 @@ def begin(
 
 
 def complete(
-    policy: Policy, groups: Sequence[Group], places: Sequence[int], settings: Settings, seed: int, step: int, attempt: int = 0
+    policy: Policy,
+    groups: Sequence[Group],
+    places: Sequence[int],
+    settings: Settings,
+    seed: int,
+    step: int,
+    attempt: int = 0,
 ) -> None:
     """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those.
 
@@ -50,9 +56,14 @@ def complete(
     requests: list[list[Request]] = [[], []]  # sampled to the end; only the first tokens
     owners: list[list[tuple[Group, list[int]]]] = [[], []]
     for i, group in zip(places, groups, strict=True):
-        place = ("sample", seed, step, i, group.row_id) if not attempt else ("sample", seed, step, i, group.row_id, attempt)
+        place = (
+            ("sample", seed, step, i, group.row_id) if not attempt else ("sample", seed, step, i, group.row_id, attempt)
+        )
         uniforms = rng.uniforms(*place, shape=shape)
-        short = sample.first is not None and float(rng.uniforms("full", seed, step, group.row_id, shape=1)[0]) >= sample.full
+        short = (
+            sample.first is not None
+            and float(rng.uniforms("full", seed, step, group.row_id, shape=1)[0]) >= sample.full
+        )
         if members is None:
             requests[short].append(Request(group.prompt + group.hint, uniforms))
             owners[short].append((group, []))

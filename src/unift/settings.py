@@ -30,7 +30,10 @@ class Show(Section):
         "none", "all", "cosine", "constant", "uniform", "staircase", "window", "adaptive", "bisection"
     ] = "none"
     high: float = Field(
-        default=0.95, ge=0, le=1, description="p at the first step (cosine, window, adaptive), or p throughout (constant)"
+        default=0.95,
+        ge=0,
+        le=1,
+        description="p at the first step (cosine, window, adaptive), or p throughout (constant)",
     )
     low: float = Field(default=0.05, ge=0, le=1, description="p at the last hinted step (cosine, window)")
     until: float = Field(
@@ -44,7 +47,9 @@ class Show(Section):
     )
     cuts: int = Field(default=5, ge=1, description="the solution is cut into at most this many pieces")
     members: int | None = Field(
-        default=None, ge=1, description="so many completions of a group begin with the hint, the others without; null = all"
+        default=None,
+        ge=1,
+        description="so many completions of a group begin with the hint, the others without; null = all",
     )
     target: float = Field(
         default=0.5, ge=0, le=1, description="success rate of a row's group that adaptive and bisection aim at"
@@ -148,7 +153,10 @@ class Likelihood(Section):
         default=0.0, description="weight times exp(this * H), H the policy's mean entropy on completions"
     )
     gate: float | None = Field(
-        default=None, ge=0, lt=1, description="supervise only groups with at most this success rate, in place of their completions"
+        default=None,
+        ge=0,
+        lt=1,
+        description="supervise only groups with at most this success rate, in place of their completions",
     )
     buffer: int = Field(
         default=0, ge=0, description="gated rows wait for an update of their own until so many have come"
@@ -179,13 +187,18 @@ class Inputs(Section):
 
     noise: Literal["none", "uniform", "gaussian", "adversarial"] = "none"
     scale: float = Field(
-        default=5.0, gt=0, description="uniform: NEFTune's alpha; gaussian: signal-to-noise ratio; adversarial: norm a sequence"
+        default=5.0,
+        gt=0,
+        description="uniform: NEFTune's alpha; gaussian: signal-to-noise ratio; adversarial: norm a sequence",
     )
     copy_weight: float = Field(
         default=1.0, gt=0, description="adversarial: weight of the perturbed copy beside the clean one"
     )
     own: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the model's own greedy prediction in a response token's embedding"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the model's own greedy prediction in a response token's embedding",
     )
 
 
@@ -238,9 +251,12 @@ class Model(Section):
         default="auto", description="shared prefixes, or the model's own forward"
     )
     autocast: Literal["none", "sample", "all"] = Field(
-        default="none", description="products in bfloat16 (weights stay float32): nowhere, in sampling, in sampling and training"
+        default="none",
+        description="products in bfloat16 (weights stay float32): nowhere, in sampling, in sampling and training",
     )
-    cuda_graphs: bool = Field(default=True, description="on a GPU, sampling replays recorded steps; false: launches every kernel")
+    cuda_graphs: bool = Field(
+        default=True, description="on a GPU, sampling replays recorded steps; false: launches every kernel"
+    )
     lora: Lora | None = None
 
 

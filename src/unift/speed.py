@@ -34,7 +34,9 @@ class Rates:
     copy: float
 
 
-def _rate(work: Callable[[], object], amount: float, seconds: float = 0.15, wait: Callable[[], object] = lambda: None) -> float:
+def _rate(
+    work: Callable[[], object], amount: float, seconds: float = 0.15, wait: Callable[[], object] = lambda: None
+) -> float:
     """Amount a second of the best of several calls: others' use of the machine only ever slows a call down. ``wait`` ends a
     call that only asked a device for its work."""
     work()
@@ -98,7 +100,9 @@ def budget(config: Config, free: int) -> tuple[int, str] | None:
 def _precision(gain: float) -> Check:
     text = f"products in bfloat16 run {gain:.1f} times as fast as in float32"
     if gain > 1.3:
-        text += "; model.autocast=sample samples with them (logged as sampling/sampling_logp_difference), =all trains too"
+        text += (
+            "; model.autocast=sample samples with them (logged as sampling/sampling_logp_difference), =all trains too"
+        )
     else:
         text += "; stay with model.autocast=none"
     return Check("precision", True, text)
@@ -149,7 +153,9 @@ def checks(config: Config) -> list[Check]:
     ]
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5 * cores():
-        lines.append(Check("load", True, f"{load:.1f} other jobs want the {cores()} cores: measure again when it is quiet"))
+        lines.append(
+            Check("load", True, f"{load:.1f} other jobs want the {cores()} cores: measure again when it is quiet")
+        )
     used = config.threads or torch.get_num_threads()
     said = f"threads={best.threads}" + ("" if used == best.threads else f" (now {used})")
     lines.append(Check("threads", True, f"{said} is the fastest measured; fewer if other work shares the machine"))

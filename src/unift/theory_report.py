@@ -56,7 +56,9 @@ def study(
                         "branching": branching,
                         "height": height,
                         "median": float(np.median(found)),
-                        "quantiles": dict(zip(map(str, QUANTILES), np.quantile(found, QUANTILES, method="nearest").tolist())),
+                        "quantiles": dict(
+                            zip(map(str, QUANTILES), np.quantile(found, QUANTILES, method="nearest").tolist())
+                        ),
                         "queries": found.tolist(),
                     }
                 )
@@ -163,7 +165,13 @@ def table(result: dict[str, Any]) -> str:
     for branching in result["settings"]["branchings"]:
         labels = [m.label for m in METHODS]
         head = ["H", *labels, f"{branching}^H/4", "exhaustive", "guarantee", "SFT steps"]
-        lines += ["", f"**B = {branching}**", "", "| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+        lines += [
+            "",
+            f"**B = {branching}**",
+            "",
+            "| " + " | ".join(head) + " |",
+            "|---" + "|---:" * (len(head) - 1) + "|",
+        ]
         for tree in (t for t in result["trees"] if t["branching"] == branching):
             row = [str(tree["height"])]
             for method in METHODS:
@@ -180,7 +188,9 @@ def table(result: dict[str, Any]) -> str:
     for f in result["fits"]:
         text = f"{f['slope']:.2f} [{f['low']:.2f}, {f['high']:.2f}]"
         law = f"queries ~ {f['branching']}^({text} H)" if f["method"] == "rft" else f"queries ~ H^{text}"
-        lines.append(f"- B = {f['branching']}, {label[f['method']]}: {law}, H = {f['heights'][0]} to {f['heights'][-1]}")
+        lines.append(
+            f"- B = {f['branching']}, {label[f['method']]}: {law}, H = {f['heights'][0]} to {f['heights'][-1]}"
+        )
     lines += ["", "Where UFT (beta = 0) becomes cheaper than RFT:", ""]
     for branching, height in result["crossovers"].items():
         where = f"from H = {height} on" if height else "not among these heights"
@@ -205,7 +215,9 @@ def figure(result: dict[str, Any], path: Path) -> None:
 
     branchings = result["settings"]["branchings"]
     width = 1.2 + 4.1 * len(branchings)
-    chart, axes = plt.subplots(1, len(branchings), figsize=(width, 5.6), sharey=True, squeeze=False, constrained_layout=True)
+    chart, axes = plt.subplots(
+        1, len(branchings), figsize=(width, 5.6), sharey=True, squeeze=False, constrained_layout=True
+    )
     handles: dict[str, Any] = {}
     for axis, branching in zip(axes[0], branchings):
         heights = np.array(result["settings"]["heights"], dtype=float)
@@ -255,7 +267,11 @@ def _annotate(axis: Any, result: dict[str, Any], branching: int) -> None:
     lines = [f"fitted for $H \\geq {FIT_FROM}$:"] if fits else []
     for name, text in (("rft", "RFT"), ("uft-0", "UFT, beta = 0"), ("uft", "UFT, beta = 0.001"), ("r3", "R3")):
         if name in fits:
-            power = f"{branching}^{{{fits[name]['slope']:.2f}\\,H}}" if name == "rft" else f"H^{{{fits[name]['slope']:.2f}}}"
+            power = (
+                f"{branching}^{{{fits[name]['slope']:.2f}\\,H}}"
+                if name == "rft"
+                else f"H^{{{fits[name]['slope']:.2f}}}"
+            )
             lines.append(f"{text} ~ ${power}$")
     tree = max((t for t in result["trees"] if t["branching"] == branching), key=lambda t: t["height"])
     mantissa, exponent = number(tree["guarantee"]).split("e")

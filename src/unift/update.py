@@ -63,7 +63,9 @@ def prepare(
     for number, packs in enumerate(updates):
         with torch.no_grad():
             if number > 0 or settings.train.epochs > 1:
-                packs[:] = [replace(p, old_S=logprobs(policy, p, settings.sample.temperature)[0].double()) for p in packs]
+                packs[:] = [
+                    replace(p, old_S=logprobs(policy, p, settings.sample.temperature)[0].double()) for p in packs
+                ]
             if reference is not None:
                 packs[:] = reference_logprobs(reference, packs)
     return updates * settings.train.epochs

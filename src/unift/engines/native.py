@@ -71,7 +71,9 @@ def _members(request: Request) -> int:
     return 1 if request.uniforms_GL is None else len(request.uniforms_GL)
 
 
-def _chooser(requests: Sequence[Request], g: int, max_tokens: int, temperature: float, device: torch.device) -> Callable:
+def _chooser(
+    requests: Sequence[Request], g: int, max_tokens: int, temperature: float, device: torch.device
+) -> Callable:
     """f(logits [N, V], slots [N], t) -> (tokens [N], logps [N]): inverse-CDF sampling, or argmax for greedy requests.
     ``t``, an int or an int64 tensor [1], counts the tokens drawn before."""
     u_BGL = np.full((len(requests), g, max_tokens), -1.0)
@@ -133,7 +135,10 @@ class _Rows:
         some = next(iter(layout.cache.values()))[1]
         capacity = min(self._block(0), max_tokens)
         members = {
-            n: (k.new_zeros(b, k.shape[1], g, capacity, k.shape[2]), v.new_zeros(b, v.shape[1], g, capacity, v.shape[3]))
+            n: (
+                k.new_zeros(b, k.shape[1], g, capacity, k.shape[2]),
+                v.new_zeros(b, v.shape[1], g, capacity, v.shape[3]),
+            )
             for n, (k, v) in layout.cache.items()
         }
         filled_1 = torch.zeros(1, dtype=torch.long, device=device)
@@ -245,9 +250,7 @@ def _run(policy: Policy, requests: Sequence[Request], max_tokens: int, temperatu
 
 
 @torch.no_grad()
-def _run_plain(
-    policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float
-) -> list[list[Sample]]:
+def _run_plain(policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> list[list[Sample]]:
     """As ``_run``, by the model's own forward. The prompts have the same length."""
     device, eos = policy.device, _eos_ids(policy)
     counts = [_members(r) for r in requests]

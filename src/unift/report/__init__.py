@@ -31,6 +31,8 @@ def write(source: Path, out: Path | None = None) -> Path:
     else:
         from unift.report.comparison import comparison_page
 
-        page = comparison_page(source.name or source.resolve().name, [gather.read_run(folder, 2, 2, 3) for folder in runs])
+        page = comparison_page(
+            source.name or source.resolve().name, [gather.read_run(folder, 2, 2, 3) for folder in runs]
+        )
     write_atomic(out, page)
     return out

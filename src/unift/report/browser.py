@@ -83,4 +83,3 @@ def cut(text: str) -> Content:
     head, tail = 2 * TEXT // 3, TEXT // 3
     gap = tag("span", f" ... {len(text) - head - tail:,} characters left out ... ", cls="cutoff")
     return [text[:head], gap, text[-tail:]]
-

@@ -20,7 +20,9 @@ POINTS = 400  # of a line; longer runs are averaged over equal stretches of step
 # Placeholders that matplotlib writes into the SVG -> what the page's style sheet defines.
 TEXT, FAINT, GRID = "#010101", "#020202", "#030303"
 COLOURS = {f"c{i}": f"#0404{i:02d}" for i in range(1, 10)}
-NAMES = {TEXT: "currentColor", FAINT: "var(--faint)", GRID: "var(--grid)"} | {v: f"var(--{k})" for k, v in COLOURS.items()}
+NAMES = {TEXT: "currentColor", FAINT: "var(--faint)", GRID: "var(--grid)"} | {
+    v: f"var(--{k})" for k, v in COLOURS.items()
+}
 
 STYLE: Any = {
     "svg.fonttype": "none",

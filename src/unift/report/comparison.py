@@ -27,7 +27,14 @@ def comparison_page(name: str, runs: Sequence[RunData]) -> str:
     blocks = [
         tag("h1", f"Comparison: {name}", " ", _badge(runs)),
         tag("p", _lead(runs, methods), cls="lead"),
-        tag("section", tag("h2", "What came out"), _bars(runs, methods), _table(runs, methods), _readings(runs), id="numbers"),
+        tag(
+            "section",
+            tag("h2", "What came out"),
+            _bars(runs, methods),
+            _table(runs, methods),
+            _readings(runs),
+            id="numbers",
+        ),
         tag("section", tag("h2", "Curves"), sections.grid(_curves(runs, methods, colours)), id="curves"),
         tag("section", tag("h2", "Runs"), [_run(run) for run in runs[:RUNS]], _beyond(runs), id="runs"),
     ]
@@ -89,7 +96,11 @@ def _table(runs: Sequence[RunData], methods: Sequence[str]) -> Html | None:
         each = " ".join(f"{100 * r['test']['accuracy']:.1f}" for r in measured) or "-"
         fits = [r["train"]["accuracy"] for r in results if r.get("train")]
         row: list[Content] = [method, f"{len(results)}", each, words.percent(mean(fits)) if fits else "-"]
-        for name, text in (("tokens_sampled", words.count), ("tokens_trained", words.count), ("seconds", words.duration)):
+        for name, text in (
+            ("tokens_sampled", words.count),
+            ("tokens_trained", words.count),
+            ("seconds", words.duration),
+        ):
             values = [float(r[name]) for r in results if name in r]
             row.append(text(mean(values)) if values else "-")
         rows.append(row)

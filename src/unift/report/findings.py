@@ -42,7 +42,10 @@ def latest(run: RunData) -> tuple[Mapping[str, Any], int] | None:
 def _outcome(run: RunData) -> tuple[str, str] | None:
     now, base = latest(run), run.base
     if now is None or base is None:
-        return PLAIN, "There are no held-out rows (data.test), so what was learned beyond the training rows is not known."
+        return (
+            PLAIN,
+            "There are no held-out rows (data.test), so what was learned beyond the training rows is not known.",
+        )
     after, step = now
     gain = 100 * (after["accuracy"] - base["accuracy"])
     text = (
@@ -77,7 +80,9 @@ def _learning(run: RunData) -> list[tuple[str, str] | None]:
         )  # fmt: skip
     flat, wrong, right = (at_end(run, n) for n in ("frac_reward_zero_std", "groups/all_wrong", "groups/all_right"))
     if flat is not None and wrong is not None and right is not None and flat > 0.8:
-        cause = "mostly since every completion was right" if right > wrong else "mostly since every completion was wrong"
+        cause = (
+            "mostly since every completion was right" if right > wrong else "mostly since every completion was wrong"
+        )
         done = right > wrong and right > 0.8
         found.append(
             (PLAIN if done else WATCH, f"In the last tenth of the steps {percent(flat)} of the groups had equal scores and so "
@@ -111,7 +116,9 @@ def _update(run: RunData) -> list[tuple[str, str] | None]:
         found.append((WATCH, "A loss or gradient was not finite and stopped the run; the batch is in nonfinite/."))
     cut = at_end(run, "completions/clipped_ratio")
     if cut is not None and cut > 0.1:
-        found.append((WATCH, f"{percent(cut)} of the completions at the end were cut at the length limit (sample.max_tokens)."))
+        found.append(
+            (WATCH, f"{percent(cut)} of the completions at the end were cut at the length limit (sample.max_tokens).")
+        )
     gap = at_end(run, "sampling/sampling_logp_difference/mean")
     if gap is not None and gap > 0.02:
         found.append(
@@ -140,7 +147,9 @@ def _speed(run: RunData) -> list[tuple[str, str] | None]:
     text = "Time went to " + ", ".join(f"{name} {percent(s / total)}" for name, s in parts)
     shared = series(run.metrics, "tokens/shared_ratio")[1]
     if len(shared) and shared.mean() > 0.005:
-        text += f"; computing prompt and hint once a group saved {percent(float(shared.mean()))} of the tokens of an update"
+        text += (
+            f"; computing prompt and hint once a group saved {percent(float(shared.mean()))} of the tokens of an update"
+        )
     return [(PLAIN, text + ".")]
 
 

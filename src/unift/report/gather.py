@@ -179,7 +179,9 @@ def _preset(method: str) -> dict[str, Any]:
     return yaml.safe_load(configuration.preset_text(method)) or {} if method in configuration.preset_names() else {}
 
 
-def _compared(tree: Mapping[str, Any], defaults: Mapping[str, Any], preset: Mapping[str, Any], head: str = "") -> list[Setting]:
+def _compared(
+    tree: Mapping[str, Any], defaults: Mapping[str, Any], preset: Mapping[str, Any], head: str = ""
+) -> list[Setting]:
     known, planned, found = flat(defaults), flat(preset), []
     for key, value in flat(tree).items():
         default = known.get(key)

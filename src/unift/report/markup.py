@@ -47,7 +47,9 @@ def tag(name: str, *content: Content, **attributes: str | bool | None) -> Html:
     return Html(f"<{opened}>{render(content)}</{name}>")
 
 
-def table(head: Sequence[Content], rows: Iterable[Sequence[Content]], numeric: Sequence[int] = (), cls: str = "") -> Html:
+def table(
+    head: Sequence[Content], rows: Iterable[Sequence[Content]], numeric: Sequence[int] = (), cls: str = ""
+) -> Html:
     """``numeric``: columns set to the right. Wide tables scroll in their own box."""
 
     def cells(kind: str, row: Sequence[Content]) -> list[Html]:

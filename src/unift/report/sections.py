@@ -34,7 +34,9 @@ def cards(run: RunData) -> Html:
     if now:
         after, step = now
         when = "" if run.result else f", at step {step:,}"
-        found.append((words.percent(after["accuracy"]), f"held-out accuracy, no hint ({words.interval_text(after)}{when})"))
+        found.append(
+            (words.percent(after["accuracy"]), f"held-out accuracy, no hint ({words.interval_text(after)}{when})")
+        )
         if base:
             gain = 100 * (after["accuracy"] - base["accuracy"])
             found.append((f"{gain:+.1f}", f"points against the base ({words.percent(base['accuracy'])})"))
@@ -82,7 +84,13 @@ def bar(label: Content, a: Mapping[str, Any], muted: bool = False) -> Html:
     marks = [tag("i", style=f"left:{low:.2f}%;width:{high - low:.2f}%"), tag("b", style=f"left:{middle:.2f}%")]
     of = f", n = {a['n']:,}" if "n" in a else ""
     value = tag("span", words.percent(a["accuracy"]), " ", tag("small", f"{words.interval_text(a)}{of}"), cls="value")
-    return tag("div", tag("span", label, cls="label"), tag("div", marks, cls="track muted" if muted else "track"), value, cls="bar")
+    return tag(
+        "div",
+        tag("span", label, cls="label"),
+        tag("div", marks, cls="track muted" if muted else "track"),
+        value,
+        cls="bar",
+    )
 
 
 def readings(run: RunData) -> Html:
@@ -191,7 +199,8 @@ def time_bar(run: RunData) -> Html | None:
     total = sum(spent.values())
     parts = [tag("i", cls=SPLIT[n], style=f"width:{100 * s / total:.2f}%") for n, s in spent.items()]
     names = [
-        tag("span", tag("i", cls=SPLIT[n]), f"{n} {words.duration(s)} ({words.percent(s / total)})") for n, s in spent.items()
+        tag("span", tag("i", cls=SPLIT[n]), f"{n} {words.duration(s)} ({words.percent(s / total)})")
+        for n, s in spent.items()
     ]
     return Html(tag("div", parts, cls="split") + tag("div", names, cls="split-legend"))
 
@@ -206,7 +215,9 @@ def _split_lines(run: RunData) -> list[Line]:
     return [Line(p, SPLIT[p], x, y) for p, y in named.items() if len(y) and y.sum() > 0.005 * whole.sum()]
 
 
-def _line(run: RunData, name: str, label: str, colour: str, raw: bool = False, unit: float = 1.0, dashed: bool = False) -> Line:
+def _line(
+    run: RunData, name: str, label: str, colour: str, raw: bool = False, unit: float = 1.0, dashed: bool = False
+) -> Line:
     return Line(label, colour, *series(run.metrics, name, unit), raw=raw, dashed=dashed)
 
 
@@ -240,7 +251,10 @@ def settings_tables(run: RunData) -> Html:
         own = [s for s in found if s.origin == origin]
         if not own:
             continue
-        rows = [[tag("code", s.key), tag("code", s.value), *([tag("code", s.default)] if origin != "default" else [])] for s in own]
+        rows = [
+            [tag("code", s.key), tag("code", s.value), *([tag("code", s.default)] if origin != "default" else [])]
+            for s in own
+        ]
         head = ["setting", "value", "default"][: 2 if origin == "default" else 3]
         body = table(head, rows)
         if origin == "default":

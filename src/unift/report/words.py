@@ -54,7 +54,9 @@ def _rows(settings: Mapping[str, Any]) -> str:
 
 def _stretch(s: Config | Phase) -> str:
     show, sample = s.show, s.sample
-    parts = [f"{s.train.prompts} prompts" + (f" with {sample.completions} completions each" if sample.completions else "")]
+    parts = [
+        f"{s.train.prompts} prompts" + (f" with {sample.completions} completions each" if sample.completions else "")
+    ]
     if sample.completions == 0:
         parts.append("no sampling, the whole solution is learned" if s.likelihood.tokens == "demo" else "no sampling")
     elif show.schedule == "none":

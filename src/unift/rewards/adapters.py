@@ -282,7 +282,7 @@ def _number(value: Any, what: str) -> float:
     if hasattr(type(value), "__float__"):  # numbers of any library, but not text
         try:
             number = float(value)
-        except Exception as error:  # noqa: BLE001 - another library's __float__
+        except Exception as error:
             raise BadValue(f"{what} {_brief(value)}; expected one number ({described(error)})") from None
         if math.isfinite(number):
             return number
@@ -292,7 +292,7 @@ def _number(value: Any, what: str) -> float:
 def _brief(value: Any) -> str:
     try:
         text = repr(value)
-    except Exception:  # noqa: BLE001 - another library's __repr__
+    except Exception:
         text = "?"
     return f"{type(value).__name__} {text[:80]}" if value is not None else "None"
 
@@ -305,7 +305,7 @@ def described(error: BaseException) -> str:
     """One line: type, message and the place in the file where it was raised."""
     try:
         text = f"{type(error).__name__}: {error}"[:500]
-    except Exception:  # noqa: BLE001 - the exception's own __str__
+    except Exception:
         text = type(error).__name__
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -115,7 +115,7 @@ class Scorer:
         self._pids: set[int] = set()  # of workers whose process group may still have members
         self._kind = ""
 
-    def __enter__(self) -> Scorer:  # noqa: PYI034 - Self is 3.11
+    def __enter__(self) -> Scorer:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -118,7 +118,7 @@ def work(setup: Setup, payload: bytes, journal: str) -> None:
             items: list[Item] = pickle.loads(payload)
         except RewardError as error:
             return write("unloadable", str(error))
-        except Exception as error:  # noqa: BLE001 - the row's classes, the limit: whatever it is, the parent is told
+        except Exception as error:
             return write("unloadable", f"reward {setup.spec!r}: a worker could not begin ({described(error)})")
         reward = _LOADED[setup]
         write("ready", reward.kind)
@@ -142,7 +142,7 @@ def _attempt(reward: Reward, completion: str, row: Row, hint: str) -> tuple[Any,
         return "bad value", str(error)
     except MemoryError as error:
         return "crash", f"out of memory ({described(error)})"
-    except BaseException as error:  # noqa: BLE001 - sys.exit() in a reward is a failed score, too
+    except BaseException as error:
         return "exception", described(error)
 
 

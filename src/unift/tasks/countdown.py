@@ -119,7 +119,9 @@ def _combine(
     return pool[0][0], lines, pool[0][1]
 
 
-def _row(given: list[int], target: int, lines: list[tuple[str, str, str, str]], final: str, style: str, index: int) -> Row:
+def _row(
+    given: list[int], target: int, lines: list[tuple[str, str, str, str]], final: str, style: str, index: int
+) -> Row:
     answer, extra = {"numbers": given, "target": target}, {"index": index}
     if style == "short":
         prompt = f"{' '.join(map(str, given))} = {target}:"

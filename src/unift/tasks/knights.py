@@ -34,7 +34,7 @@ SAYINGS = (
     '{name} said, "{claim}".',
     '{name} stated, "{claim}".',
     '{name} remarked, "{claim}".',
-    '{name} told you that {claim}.',
+    "{name} told you that {claim}.",
     'According to {name}, "{claim}".',
     '"{claim}," {name} declared.',
 )
@@ -137,7 +137,9 @@ def read_statements(row: Row) -> tuple[Statement, ...]:
         statements = ast.literal_eval(raw) if isinstance(raw, str) else raw
         checked = tuple(_check(statement, count) for statement in statements)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise DataError(f"row {row.id!r}, column 'answer': statements {str(raw)[:200]!r} cannot be read: {error}") from None
+        raise DataError(
+            f"row {row.id!r}, column 'answer': statements {str(raw)[:200]!r} cannot be read: {error}"
+        ) from None
     if len(checked) != count:
         raise DataError(f"row {row.id!r}, column 'answer': {len(checked)} statements for {count} names.")
     return checked
@@ -261,7 +263,7 @@ def _draw_statement(rng: np.random.Generator, count: int) -> Statement:
 
 
 def _list(names: Sequence[str]) -> str:
-    """"A", "A and B", "A, B, and C"."""
+    """ "A", "A and B", "A, B, and C"."""
     if len(names) < 3:
         return " and ".join(names)
     return f"{', '.join(names[:-1])}, and {names[-1]}"

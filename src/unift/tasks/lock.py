@@ -27,9 +27,7 @@ CODES = 10  # one digit each
 END = "."
 
 
-def make(
-    seed: int, index: int, *, length: int = 4, letters: int = 10, keys: int = 10, table_seed: int = 0
-) -> Row:
+def make(seed: int, index: int, *, length: int = 4, letters: int = 10, keys: int = 10, table_seed: int = 0) -> Row:
     """Problem ``index`` of this seed: letters drawn with repetition, the reference opens it with a random key."""
     word, key, _ = _draw("lock", seed, index, length, letters, keys)
     table = code_table(table_seed)

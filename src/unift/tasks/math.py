@@ -49,7 +49,9 @@ def score(completion: str, row: Row, *, hint: str = "", format_score: float = 0.
     if "$" in formula.replace("\\$", "") or "\\boxed" in formula:
         return verdict(False, False, format_score, "more than one formula")
     if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("task 'math' must be scored in the main thread of a worker process (math-verify uses SIGALRM)")
+        raise RuntimeError(
+            "task 'math' must be scored in the main thread of a worker process (math-verify uses SIGALRM)"
+        )
     read, note = _read(formula)
     if not read:
         return verdict(False, False, format_score, f"cannot read the answer: {note}")
