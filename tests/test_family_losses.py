@@ -437,9 +437,9 @@ def test_bisection_is_adaback():
     """pass / fail / pass at .6, .3, .45 from [0, 1] -> [0, .6], [.3, .6], [0, .45] (methods.md 3.4)."""
     show, state = settings("adaback").show, None
     for shown, success, expected in ((0.6, 1.0, (0, 0.6)), (0.3, 0.0, (0.3, 0.6)), (0.45, 1.0, (0, 0.45))):
-        state = hints.advance(show, state, shown, success)
+        state = hints.advance(show, state, hints.Seen(shown, success))
         assert state == pytest.approx(expected)
-    u = [hints.share(show, 0, s, 300, "r", (0.2, 0.4)) for s in range(300)]
+    u = [hints.share(show, hints.At(0, s, 300, "r"), (0.2, 0.4)) for s in range(300)]
     assert 0.2 <= min(u) < 0.22 and 0.38 < max(u) < 0.4 and np.mean(u) == pytest.approx(0.3, abs=0.01)
 
 
@@ -449,11 +449,11 @@ def test_adaptive_length_settles_where_the_target_succeeds():
     for start in (0.0, 1.0):
         state = (start, start)
         for _ in range(60):
-            state = hints.advance(show, state, 0.0, state[0])
+            state = hints.advance(show, state, hints.Seen(0.0, state[0]))
         assert state[0] == pytest.approx(0.5, abs=0.01)
-    assert hints.advance(show, None, 0.0, 0.0) == (1.0, 1.0)
-    assert hints.advance(show, (0.05, 0.05), 0.0, 1.0) == (0.0, 0.0)
-    k = [hints.draw(show, 0, s, 100, "r", 9, (0.3, 0.3)) for s in range(100)]
+    assert hints.advance(show, None, hints.Seen(0.0, 0.0)) == (1.0, 1.0)
+    assert hints.advance(show, (0.05, 0.05), hints.Seen(0.0, 1.0)) == (0.0, 0.0)
+    k = [hints.draw(show, hints.At(0, s, 100, "r"), 9, (0.3, 0.3)) for s in range(100)]
     assert np.mean(k) == pytest.approx(1.5, abs=0.35)
 
 
@@ -471,14 +471,11 @@ def test_memory_moves_only_the_rows_that_were_seen():
 def test_window_of_prefix_rft():
     """u ~ U(low(t), .95): low from .95 to 0 by a cosine over the run."""
     show = settings("prefix-rft").show
-    assert hints.window_floor(show, 0, 1000) == pytest.approx(0.95, abs=1e-4)
-    assert hints.window_floor(show, 499, 1000) == pytest.approx(0.475) and hints.window_floor(
-        show, 999, 1000
-    ) == pytest.approx(0)
+    low = {step: hints.window(show, hints.At(0, step, 1000, ""), (0.0, 1.0))[0] for step in (0, 499, 999)}
+    assert low == {0: pytest.approx(0.95, abs=1e-4), 499: pytest.approx(0.475), 999: pytest.approx(0)}
     for step in (0, 499, 999):
-        u = [hints.share(show, 0, step, 1000, f"r{i}") for i in range(2000)]
-        low = hints.window_floor(show, step, 1000)
-        assert low <= min(u) and max(u) <= 0.95 and np.mean(u) == pytest.approx((low + 0.95) / 2, abs=0.02)
+        u = [hints.share(show, hints.At(0, step, 1000, f"r{i}")) for i in range(2000)]
+        assert low[step] <= min(u) and max(u) <= 0.95 and np.mean(u) == pytest.approx((low[step] + 0.95) / 2, abs=0.02)
 
 
 def test_hints_in_tokens_never_reach_the_ending():

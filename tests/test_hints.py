@@ -11,6 +11,7 @@ import pytest
 
 from unift import hints
 from unift.config import Show
+from unift.hints import At
 from unift.types import ConfigError
 
 COSINE = Show(schedule="cosine", high=0.95, low=0.05, until=0.6, cuts=5)
@@ -26,7 +27,7 @@ SEPARATORS = {
 
 
 def many(show, step, n, n_steps=9, total=500, seed=0):
-    return np.array([hints.draw(show, seed, step, total, f"row{i}", n_steps) for i in range(n)])
+    return np.array([hints.draw(show, At(seed, step, total, f"row{i}"), n_steps) for i in range(n)])
 
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -101,7 +102,7 @@ def test_draws_differ_between_seeds_steps_and_rows():
 def test_draws_are_pure():
     """Any order, any process: the same hints. So with workers, and after a resume."""
     calls = [(step, f"row{i}") for step in (0, 7, 149, 298, 299, 300) for i in range(9)]
-    draw = lambda c: hints.draw(COSINE, 3, c[0], 500, c[1], 9)  # noqa: E731
+    draw = lambda c: hints.draw(COSINE, At(3, c[0], 500, c[1]), 9)  # noqa: E731
     forward = [draw(c) for c in calls]
     assert [draw(c) for c in reversed(calls)][::-1] == forward
     np.random.seed(5)
@@ -109,7 +110,7 @@ def test_draws_are_pure():
     code = (
         "import json, sys; from unift import hints; from unift.config import Show; "
         f"show = Show.model_validate_json({COSINE.model_dump_json()!r}); "
-        "print(json.dumps([hints.draw(show, 3, s, 500, r, 9) for s, r in json.load(sys.stdin)]))"
+        "print(json.dumps([hints.draw(show, hints.At(3, s, 500, r), 9) for s, r in json.load(sys.stdin)]))"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], input=json.dumps(calls), capture_output=True, text=True, check=True
@@ -134,7 +135,7 @@ def test_staircase_has_equal_stages(n_steps, total):
     """From the whole solution down to nothing, one cut at a time, stages equal up to one step for every num."""
     show = Show(schedule="staircase", until=0.6, cuts=5)
     num, t_hint = min(5, n_steps), round(0.6 * total)
-    k = [hints.draw(show, 0, s, total, "r", n_steps) for s in range(total)]
+    k = [hints.draw(show, At(0, s, total, "r"), n_steps) for s in range(total)]
     lengths = [k[:t_hint].count(v) for v in range(num + 1)]
     assert k == sorted(k, reverse=True) and k[0] == num and k[t_hint - 1] == 0 and set(k[t_hint:]) == {0}
     assert sum(lengths) == t_hint and max(lengths) - min(lengths) <= 1

@@ -23,7 +23,7 @@ def test_draws_are_pure():
 
     def drawn(step):
         rows = hints.rows_of_step(3, step, 4, 10)
-        cuts = [hints.draw(COSINE, 3, step, 50, f"row{r}", 9) for r in rows]
+        cuts = [hints.draw(COSINE, hints.At(3, step, 50, f"row{r}"), 9) for r in rows]
         return (
             rows,
             cuts,
@@ -48,7 +48,7 @@ def test_rows_of_step():
 @pytest.mark.parametrize("t", [1, 150, 300])
 def test_mean_of_many_draws(t):
     """1.14, item 1: 100,000 draws, mean within 3 sigma of num * p(t)."""
-    k = np.array([hints.draw(COSINE, 0, t - 1, 500, f"row{i}", 9) for i in range(100_000)])
+    k = np.array([hints.draw(COSINE, hints.At(0, t - 1, 500, f"row{i}"), 9) for i in range(100_000)])
     p = hints.probability(COSINE, t - 1, 500)
     assert abs(k.mean() - 5 * p) < 3 * np.sqrt(5 * p * (1 - p) / len(k))
 

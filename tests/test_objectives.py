@@ -219,7 +219,7 @@ def sampled(policy, config, step, total, rows=4, g=4):
     gen = np.random.default_rng(3)
     for i in range(rows):
         prompt, solution = gen.integers(2, 37, 4 + i).tolist(), gen.integers(2, 37, 5).tolist()
-        k = hints.draw(config.show, 0, step, total, f"r{i}", 5)
+        k = hints.draw(config.show, hints.At(0, step, total, f"r{i}"), 5)
         hint = solution[: hints.separators(5, config.show.cuts)[k]]
         request = Request(prompt + hint, rng.uniforms("sample", 0, step, f"r{i}", shape=(g, 7)))
         samples = generate(policy, [request], 7, config.sample.temperature)[0]

@@ -13,8 +13,8 @@ from unift.config import Config, Phase
 from unift.encode import Encoded
 from unift.memory import Memory
 from unift.policy import Policy
-from unift.settings import SEQUENCE_LOSSES
 from unift.types import Group
+from unift.words import BASELINES, LOSSES
 
 Score = Callable[[PackedBatch], Tensor]  # log-probs of a pack
 
@@ -36,7 +36,7 @@ def items(
     """
     demos = [encoded[g.row].solution for g in groups] if needs.demonstrations(settings) else None
     made = items_of(groups, [credit.group_advantages(g, settings) for g in groups], demos, settings, address)
-    if settings.policy.loss in SEQUENCE_LOSSES:
+    if LOSSES[settings.policy.loss].sequences:
         return preference.label(made, groups, settings, [rejected[g.row] for g in groups])
     if not returns.active(settings):
         return made
@@ -44,13 +44,11 @@ def items(
     def logps(batch: PackedBatch) -> Tensor:
         return policies.logprobs(policy, batch.to(policy.device), settings.sample.temperature)[0]
 
-    in_reward = settings.reference.kl != 0 and settings.reference.into == "reward"
-    compared = settings.credit.baseline == "partition" and settings.credit.score == "ratio"
     ref = None
-    if in_reward or compared:
+    if returns.kl_in_reward(settings) or needs.compared(settings):
         assert reference is not None
         ref = returns.measured(lambda b: reference(b.to(policy.device)), made, settings)
-    if settings.credit.baseline == "partition":
+    if BASELINES[settings.credit.baseline].solution:
         return partition.spread(made, settings, returns.measured(logps, made, settings), ref, memory.partition)
     values = None
     if policy.critic is not None:

@@ -9,7 +9,7 @@ Shapes: T forwarded tokens, S loss positions (one per supervised token), B group
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unift import words
 from unift.attention import PackedLayout
 from unift.config import Config, Phase
-from unift.settings import SEQUENCE_LOSSES
 from unift.types import Group
 
 COMPLETION, HINT, DEMO, OWN = 1, 2, 3, 4  # OWN: a sampled completion that is supervised like a demonstration
@@ -106,8 +106,8 @@ def items_of(
         waits = False
         if settings is not None:
             gate, waits = settings.likelihood.gate, settings.likelihood.buffer > 0
-            own = settings.likelihood.keep if "own" in settings.likelihood.tokens else None
-            push, as_member = settings.policy.loss != "none", settings.sample.demonstration
+            own = settings.likelihood.keep if words.TOKENS[settings.likelihood.tokens].own else None
+            push, as_member = words.LOSSES[settings.policy.loss].pushes, settings.sample.demonstration
         failed = gate is not None and fails(group, gate)
         supervised = gate is None or (failed and not waits)
         members = []
@@ -133,39 +133,86 @@ def fails(group: Group, gate: float) -> bool:
     return any(s.score is not None for s in group.samples) and success_rate(group) <= gate
 
 
-def kept(group: Group, which: str) -> list[list[int]]:
+def kept(group: Group, which: words.KeepName) -> list[list[int]]:
     """Own completions that are supervised: ``all``, the ``right`` ones without repeats, or the first of those."""
     scored = [s for s in group.samples if s.tokens and s.score is not None]
-    if which == "all":
-        return [s.tokens for s in scored]
     right = list(dict.fromkeys(tuple(s.tokens) for s in scored if s.score is not None and s.score.right))
-    return [list(t) for t in (right[:1] if which == "one_right" else right)]
+    return [list(tokens) for tokens in KEEPS[which]([tuple(s.tokens) for s in scored], right)]
+
+
+Texts = list[tuple[int, ...]]
+KEEPS: Mapping[words.KeepName, Callable[[Texts, Texts], Texts]] = {  # (all, right ones without repeats) -> those kept
+    "all": lambda everything, right: everything,
+    "right": lambda everything, right: right,
+    "one_right": lambda everything, right: right[:1],
+}
 
 
 # ---------------------------------------------------------------------------------------------- normalisers
 
 
-def _unit_weights(lengths: Sequence[Sequence[int]], norm: str, max_tokens: int, micro: int | None) -> list[list[float]]:
-    """1/Z of every token of each sequence, sequences listed per item (methods.md section 0, aggregators).
+@dataclass(frozen=True)
+class Counts:
+    """What a normaliser may count, over one optimizer batch. ``items[i]``: tokens of each sequence of item i."""
 
-    Z is counted over all the items given, which is one optimizer batch; so the cut into micro-batches cannot matter.
-    microbatch_token_mean reproduces the official code: token mean inside each run of ``micro`` items, then the mean
-    over those runs (a run without such tokens dilutes).
-    """
-    sequences = sum(1 for item in lengths for n in item if n)
-    tokens = sum(map(sum, lengths))
-    if norm == "microbatch_token_mean":
-        assert micro is not None
-        runs = [lengths[i : i + micro] for i in range(0, len(lengths), micro)]
-        totals = [max(sum(map(sum, run)), 1) for run in runs]
-        return [[1.0 / (len(runs) * totals[i // micro])] * len(item) for i, item in enumerate(lengths)]
-    weight = {
-        "token_mean": lambda n: 1.0 / tokens,
-        "seq_mean_token_mean": lambda n: 1.0 / (sequences * n),
-        "seq_mean_token_sum": lambda n: 1.0 / sequences,
-        "seq_mean_token_sum_norm": lambda n: 1.0 / (sequences * max_tokens),
-    }[norm]
-    return [[weight(n) if n else 0.0 for n in item] for item in lengths]
+    items: Sequence[Sequence[int]]
+    max_tokens: int
+    micro: int | None
+
+    @property
+    def sequences(self) -> int:
+        return sum(1 for item in self.items for n in item if n)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(sum, self.items))
+
+
+def _alike(of: Callable[[Counts], Callable[[int], float]]) -> Callable[[Counts], list[list[float]]]:
+    """A normaliser that looks at a sequence's length and at the counts of the whole batch."""
+
+    def weights(counts: Counts) -> list[list[float]]:
+        weight = of(counts)
+        return [[weight(n) if n else 0.0 for n in item] for item in counts.items]
+
+    return weights
+
+
+def _by_microbatch(counts: Counts) -> list[list[float]]:
+    """As the official code of UFT: token mean inside each run of ``micro`` items, then the mean over those runs (a run
+    without such tokens dilutes)."""
+    lengths, micro = counts.items, counts.micro
+    if micro is None:
+        raise ValueError("norm microbatch_token_mean needs train.micro_prompts")
+    runs = [lengths[i : i + micro] for i in range(0, len(lengths), micro)]
+    totals = [max(sum(map(sum, run)), 1) for run in runs]
+    return [[1.0 / (len(runs) * totals[i // micro])] * len(item) for i, item in enumerate(lengths)]
+
+
+def _token_mean(counts: Counts) -> Callable[[int], float]:
+    tokens = counts.tokens
+    return lambda n: 1.0 / tokens
+
+
+def _sequence_mean(of: Callable[[int, int], int]) -> Callable[[Counts], Callable[[int], float]]:
+    """1 / (sequences * of(length, max_tokens))."""
+
+    def begin(counts: Counts) -> Callable[[int], float]:
+        sequences, most = counts.sequences, counts.max_tokens
+        return lambda n: 1.0 / (sequences * of(n, most))
+
+    return begin
+
+
+# 1/Z of every token of each sequence, sequences listed per item. Z is counted over all the items of one optimizer batch, so
+# the cut into micro-batches cannot matter.
+NORMS: Mapping[words.NormName, Callable[[Counts], list[list[float]]]] = {
+    "token_mean": _alike(_token_mean),
+    "seq_mean_token_mean": _alike(_sequence_mean(lambda n, most: n)),
+    "seq_mean_token_sum": _alike(_sequence_mean(lambda n, most: 1)),
+    "seq_mean_token_sum_norm": _alike(_sequence_mean(lambda n, most: most)),
+    "microbatch_token_mean": _by_microbatch,
+}
 
 
 @dataclass(frozen=True)
@@ -178,29 +225,33 @@ class Weights:
     own: list[list[float]]
 
 
+def _solution_pushes(settings: Config | Phase) -> bool:
+    """Do tokens of the solution push with the group's advantage, too?"""
+    return settings.policy.off_policy != "none" or words.LOSSES[settings.policy.loss].sequences
+
+
 def _in_policy(member: Member, settings: Config | Phase) -> int:
     """Tokens of a member that push with the group's advantage."""
-    outside = settings.policy.off_policy != "none"  # do tokens of the solution push, too?
     if member.role == COMPLETION:
-        return len(member.tokens) - (0 if outside else member.given)
-    return len(member.tokens) if member.role == DEMO and (outside or settings.policy.loss in SEQUENCE_LOSSES) else 0
+        return len(member.tokens) - (0 if settings.policy.off_policy != "none" else member.given)
+    return len(member.tokens) if member.role == DEMO and _solution_pushes(settings) else 0
 
 
 def weigh(items: Sequence[Item], settings: Config | Phase) -> Weights:
     """Normalisers of one optimizer batch. Hints count once a group: the G copies share it, their mean is the same."""
-    likelihood, kind = settings.likelihood, settings.likelihood.tokens
+    likelihood, kind = settings.likelihood, words.TOKENS[settings.likelihood.tokens]
     micro, max_tokens = settings.train.micro_prompts, settings.sample.max_tokens
     completions = [[_in_policy(m, settings) for m in item.members] for item in items]
     supervised = []
     for item in items:
-        n = len(item.hint) if kind not in ("none", "own") else 0
-        if kind in ("demo", "demo+own"):
+        n = len(item.hint) if kind.hint else 0
+        if kind.demo:
             n += sum(len(m.tokens) for m in item.members if m.role == DEMO)
-        if kind == "hint":
+        if kind.alone:
             n += max((m.given for m in item.members), default=0)
         supervised.append([n if item.supervised else 0, *(len(m.tokens) if m.role == OWN else 0 for m in item.members)])
-    unit = _unit_weights(supervised, likelihood.norm, max_tokens, micro)
-    policy = _unit_weights(completions, settings.policy.norm, max_tokens, micro)
+    unit = NORMS[likelihood.norm](Counts(supervised, max_tokens, micro))
+    policy = NORMS[settings.policy.norm](Counts(completions, max_tokens, micro))
     share = policy_weight(settings)
     scaled = [
         [likelihood.weight * x if k else 0.0 for x, k in zip(w, n)] for w, n in zip(unit, supervised, strict=True)
@@ -222,9 +273,9 @@ def policy_weight(settings: Config | Phase) -> float:
 
 def without_signal(item: Item, settings: Config | Phase) -> bool:
     """True when the completions of this item cannot move the policy: all advantages 0, no KL, no entropy bonus."""
-    pulled = settings.reference.kl != 0 and settings.reference.into == "loss"
-    quiet = not pulled and settings.policy.entropy == 0 and settings.policy.loss not in SEQUENCE_LOSSES
-    quiet = quiet and settings.credit.baseline != "critic"
+    pulled = settings.reference.kl != 0 and not words.INTOS[settings.reference.into].reward
+    quiet = not pulled and settings.policy.entropy == 0 and not words.LOSSES[settings.policy.loss].sequences
+    quiet = quiet and not words.BASELINES[settings.credit.baseline].critic
     return quiet and not any(np.any(m.advantage) for m in item.members if m.role == COMPLETION)
 
 
@@ -261,9 +312,9 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, settings
 
     blank: dict[str, Any] = {**dict.fromkeys("aplke", 0.0), **dict.fromkeys("syrv", math.nan), "q": 0, "pair": -1}
     sequences = 0
-    outside = settings.policy.off_policy != "none" or settings.policy.loss in SEQUENCE_LOSSES
-    shown = settings.likelihood.tokens == "hint"
-    to_loss = settings.reference.into == "loss"
+    outside = _solution_pushes(settings)
+    shown = words.TOKENS[settings.likelihood.tokens].alone
+    to_loss = not words.INTOS[settings.reference.into].reward
     for b, i in enumerate(which):
         item = items[i]
         silent = without_signal(item, settings)

@@ -18,7 +18,6 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from unift.settings import (
-    SEQUENCE_LOSSES,
     Credit,
     Data,
     Eval,
@@ -27,7 +26,6 @@ from unift.settings import (
     Log,
     Lora,
     Model,
-    Norm,
     Phase,
     Policy,
     Reference,
@@ -39,9 +37,10 @@ from unift.settings import (
     Train,
 )
 from unift.types import ConfigError
+from unift.words import ANNEALINGS, BASELINES, LOSSES, NORMS, SCHEDULES, SOURCES, TOKENS
 
 __all__ = [
-    "Config", "Credit", "Inputs", "Likelihood", "Lora", "Model", "Norm", "Phase", "Policy", "Show", "Train", "check",
+    "Config", "Credit", "Inputs", "Likelihood", "Lora", "Model", "Phase", "Policy", "Show", "Train", "check",
     "config_hash", "differences", "numeric_settings", "parse_overrides", "plan", "preset_names", "preset_text", "read_yaml",
     "recipe_names", "recipe_text", "resolve", "to_yaml", "validate",
 ]  # fmt: skip
@@ -246,27 +245,25 @@ def check(config: Config) -> None:
                 f"train.prompts={train.prompts} does not divide into train.updates={train.updates} equal updates; "
                 f"use a multiple of {train.updates}"
             )
-        norms = (phase.policy.norm, phase.likelihood.norm)
-        if "microbatch_token_mean" in norms:
+        counted = [name for name in (phase.policy.norm, phase.likelihood.norm) if NORMS[name].micro]
+        if counted:
             if train.micro_prompts is None:
-                raise ConfigError("norm microbatch_token_mean needs train.micro_prompts (prompts of a micro-batch)")
+                raise ConfigError(f"norm {counted[0]} needs train.micro_prompts (prompts of a micro-batch)")
             if (train.prompts // train.updates) % train.micro_prompts:
                 raise ConfigError(
                     f"train.micro_prompts={train.micro_prompts} does not divide the "
                     f"{train.prompts // train.updates} prompts of an update"
                 )
-        compared = phase.credit.baseline in ("group_mean", "leave_one_out") and phase.policy.loss not in (
-            "none",
-            *SEQUENCE_LOSSES,
-        )
+        loss = LOSSES[phase.policy.loss]
+        compared = BASELINES[phase.credit.baseline].compares and loss.pushes and not loss.sequences
         if sample.completions == 1 and compared and not sample.demonstration:
             raise ConfigError(
                 f"sample.completions=1 leaves baseline {phase.credit.baseline!r} nothing to compare with: every "
                 "advantage would be 0. Use 2 or more, or credit.baseline=none"
             )
         silent = phase.likelihood.tokens == "none" or phase.likelihood.weight == 0
-        pairs = sample.rejected is not None and phase.policy.loss in SEQUENCE_LOSSES
-        if (sample.completions == 0 or phase.policy.loss == "none") and silent and not pairs:
+        pairs = sample.rejected is not None and loss.sequences
+        if (sample.completions == 0 or not loss.pushes) and silent and not pairs:
             raise ConfigError(
                 f"nothing to learn from: sample.completions={sample.completions}, policy.loss={phase.policy.loss} and no "
                 "likelihood. Set likelihood.tokens and likelihood.weight, or sample completions"
@@ -286,20 +283,28 @@ def check(config: Config) -> None:
 def _check_together(phase: Config | Phase) -> None:
     """Settings of different sections that only make sense together."""
     sample, likelihood, g = phase.sample, phase.likelihood, phase.sample.completions
+    schedule, loss, baseline = (
+        SCHEDULES[phase.show.schedule],
+        LOSSES[phase.policy.loss],
+        BASELINES[phase.credit.baseline],
+    )
+    tokens, demonstrated = TOKENS[likelihood.tokens], sample.demonstration
+    falling = ", ".join(name for name, word in SCHEDULES.items() if word.falls)
     wants = [
-        ("own" in likelihood.tokens and g == 0, f"likelihood.tokens={likelihood.tokens} needs sample.completions > 0"),
+        (tokens.own and g == 0, f"likelihood.tokens={likelihood.tokens} needs sample.completions > 0"),
         (likelihood.gate is not None and g == 0, "likelihood.gate needs completions, whose success rate it compares"),
         (
-            likelihood.gate is not None and likelihood.tokens not in ("hint", "demo"),
+            likelihood.gate is not None and not (tokens.hint and not tokens.own),
             f"likelihood.gate chooses groups whose hint or demo is supervised; found likelihood.tokens={likelihood.tokens}",
         ),
         (
-            likelihood.buffer > 0 and (likelihood.gate is None or likelihood.tokens != "demo"),
+            likelihood.buffer > 0 and (likelihood.gate is None or not tokens.demo),
             "likelihood.buffer holds gated rows: it needs likelihood.gate and likelihood.tokens=demo",
         ),
         (
-            likelihood.schedule == "hint" and phase.show.schedule not in ("cosine", "window"),
-            f"likelihood.schedule=hint follows a falling hint; found show.schedule={phase.show.schedule}. Use cosine or window",
+            ANNEALINGS[likelihood.schedule].hint and not schedule.falls,
+            f"likelihood.schedule={likelihood.schedule} follows a falling hint; found show.schedule={phase.show.schedule}. "
+            f"Use one of {falling}",
         ),
         (
             phase.policy.weight == "complement" and likelihood.weight > 1,
@@ -310,16 +315,16 @@ def _check_together(phase: Config | Phase) -> None:
             f"show.members={phase.show.members}, but a group has sample.completions={g}",
         ),
         (
-            sample.demonstration and phase.policy.off_policy == "none" and phase.policy.loss not in SEQUENCE_LOSSES,
+            demonstrated and phase.policy.off_policy == "none" and not loss.sequences,
             "sample.demonstration=true puts the solution into the group: policy.off_policy must say how it pushes",
         ),
         (
-            phase.show.schedule in ("adaptive", "bisection") and g == 0,
+            schedule.follows and g == 0,
             f"show.schedule={phase.show.schedule} follows the success of completions; sample.completions is 0",
         ),
         (
-            phase.show.unit == "tokens" and phase.show.schedule == "staircase",
-            "show.schedule=staircase counts cuts: use show.unit=cuts",
+            phase.show.unit == "tokens" and schedule.counts,
+            f"show.schedule={phase.show.schedule} counts cuts: use show.unit=cuts",
         ),
         (
             (phase.inputs.noise != "none" or phase.inputs.own > 0) and g > 0,
@@ -331,31 +336,31 @@ def _check_together(phase: Config | Phase) -> None:
             f"inputs.noise={phase.inputs.noise} and inputs.own={phase.inputs.own} both change the embeddings; keep one",
         ),
         (
-            sample.refill > 0 and (phase.policy.loss == "none" or phase.credit.baseline == "partition"),
+            sample.refill > 0 and not (loss.pushes and baseline.scores),
             "sample.refill replaces groups whose scores are all equal; here the policy stream does not look at scores",
         ),
         (
-            phase.policy.loss in SEQUENCE_LOSSES and phase.policy.norm != "seq_mean_token_sum",
+            loss.sequences and not NORMS[phase.policy.norm].sequences,
             f"policy.loss={phase.policy.loss} counts sequences: use policy.norm=seq_mean_token_sum",
         ),
         (
-            sample.rejected is not None and (phase.policy.loss not in SEQUENCE_LOSSES or not sample.demonstration),
+            sample.rejected is not None and not (loss.sequences and demonstrated),
             "sample.rejected names what the solution is preferred to: it needs policy.loss=dpo or una and "
             "sample.demonstration=true",
         ),
         (
-            phase.policy.loss in SEQUENCE_LOSSES and likelihood.tokens != "none",
+            loss.sequences and likelihood.tokens != "none",
             f"policy.loss={phase.policy.loss} has the solution as a member (sample.demonstration); set likelihood.tokens=none",
         ),
         (
-            phase.credit.baseline == "partition"
-            and not (sample.demonstration and sample.source == "reference" and g > 0),
-            "credit.baseline=partition sets the solution against completions of the reference: it needs "
+            baseline.solution and not (demonstrated and SOURCES[sample.source].reference and g > 0),
+            f"credit.baseline={phase.credit.baseline} sets the solution against completions of the reference: it needs "
             "sample.demonstration=true, sample.source=reference and completions",
         ),
         (
-            phase.credit.baseline == "partition" and sample.temperature != 1,
-            "credit.baseline=partition divides by the reference's own probability of a completion: sample.temperature must be 1",
+            baseline.solution and sample.temperature != 1,
+            f"credit.baseline={phase.credit.baseline} divides by the reference's own probability of a completion: "
+            "sample.temperature must be 1",
         ),
     ]
     for wrong, text in wants:

@@ -3,13 +3,26 @@ tokens (a critic, a KL in the reward, whitening over a batch) is in ``returns.py
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from unift.words import BASELINES, BaselineName
+
 if TYPE_CHECKING:
     from unift.config import Config, Credit, Phase
     from unift.types import Group
+
+
+RULES: Mapping[BaselineName, Callable[[np.ndarray], np.ndarray]] = {  # scores [G] -> advantages [G] before scaling
+    "group_mean": lambda r: r - r.mean(),
+    "leave_one_out": lambda r: (r - r.mean()) * r.size / (r.size - 1),
+    "sign": lambda r: np.where(r >= 1, 1.0, -1.0),
+    "none": np.copy,
+    "critic": np.copy,  # until ``returns`` spreads them over the tokens
+    "partition": np.copy,  # until ``partition`` does
+}
 
 
 def advantages(scores_G: list[float], credit: Credit) -> list[float]:
@@ -27,17 +40,11 @@ def advantages(scores_G: list[float], credit: Credit) -> list[float]:
     r = np.asarray(scores_G, dtype=np.float64)
     if r.size == 0:
         return []
-    if credit.baseline in ("group_mean", "leave_one_out") and (r == r[0]).all():
+    word = BASELINES[credit.baseline]
+    if word.compares and (r == r[0]).all():
         return [0.0] * r.size
-    if credit.baseline == "group_mean":
-        a = r - r.mean()
-    elif credit.baseline == "leave_one_out":
-        a = (r - r.mean()) * r.size / (r.size - 1)
-    elif credit.baseline == "sign":
-        a = np.where(r >= 1, 1.0, -1.0)
-    else:
-        a = r.copy()
-    if credit.scale != "none" and credit.baseline != "sign" and r.size > 1:
+    a = RULES[credit.baseline](r)
+    if credit.scale != "none" and word.scaled and r.size > 1:
         a /= r.std(ddof=1 if credit.scale == "sample_std" else 0) + credit.epsilon
     if credit.positive != 1:
         a = np.where(a > 0, credit.positive * a, a)

@@ -12,6 +12,7 @@ from unift import needs
 from unift.config import Config
 from unift.encode import Encoded, encode_row, encode_rows
 from unift.types import DataError, Row
+from unift.words import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def load(config: Config) -> Dataset:
         assert data.train is not None
         needs_steps = any(needs.solutions(s) for s in (config, *config.phases))
         train = read_rows(data.train, format=data.format, limit=data.train_rows, need_steps=needs_steps)
-        graded = [s.show.schedule for s in (config, *config.phases) if s.show.schedule not in ("none", "all")]
+        graded = [s.show.schedule for s in (config, *config.phases) if SCHEDULES[s.show.schedule].graded]
         if graded and all(len(row.steps) == 1 for row in train):
             raise DataError(
                 f"{data.train}, column 'steps': every solution is a single step, so show.schedule={graded[0]} could only "
@@ -81,7 +82,7 @@ def check_positions(config: Config, train: list[Encoded], test: list[Encoded]) -
     if not isinstance(positions, int):
         return
     phases = config.phases or [config]
-    hinted = any(s.show.schedule != "none" for s in phases)
+    hinted = any(needs.hints(s) for s in phases)
     sampled = max([s.sample.max_tokens for s in phases if s.sample.completions], default=0)
     evaluated = config.eval.max_tokens or max(s.sample.max_tokens for s in phases)
     for name, rows, most in (("data.train", train, sampled), ("data.test", test, evaluated)):

@@ -169,6 +169,7 @@ def _form(row: Row) -> str:
 
 
 def load_rows(config: Config) -> tuple[Check, Dataset | None]:
+    from unift import needs
     from unift.dataset import load
 
     data = load(config)
@@ -184,8 +185,7 @@ def load_rows(config: Config) -> tuple[Check, Dataset | None]:
         faults.append(f"{twice} training rows repeat another row's problem: remove the copies")
     elif twice:
         text += f"; {twice} repeat another row's problem"
-    hints = any(s.show.schedule != "none" for s in (config, *config.phases))
-    if bare and hints:
+    if bare and any(needs.hints(s) for s in (config, *config.phases)):
         faults.append(f"{bare} training rows have no steps, so method {config.method!r} has nothing to show: add steps")
     if not test:
         text += "; nothing measures accuracy (set data.test)"

@@ -65,7 +65,7 @@ def _schedule(config: Config) -> list[str]:
         marks = sorted({0, n // 10, n // 5, n // 4, n // 2, 3 * n // 5, 3 * n // 4, n - 1})
         for step in marks:
             share = hints.expected_share(s.show, step, n)
-            if share != share:
+            if share is None:
                 lines.append(f"  step {start + step + 1:>6} depends on each row's success")
                 continue
             lines.append(f"  step {start + step + 1:>6} {'#' * round(30 * share):<30} {100 * share:5.1f} %")

@@ -8,13 +8,14 @@ neither on the cut into micro-batches nor on the order of the rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from unift import objectives, rng
+from unift import objectives, rng, words
 from unift.batch import Item, PackedBatch
 from unift.config import Config, Phase
 from unift.policy import CHUNK, Policy, logprobs
@@ -32,7 +33,7 @@ def perturbed(policy: Policy, batch: PackedBatch, items: Sequence[Item], setting
     if settings.inputs.own > 0:
         delta_TD = own_guesses(policy, batch, settings.inputs.own)
         return [replace(batch, delta_TD=delta_TD, inputs_fixed=True)]
-    if settings.inputs.noise == "adversarial":
+    if not words.NOISES[settings.inputs.noise].drawn:
         delta_TD = worst_case(policy, batch, settings)
         copy = settings.inputs.copy_weight
         return [
@@ -62,15 +63,26 @@ def noise(policy: Policy, batch: PackedBatch, items: Sequence[Item], inputs: Inp
     delta_TD = torch.zeros(len(batch.tokens_T), table.shape[1], dtype=table.dtype, device=table.device)
     for b, item in enumerate(items):
         at = torch.nonzero(owner == b)[:, 0]
-        shape = (len(at), table.shape[1])
-        draw = rng.generator("noise", *item.address)
-        if inputs.noise == "uniform":
-            values = (2 * draw.random(shape) - 1) * inputs.scale / math.sqrt(shape[0] * shape[1])
-        else:
-            power = float(table[batch.tokens_T[at]].detach().double().square().mean())
-            values = draw.standard_normal(shape) * math.sqrt(power / inputs.scale)
+        embedded = table[batch.tokens_T[at]].detach()
+        values = NOISES[inputs.noise](rng.generator("noise", *item.address), embedded, inputs.scale)
         delta_TD[at] = torch.from_numpy(values).to(delta_TD)
     return delta_TD
+
+
+def _uniform(draw: np.random.Generator, embedded_LD: Tensor, scale: float) -> np.ndarray:
+    n, width = embedded_LD.shape
+    return (2 * draw.random((n, width)) - 1) * scale / math.sqrt(n * width)
+
+
+def _gaussian(draw: np.random.Generator, embedded_LD: Tensor, scale: float) -> np.ndarray:
+    power = float(embedded_LD.double().square().mean())
+    return draw.standard_normal(tuple(embedded_LD.shape)) * math.sqrt(power / scale)
+
+
+NOISES: Mapping[words.NoiseName, Callable[[np.random.Generator, Tensor, float], np.ndarray]] = {
+    "uniform": _uniform,
+    "gaussian": _gaussian,
+}
 
 
 def worst_case(policy: Policy, batch: PackedBatch, settings: Settings) -> Tensor:

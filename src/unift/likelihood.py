@@ -1,13 +1,18 @@
 """Rules of the likelihood stream: what takes the place of log pi. The loss is - sum_t w_t g(l_t), so e_t = w_t g'(l_t).
 
-Weights are detached: only `ratio`, `shaped` and `tail` differentiate more than ``l``. Golden values: methods.md section 4.
+Weights are detached: only `ratio`, `shaped` and `tail` differentiate more than ``l``. A rule is a function of RULES under
+its word, which ``words.RULES`` describes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from unift import words
 from unift.settings import Likelihood
 
 
@@ -47,19 +52,21 @@ def importance(l_S: Tensor, ref_S: Tensor, sequence_S: Tensor, scope: str, clip:
     return d_S.exp().clamp(max=clip) * l_S
 
 
-def divergence(l_S: Tensor, ref_S: Tensor | None, rule: str, beta: float) -> Tensor:
-    """phi(x) of the implicit reward x = beta (l - l_ref) (after arXiv 2507.00018; see docs/methods/sft-pearson.md).
+def total_variation(l_S: Tensor, beta: float) -> Tensor:
+    """phi(x) = x of the implicit reward x = beta (l - l_ref) (after arXiv 2507.00018; docs/methods/sft-pearson.md): e = beta
+    whatever the reference, which is SFT."""
+    return beta * l_S
 
-    total_variation: x, so e = beta whatever the reference: SFT. pearson: x - x^2/4, constant from x = 2 on;
-    e = beta (1 - x/2). hellinger: x / (1 + x), continued by its tangent below x = -1/2; e = beta / (1 + x)^2.
-    """
-    if rule == "total_variation":
-        return beta * l_S
-    assert ref_S is not None
+
+def pearson(l_S: Tensor, ref_S: Tensor, beta: float) -> Tensor:
+    """phi(x) = x - x^2/4, constant from x = 2 on; x as in `total_variation`. e = beta (1 - x/2)."""
+    y_S = (beta * (l_S - ref_S)).clamp(max=2)
+    return y_S - y_S.square() / 4
+
+
+def hellinger(l_S: Tensor, ref_S: Tensor, beta: float) -> Tensor:
+    """phi(x) = x / (1 + x), continued by its tangent below x = -1/2; x as in `total_variation`. e = beta / (1 + x)^2."""
     x_S = beta * (l_S - ref_S)
-    if rule == "pearson":
-        y_S = x_S.clamp(max=2)
-        return y_S - y_S.square() / 4
     y_S = x_S.clamp(min=-0.5)
     return y_S / (1 + y_S) + 4 * (x_S - y_S)
 
@@ -100,32 +107,44 @@ def sequence_mean(x_S: Tensor, sequence_S: Tensor) -> Tensor:
     return (sequence_sum(x_S, sequence_S) / count.clamp(min=1))[sequence_S]
 
 
+@dataclass(frozen=True)
+class Supervised:
+    """What a rule may look at: the tokens that carry a weight, [S]. ``ref`` is None unless the word says it is needed."""
+
+    l: Tensor
+    old: Tensor  # at the start of the step
+    ref: Tensor | None
+    sequence: Tensor
+
+    @property
+    def drift_base(self) -> Tensor:
+        if self.ref is None:
+            raise ValueError("this likelihood rule needs log-probs under the reference")
+        return self.ref
+
+
+Function = Callable[[Supervised, Likelihood], Tensor]
+RULES: Mapping[words.RuleName, Function] = {
+    "nll": lambda t, s: t.l,
+    "probability": lambda t, s: probability(t.l),
+    "uncertainty": lambda t, s: uncertainty(t.l),
+    "trust": lambda t, s: trust(t.l, s.threshold),
+    "shaped": lambda t, s: shaped(t.l, s.threshold),
+    "ratio": lambda t, s: ratio(t.l, t.old, s.clip),
+    "importance": lambda t, s: importance(t.l, t.drift_base, t.sequence, s.scope, s.clip),
+    "total_variation": lambda t, s: total_variation(t.l, s.beta),
+    "pearson": lambda t, s: pearson(t.l, t.drift_base, s.beta),
+    "hellinger": lambda t, s: hellinger(t.l, t.drift_base, s.beta),
+    "tail": lambda t, s: tail(t.l, t.sequence, s.gamma),
+}
+
+
 def terms(
     l_S: Tensor, old_S: Tensor, ref_S: Tensor | None, sequence_S: Tensor, on_S: Tensor, settings: Likelihood
 ) -> Tensor:
     """g(l) of every token. ``on_S``: tokens that carry a weight; others (completions) get 0 and do not count in means."""
-    rule = settings.rule
-    if rule == "nll":
+    if settings.rule == "nll":  # every token is its own term
         return l_S
-    if ref_S is None and rule in ("importance", "pearson", "hellinger"):
-        raise ValueError(f"likelihood.rule={rule} needs log-probs under the reference")
-    l, old, sequence = l_S[on_S], old_S[on_S], sequence_S[on_S]
     ref = None if ref_S is None else ref_S[on_S]
-    if rule == "probability":
-        g = probability(l)
-    elif rule == "uncertainty":
-        g = uncertainty(l)
-    elif rule == "trust":
-        g = trust(l, settings.threshold)
-    elif rule == "shaped":
-        g = shaped(l, settings.threshold)
-    elif rule == "ratio":
-        g = ratio(l, old, settings.clip)
-    elif rule == "importance":
-        assert ref is not None
-        g = importance(l, ref, sequence, settings.scope, settings.clip)
-    elif rule == "tail":
-        g = tail(l, sequence, settings.gamma)
-    else:
-        g = divergence(l, ref, rule, settings.beta)
+    g = RULES[settings.rule](Supervised(l_S[on_S], old_S[on_S], ref, sequence_S[on_S]), settings)
     return torch.zeros_like(l_S, dtype=g.dtype).masked_scatter(on_S, g)

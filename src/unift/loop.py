@@ -43,6 +43,7 @@ from unift.reference import Reference
 from unift.rewards import Scorer, count_outcomes
 from unift.run import check_trackers, claim, open_run, trackers, write_result
 from unift.types import ConfigError, Group, Row, UniftError
+from unift.words import SCHEDULES, SOURCES
 
 T = TypeVar("T")
 Report = Callable[[dict[str, Any], int], None]
@@ -227,7 +228,7 @@ class Run:
         if waited:  # an update of the likelihood alone
             alone = [Item(self.encoded[r].prompt, [], [Member(self.encoded[r].solution, DEMO)]) for r in waited]
             updates += update.prepare(self.policy, alone, schedule.one_update(settings), reference)
-        own_length = settings.show.schedule in ("adaptive", "bisection")
+        own_length = SCHEDULES[settings.show.schedule].follows
         shown = self.memory.mean_share(groups, settings.show) if own_length else None
         self.memory.see(groups, settings.show)
         clock.lap("reference")
@@ -333,7 +334,7 @@ class Run:
             return groups
         places = processes.share(len(groups))
         own = [groups[i] for i in places]
-        if settings.sample.source == "reference":
+        if SOURCES[settings.sample.source].reference:
             assert reference is not None
             with reference.policy() as frozen:
                 sampling.complete(frozen, own, places, settings, seed, step, attempt)

@@ -14,6 +14,7 @@ from unift import hints
 from unift.batch import fails, success_rate
 from unift.settings import Likelihood, Show
 from unift.types import Group
+from unift.words import SCHEDULES
 
 
 @dataclass
@@ -40,17 +41,18 @@ class Memory:
 
     def see(self, groups: Sequence[Group], show: Show) -> None:
         """Hint lengths after a step, in the order of the groups (a row may come twice)."""
-        if show.schedule not in ("adaptive", "bisection"):
+        if not SCHEDULES[show.schedule].follows:
             return
         for group in groups:
             if not any(s.score is not None for s in group.samples):
                 continue  # every scorer failed: nothing was learnt about the row
             shown = group.cuts / group.cuts_total if group.cuts_total else 0.0
-            self.hints[group.row_id] = hints.advance(show, self.hints.get(group.row_id), shown, success_rate(group))
+            seen = hints.Seen(shown, success_rate(group))
+            self.hints[group.row_id] = hints.advance(show, self.hints.get(group.row_id), seen)
 
     def mean_share(self, groups: Sequence[Group], show: Show) -> float:
         """Mean of the rows' expected shares (adaptive, bisection), before this step moves them."""
-        states = [self.hints.get(g.row_id, hints.initial_state(show)) for g in groups]
+        states = [hints.known(show, self.hints.get(g.row_id)) for g in groups]
         return sum(low + high for low, high in states) / (2 * len(states))
 
     def collect(self, groups: Sequence[Group], likelihood: Likelihood) -> list[int]:

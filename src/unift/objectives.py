@@ -5,18 +5,21 @@ tokens of one sequence, or the sequences of one group; never more.
         - sum_t wl_t * g(l_t)                                                                 (likelihood stream)
 
 The weights w carry coefficient / Z with Z counted once over the whole optimizer batch, so micro-batches simply add up
-(DESIGN section 1; UFT eq. 3.3). ``e_t = -dL/dl_t`` is the effective weight that the tests compare with closed forms.
+(UFT, arXiv 2505.16984, eq. 3.3). ``e_t = -dL/dl_t`` is the effective weight that the tests compare with closed forms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from unift import likelihood as rules
-from unift.settings import SEQUENCE_LOSSES, Likelihood
+from unift import words
+from unift.settings import Likelihood
 
 if TYPE_CHECKING:
     from unift.batch import PackedBatch
@@ -69,14 +72,19 @@ def sequence_ratio(
     return _clip(s_S * torch.exp(l_S - l_S.detach()), a_S, low, high, dual)
 
 
-def kl_penalty(l_S: Tensor, ref_S: Tensor, estimator: str) -> Tensor:
+def kl_penalty(l_S: Tensor, ref_S: Tensor, estimator: words.EstimatorName) -> Tensor:
     """Per-token penalty towards the reference, d = ref - l (Schulman's estimators).
 
     k3 = exp(d) - d - 1: gradient on sampled tokens is that of the forward KL(ref || pi); e_t = exp(d) - 1.
     k2 = d^2 / 2: gradient of the reverse KL(pi || ref); e_t = d.
     """
-    d_S = ref_S - l_S
-    return d_S.square() / 2 if estimator == "k2" else torch.exp(d_S) - d_S - 1
+    return ESTIMATORS[estimator](ref_S - l_S)
+
+
+ESTIMATORS: Mapping[words.EstimatorName, Callable[[Tensor], Tensor]] = {
+    "k2": lambda d_S: d_S.square() / 2,
+    "k3": lambda d_S: torch.exp(d_S) - d_S - 1,
+}
 
 
 def most_uncertain(entropy_S: Tensor, sequence_S: Tensor, share: float) -> Tensor:
@@ -94,36 +102,51 @@ def most_uncertain(entropy_S: Tensor, sequence_S: Tensor, share: float) -> Tenso
     return keep_S
 
 
-def off_policy_surrogate(l_S: Tensor, old_S: Tensor, a_S: Tensor, policy: Policy) -> Tensor:
-    """Tokens of the solution that stand in a group and share its advantage.
+@dataclass(frozen=True)
+class Pushed:
+    """What a surrogate may look at, [S]. ``own``: tokens that the policy sampled."""
 
-    reinforce: A l (discriminative fine-tuning). ratio: as if sampled, rho from the start of the step (Prefix-RFT).
-    shaped: A pi / (pi + gamma) (LUFFY). probability: A pi, the ratio to an expert whose density is taken as 1 (SRFT).
-    """
-    if policy.off_policy == "shaped":
-        return a_S * rules.shaped(l_S, policy.threshold)
-    if policy.off_policy == "reinforce":
-        return reinforce(l_S, a_S)
-    if policy.off_policy == "probability":
-        return a_S * l_S.exp()
-    return clipped_surrogate(l_S, old_S, a_S, policy.low, policy.high, policy.dual_clip)
+    l: Tensor
+    old: Tensor  # at the start of the step
+    a: Tensor
+    own: Tensor
+    sequence: Tensor
+
+
+Function = Callable[[Pushed, "Policy"], Tensor]
+
+
+def _clipped(t: Pushed, p: Policy) -> Tensor:
+    return clipped_surrogate(t.l, t.old, t.a, p.low, p.high, p.dual_clip)
+
+
+# Losses of whole sequences are in ``preference.LOSSES``.
+LOSSES: Mapping[words.LossName, Function] = {
+    "clip": _clipped,
+    "reinforce": lambda t, p: reinforce(t.l, t.a),
+    "cispo": lambda t, p: clipped_importance(t.l, t.old, t.a, p.low, p.high),
+    "gspo": lambda t, p: sequence_ratio(t.l, t.old, t.a, t.sequence, t.own, p.low, p.high, p.dual_clip),
+    "none": lambda t, p: reinforce(t.l, t.a),  # nothing has a weight
+}
+
+# Tokens of the solution that stand in a group and share its advantage.
+OFF_POLICY: Mapping[words.OffPolicyName, Function] = {
+    "reinforce": lambda t, p: reinforce(t.l, t.a),  # discriminative fine-tuning
+    "ratio": _clipped,  # as if sampled, rho from the start of the step (Prefix-RFT)
+    "shaped": lambda t, p: t.a * rules.shaped(t.l, p.threshold),  # A pi / (pi + gamma) (LUFFY)
+    "probability": lambda t, p: t.a * t.l.exp(),  # A pi, the ratio to an expert whose density is taken as 1 (SRFT)
+}
 
 
 def surrogate(l_S: Tensor, old_S: Tensor, entropy_S: Tensor | None, batch: PackedBatch, policy: Policy) -> Tensor:
     """What every token's policy weight multiplies."""
-    a_S, own_S = batch.advantage_S, batch.role_S == COMPLETION
-    if policy.loss == "reinforce":
-        out_S = reinforce(l_S, a_S)
-    elif policy.loss == "cispo":
-        out_S = clipped_importance(l_S, old_S, a_S, policy.low, policy.high)
-    elif policy.loss == "gspo":
-        out_S = sequence_ratio(l_S, old_S, a_S, batch.sequence_S, own_S, policy.low, policy.high, policy.dual_clip)
-    else:
-        out_S = clipped_surrogate(l_S, old_S, a_S, policy.low, policy.high, policy.dual_clip)
+    own_S = batch.role_S == COMPLETION
+    tokens = Pushed(l_S, old_S, batch.advantage_S, own_S, batch.sequence_S)
+    out_S = LOSSES[policy.loss](tokens, policy)
     if policy.off_policy == "none":
         return out_S
     off_S = ~own_S & (batch.policy_w_S != 0)
-    other_S = off_policy_surrogate(l_S, old_S, a_S, policy)
+    other_S = OFF_POLICY[policy.off_policy](tokens, policy)
     if policy.off_policy_top < 1:
         if entropy_S is None:
             raise ValueError("policy.off_policy_top needs the entropies")
@@ -138,12 +161,12 @@ def losses(
     entropy_S: Tensor | None,
     batch: PackedBatch,
     policy: Policy,
-    estimator: str,
+    estimator: words.EstimatorName,
     likelihood: Likelihood | None = None,
 ) -> dict[str, Tensor]:
     """Scalar losses of both streams of a packed batch: ``policy`` (with ``kl`` and ``entropy`` inside) and ``likelihood``."""
     old_S = l_S.detach() if batch.old_S is None else batch.old_S
-    if policy.loss in SEQUENCE_LOSSES:
+    if words.LOSSES[policy.loss].sequences:
         from unift import preference
 
         pushed = -preference.loss(l_S, batch, policy)

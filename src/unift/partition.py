@@ -8,7 +8,7 @@ gradient is a plain sum: +1 on the solution's score, minus a detached weight on 
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,14 +16,24 @@ import numpy as np
 from unift.batch import COMPLETION, DEMO, Item
 from unift.config import Config, Phase
 from unift.returns import Tokens
+from unift.words import ScoreName
 
 
-def score(l_N: Sequence[float], ref_N: Sequence[float] | None, kind: str) -> float:
+def score(l_N: Sequence[float], ref_N: Sequence[float] | None, kind: ScoreName) -> float:
     """s of a sequence: sum of l - l_ref (ratio), or mean of l (mean; no reference)."""
-    if kind == "mean":
-        return float(np.mean(l_N))
-    assert ref_N is not None
+    return SCORES[kind](l_N, ref_N)
+
+
+def _ratio(l_N: Sequence[float], ref_N: Sequence[float] | None) -> float:
+    if ref_N is None:
+        raise ValueError("credit.score=ratio needs log-probs under the reference")
     return float(np.sum(l_N) - np.sum(ref_N))
+
+
+SCORES: Mapping[ScoreName, Callable[[Sequence[float], Sequence[float] | None], float]] = {
+    "ratio": _ratio,
+    "mean": lambda l_N, ref_N: float(np.mean(l_N)),
+}
 
 
 def advance(

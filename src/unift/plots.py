@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,8 +136,9 @@ def hint_schedule(show: Show, steps: int, path: Path) -> None:
     from unift import hints
 
     figure, axis = plt.subplots(figsize=(7, 3.2), constrained_layout=True)
-    shares = [100 * hints.expected_share(show, step, steps, show.cuts) for step in range(steps)]
-    axis.plot(range(1, steps + 1), shares, color=COLOURS["uft"], lw=2)
+    shares = [hints.expected_share(show, step, steps, show.cuts) for step in range(steps)]
+    percent = [math.nan if share is None else 100 * share for share in shares]
+    axis.plot(range(1, steps + 1), percent, color=COLOURS["uft"], lw=2)
     axis.set(xlabel="step", ylabel="solution shown, %", ylim=(-3, 103), xlim=(1, max(steps, 2)))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

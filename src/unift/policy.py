@@ -369,10 +369,10 @@ def _adapt(model: nn.Module, lora: Lora) -> nn.Module:
 
     settings = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
         target_modules=lora.targets,
         lora_dropout=0.0,
-        task_type="CAUSAL_LM",  # type: ignore[arg-type]
+        task_type="CAUSAL_LM",
     )
     try:
         return get_peft_model(model, settings)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ A pair or a score needs only numbers of its own sequences, so these are sums ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,8 @@ from torch.nn.functional import softplus
 
 from unift.batch import COMPLETION, DEMO, Item, Member, PackedBatch
 from unift.config import Config, Phase, Policy
-from unift.types import ConfigError, Group
+from unift.types import ConfigError, Group, Score
+from unift.words import LossName
 
 
 def label(
@@ -26,29 +27,44 @@ def label(
     and wrong completions, both without repeats; the n-th of one with the n-th of the other. What is left over is dropped.
     una: the solution with the row's rejected answer is a pair; without one it has score 1; completions have their scores.
     """
+    make = LOSSES[settings.policy.loss]
     out: list[Item] = []
     for item, group, bad in zip(items, groups, rejected, strict=True):
         scored = [s.score for s in group.samples if s.tokens and s.score is not None]
         own = list(zip((m for m in item.members if m.role == COMPLETION), scored, strict=True))
         good = [m for m in item.members if m.role == DEMO]
         worse = [Member(bad[len(item.hint) :], DEMO)] if bad is not None else []
-        members: list[Member] = []
-        if settings.policy.loss == "dpo":
-            good += _distinct([m for m, s in own if s.right])
-            worse += _distinct([m for m, s in own if not s.right])
-        else:
-            for m, s in own:
-                if not 0 <= s.value <= 1:
-                    raise ConfigError(
-                        f"policy.loss=una needs scores from 0 to 1, found {s.value:g} (row {group.row_id})"
-                    )
-                members.append(replace(m, label=s.value))
-            if not worse:
-                members += [replace(m, label=1.0) for m in good]
+        members, good, worse = make(good, worse, own, group.row_id)
         for n, (better, other) in enumerate(zip(good, worse, strict=False)):
             members += [replace(better, pair=n, advantage=1.0), replace(other, pair=n, advantage=-1.0)]
         out.append(replace(item, members=members))
     return out
+
+
+Members = list[Member]
+Scored = list[tuple[Member, Score]]
+
+
+def _dpo(good: Members, worse: Members, own: Scored, row: str) -> tuple[Members, Members, Members]:
+    right, wrong = [m for m, s in own if s.right], [m for m, s in own if not s.right]
+    return [], good + _distinct(right), worse + _distinct(wrong)
+
+
+def _una(good: Members, worse: Members, own: Scored, row: str) -> tuple[Members, Members, Members]:
+    for _, s in own:
+        if not 0 <= s.value <= 1:
+            raise ConfigError(f"policy.loss=una needs scores from 0 to 1, found {s.value:g} (row {row})")
+    members = [replace(m, label=s.value) for m, s in own]
+    if not worse:
+        members += [replace(m, label=1.0) for m in good]
+    return members, good, worse
+
+
+# (solutions, rejected answers, scored completions) -> (members with a label, preferred, rejected)
+LOSSES: Mapping[LossName, Callable[[Members, Members, Scored, str], tuple[Members, Members, Members]]] = {
+    "dpo": _dpo,
+    "una": _una,
+}
 
 
 def _distinct(members: Sequence[Member]) -> list[Member]:

@@ -15,16 +15,21 @@ from torch import Tensor
 from unift import credit
 from unift.batch import COMPLETION, Item, PackedBatch, cut, pack, weigh
 from unift.config import Config, Phase
+from unift.words import BASELINES, INTOS
 
 Settings = Config | Phase
 Tokens = list[list[list[float]]]  # item, member, sampled token
 
 
+def kl_in_reward(settings: Settings) -> float:
+    """Weight of the KL that is taken off each token's reward; 0 where it is a term of the loss."""
+    return settings.reference.kl if INTOS[settings.reference.into].reward else 0.0
+
+
 def active(settings: Settings) -> bool:
-    in_reward = settings.reference.kl != 0 and settings.reference.into == "reward"
-    return settings.sample.completions > 0 and (
-        settings.credit.whiten or settings.credit.baseline in ("critic", "partition") or in_reward
-    )
+    word = BASELINES[settings.credit.baseline]
+    spreads = settings.credit.whiten or word.critic or word.solution or kl_in_reward(settings) != 0
+    return settings.sample.completions > 0 and spreads
 
 
 def gae(rewards_N: Sequence[float] | np.ndarray, values_N: Sequence[float], gamma: float, lam: float) -> np.ndarray:
@@ -83,7 +88,7 @@ def spread(
       critic:          r_t = -beta d_t, plus r on the last token, then GAE (ReFT, arXiv 2401.08967).
     Then whitening over all tokens of the step, where asked for.
     """
-    c, beta = settings.credit, settings.reference.kl if settings.reference.into == "reward" else 0.0
+    c, beta, word = settings.credit, kl_in_reward(settings), BASELINES[settings.credit.baseline]
     places: list[tuple[int, int]] = []
     credits: list[np.ndarray] = []
     returns: list[list[float] | None] = []
@@ -92,22 +97,23 @@ def spread(
         drift = [np.zeros(len(m.tokens) - m.given) for _, m in own]
         if beta and ref is not None:
             drift = [np.asarray(m.logps) - np.asarray(ref[i][j]) for j, m in own]
-        if c.baseline not in ("none", "critic"):
+        grouped = None
+        if word.grouped:
             total = [r - beta * float(d.sum()) for r, d in zip(scores[i], drift, strict=True)]
             grouped = credit.advantages(total, c)
         for n, (j, _) in enumerate(own):
             places.append((i, j))
             back: list[float] | None = None
-            if c.baseline == "critic":
+            if word.critic:
                 assert values is not None
                 reward = -beta * drift[n]
                 reward[-1] += scores[i][n]
                 a = gae(reward, values[i][j], c.gamma, c.lam)
                 back = (a + np.asarray(values[i][j])).tolist()
-            elif c.baseline == "none":
-                a = scores[i][n] - beta * drift[n][::-1].cumsum()[::-1]
-            else:
+            elif grouped is not None:
                 a = np.full(len(drift[n]), grouped[n])
+            else:
+                a = scores[i][n] - beta * drift[n][::-1].cumsum()[::-1]
             credits.append(a)
             returns.append(back)
     if c.whiten:

@@ -26,13 +26,13 @@ def begin(
     show, (start, total), groups = settings.show, phase, []
     for index in indices:
         row, e = rows[index], encoded[index]
-        place, state = (seed, step - start, total, row.id), memory.hints.get(row.id)
+        at, known = hints.At(seed, step - start, total, row.id), memory.hints.get(row.id)
         if show.unit == "tokens":
             most = e.steps_tokens
-            k = math.floor(hints.share(show, *place, state) * most + 1e-9)
+            k = math.floor(hints.share(show, at, known) * most + 1e-9)
             groups.append(Group(index, row.id, e.prompt, e.solution[:k], k, most))
         else:
-            k = hints.draw(show, *place, e.n_steps, state)
+            k = hints.draw(show, at, e.n_steps, known)
             groups.append(Group(index, row.id, e.prompt, e.hint(k, show.cuts), k, min(show.cuts, e.n_steps)))
     return groups
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from unift import hints
+from unift import hints, words
 from unift.config import Config, Phase
 from unift.types import Group
 
@@ -25,13 +25,24 @@ def entropy(groups: Sequence[Group]) -> float:
 def likelihood_weight(settings: Config | Phase, step: int, total: int) -> float:
     """constant; cosine: from weight to final over the first share ``until`` of the steps (CHORD's mu); hint: weight
     times p(t) / high, which falls and ends with the hints."""
+    return ANNEALINGS[settings.likelihood.schedule](settings, step, total)
+
+
+def _cosine(settings: Config | Phase, step: int, total: int) -> float:
     s = settings.likelihood
-    if s.schedule == "constant":
-        return s.weight
-    if s.schedule == "hint":
-        return s.weight * hints.probability(settings.show, step, total) / settings.show.high
     done = min(step / max(s.until * total, 1), 1.0)
     return s.final + (s.weight - s.final) / 2 * (1 + math.cos(math.pi * done))
+
+
+def _hint(settings: Config | Phase, step: int, total: int) -> float:
+    return settings.likelihood.weight * hints.probability(settings.show, step, total) / settings.show.high
+
+
+ANNEALINGS: Mapping[words.AnnealingName, Callable[[Config | Phase, int, int], float]] = {
+    "constant": lambda settings, step, total: settings.likelihood.weight,
+    "cosine": _cosine,
+    "hint": _hint,
+}
 
 
 def at(settings: S, step: int, total: int, groups: Sequence[Group]) -> S:

@@ -6,17 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Norm = Literal[
-    "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "microbatch_token_mean"
-]
-Rule = Literal[
-    "nll", "probability", "uncertainty", "trust", "shaped", "ratio", "importance",
-    "total_variation", "pearson", "hellinger", "tail",
-]  # fmt: skip
-Beta = Annotated[float, Field(ge=0, lt=1)]
+from unift import words
 
-SEQUENCE_LOSSES = ("dpo", "una")  # losses of whole sequences: a demonstration is one of them
-REFERENCE_RULES = ("importance", "pearson", "hellinger")  # likelihood rules that look at log(pi / reference)
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -26,9 +18,7 @@ class Section(BaseModel):
 class Show(Section):
     """How much of the solution is revealed before the model speaks."""
 
-    schedule: Literal[
-        "none", "all", "cosine", "constant", "uniform", "staircase", "window", "adaptive", "bisection"
-    ] = "none"
+    schedule: words.ScheduleName = "none"
     high: float = Field(
         default=0.95,
         ge=0,
@@ -39,9 +29,7 @@ class Show(Section):
     until: float = Field(
         default=0.6, ge=0, le=1, description="share of the steps with hints (cosine, staircase, window); then none"
     )
-    draw: Literal["binomial", "rounded"] = Field(
-        default="binomial", description="k ~ Binomial(cuts, p), or k = round(cuts * p)"
-    )
+    draw: words.DrawName = Field(default="binomial", description="k ~ Binomial(cuts, p), or k = round(cuts * p)")
     unit: Literal["cuts", "tokens"] = Field(
         default="cuts", description="a hint ends at a cut, or after any token of the steps"
     )
@@ -65,7 +53,7 @@ class SampleFrom(Section):
         default=1.0, gt=0, description="divides the logits when sampling and in the completions' log-probs; hints at 1"
     )
     max_tokens: int = Field(default=64, ge=1, description="length limit of a completion, tokens")
-    source: Literal["policy", "reference"] = Field(
+    source: words.SourceName = Field(
         default="policy", description="who samples: the policy, or the model the phase began with"
     )
     demonstration: bool = Field(default=False, description="the solution is one more member of the group, with score 1")
@@ -84,8 +72,8 @@ class SampleFrom(Section):
 class Credit(Section):
     """What each completion is worth: scores of a group -> advantages."""
 
-    baseline: Literal["group_mean", "leave_one_out", "none", "sign", "critic", "partition"] = "group_mean"
-    scale: Literal["sample_std", "population_std", "none"] = "sample_std"
+    baseline: words.BaselineName = "group_mean"
+    scale: words.ScaleName = "sample_std"
     epsilon: float = Field(default=1e-6, ge=0)
     whiten: bool = Field(
         default=False, description="advantages have mean 0 and std 1 over all sampled tokens of a step"
@@ -97,7 +85,7 @@ class Credit(Section):
     positive_entropy: float = Field(
         default=0.0, description="positive advantages times exp(this * H), H the policy's mean entropy"
     )
-    score: Literal["ratio", "mean"] = Field(
+    score: words.ScoreName = Field(
         default="ratio", description="partition: a sequence's score is sum log(pi / reference), or mean log pi"
     )
     tau: float = Field(default=1.0, gt=0, description="partition: temperature of the scores")
@@ -113,16 +101,16 @@ class Credit(Section):
 class Policy(Section):
     """How the completions push their log-probs."""
 
-    loss: Literal["clip", "reinforce", "cispo", "gspo", "dpo", "una", "none"] = "clip"
+    loss: words.LossName = "clip"
     low: float = Field(default=0.2, ge=0, description="ratio is clipped below 1 - low")
     high: float = Field(default=0.2, ge=0, description="ratio is clipped above 1 + high")
     dual_clip: float | None = Field(default=None, gt=1, description="cap of the ratio where the advantage is negative")
-    norm: Norm = "token_mean"
+    norm: words.NormName = "token_mean"
     entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus on completions")
     weight: float | Literal["complement"] = Field(
         default=1.0, description="of the stream; complement = 1 - likelihood.weight"
     )
-    off_policy: Literal["none", "reinforce", "ratio", "shaped", "probability"] = Field(
+    off_policy: words.OffPolicyName = Field(
         default="none", description="how tokens of the solution inside a group push with the group's advantage"
     )
     off_policy_top: float = Field(
@@ -135,16 +123,14 @@ class Policy(Section):
 class Likelihood(Section):
     """How the solution's tokens, or own completions taken as one, push their log-probs."""
 
-    tokens: Literal["none", "hint", "demo", "own", "demo+own"] = Field(
+    tokens: words.TokensName = Field(
         default="none", description="the revealed steps, the whole solution + EOS, own completions, or the last two"
     )
-    keep: Literal["all", "right", "one_right"] = Field(
-        default="all", description="which own completions; right ones without repeats"
-    )
-    rule: Rule = "nll"
+    keep: words.KeepName = Field(default="all", description="which own completions; right ones without repeats")
+    rule: words.RuleName = "nll"
     weight: float = Field(default=0.0, ge=0)
-    norm: Norm = "token_mean"
-    schedule: Literal["constant", "cosine", "hint"] = Field(
+    norm: words.NormName = "token_mean"
+    schedule: words.AnnealingName = Field(
         default="constant", description="the weight stays, falls by a cosine to final, or falls with the hint's p"
     )
     final: float = Field(default=0.0, ge=0, description="weight at the end of the cosine")
@@ -176,8 +162,8 @@ class Reference(Section):
     """The pull towards the model that the phase began with, on completions only."""
 
     kl: float = Field(default=0.0, ge=0)
-    estimator: Literal["k2", "k3"] = Field(default="k3", description="of the loss term")
-    into: Literal["loss", "reward"] = Field(
+    estimator: words.EstimatorName = Field(default="k3", description="of the loss term")
+    into: words.IntoName = Field(
         default="loss", description="a term of the loss, or taken off each token's reward (k1, l - l_ref)"
     )
 
@@ -185,7 +171,7 @@ class Reference(Section):
 class Inputs(Section):
     """What is done to the input embeddings while log-probs are taken (supervised phases; never when sampling)."""
 
-    noise: Literal["none", "uniform", "gaussian", "adversarial"] = "none"
+    noise: words.NoiseName = "none"
     scale: float = Field(
         default=5.0,
         gt=0,
@@ -208,7 +194,7 @@ class Train(Section):
     updates: int = Field(default=1, ge=1, description="optimizer updates a step; must divide prompts")
     epochs: int = Field(default=1, ge=1, description="passes over the groups of a step, each of so many updates")
     lr: float = Field(default=1e-6, gt=0)
-    decay: Literal["constant", "cosine", "linear"] = "constant"
+    decay: words.DecayName = "constant"
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from unift import critic, inputs, objectives, processes
+from unift import critic, inputs, objectives, processes, words
 from unift.batch import COMPLETION, Item, PackedBatch, cut, pack, weigh
 from unift.config import Config, Phase, Train
 from unift.policy import Policy, logprobs
@@ -24,7 +24,14 @@ def learning_rate(train: Train, step: int, steps: int) -> float:
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
     done = (step - train.warmup) / max(steps - train.warmup, 1)
-    return train.lr * {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[train.decay]
+    return train.lr * DECAYS[train.decay](done)
+
+
+DECAYS: Mapping[words.DecayName, Callable[[float], float]] = {  # of the share of the steps after the warm-up
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+}
 
 
 def make_optimizer(policy: Policy, train: Train) -> torch.optim.Optimizer:
@@ -172,7 +179,7 @@ def apply(
         metrics["sampling/sampling_logp_difference/mean"] = gap / seen
         metrics["sampling/sampling_logp_difference/max"] = worst_gap
         metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"] = clipped_low / seen, clipped_high / seen
-        if settings.reference.kl and settings.reference.into == "loss":
+        if settings.reference.kl and not words.INTOS[settings.reference.into].reward:
             metrics["kl"] = totals["kl"] / settings.reference.kl
     if policy.critic is not None:
         metrics["loss/value"] = totals["value"]

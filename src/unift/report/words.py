@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from unift import words as vocabulary
 from unift.config import Config, Phase
 from unift.display import duration
 from unift.report.findings import percent
@@ -53,28 +54,16 @@ def _rows(settings: Mapping[str, Any]) -> str:
 
 
 def _stretch(s: Config | Phase) -> str:
-    show, sample = s.show, s.sample
+    sample = s.sample
     parts = [
         f"{s.train.prompts} prompts" + (f" with {sample.completions} completions each" if sample.completions else "")
     ]
-    if sample.completions == 0:
-        parts.append("no sampling, the whole solution is learned" if s.likelihood.tokens == "demo" else "no sampling")
-    elif show.schedule == "none":
-        parts.append("no hints")
-    elif show.schedule == "all":
-        parts.append("the whole solution shown")
-    elif show.schedule == "constant":
-        parts.append(f"hints of {percent(show.high)} of the solution throughout")
-    elif show.schedule == "cosine":
-        parts.append(
-            f"hints that fade by a cosine from {percent(show.high)} to {percent(show.low)} of the solution over the first "
-            f"{percent(show.until)} of the steps, then none"
-        )
-    elif show.schedule == "staircase":
-        parts.append(f"hints that fade in a staircase over the first {percent(show.until)} of the steps, then none")
+    if sample.completions:
+        parts.append(vocabulary.filled(vocabulary.SCHEDULES[s.show.schedule].sentence, s.show))
     else:
-        parts.append(f"hints by the schedule {show.schedule}")
-    if s.likelihood.weight and s.likelihood.tokens == "hint":
+        whole = vocabulary.TOKENS[s.likelihood.tokens].demo
+        parts.append("no sampling, the whole solution is learned" if whole else "no sampling")
+    if s.likelihood.weight and vocabulary.TOKENS[s.likelihood.tokens].alone:
         parts.append(f"likelihood of the hint weighs {s.likelihood.weight:g}")
     if s.reference.kl and sample.completions:
         parts.append(f"KL weighs {s.reference.kl:g}")
