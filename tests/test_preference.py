@@ -12,10 +12,12 @@ from conftest import char_tokenizer, close, gradients, settings, tiny_policy
 from plain import token_logprobs
 
 from unift import dataset, objectives, partition, preference
-from unift.batch import COMPLETION, DEMO, Item, Member, items_of, pack, weigh
-from unift.memory import Memory
+from unift.members import items_of
+from unift.memory import RowMemory
+from unift.packs import COMPLETION, DEMO, Item, Member, pack
 from unift.types import ConfigError, DataError, Group, Row, Sample, Score
 from unift.update import prepare
+from unift.weights import weigh
 
 
 def group(*scores, tokens=None):
@@ -257,7 +259,7 @@ def test_without_negatives_it_is_sft():
 def test_partition_state_is_kept_by_row():
     config = settings("discriminative")
     item = Item([3], [], [Member([5, 1], COMPLETION, 0.0, [-1.0, -1.0]), Member([9, 1], DEMO)], address=(0, 0, "a"))
-    memory = Memory()
+    memory = RowMemory()
     partition.spread([item], config, [[[-1.0, -1.0], []]], [[[-1.0, -1.0], []]], memory.partition)
     assert memory.partition == {"a": pytest.approx(math.log(0.15 + 0.85 * math.exp(2)))}
-    assert Memory.load(memory.dump()).partition == memory.partition
+    assert RowMemory.load(memory.dump()).partition == memory.partition

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from unift.batch import COMPLETION, DEMO, Item
 from unift.config import Rules
+from unift.packs import COMPLETION, DEMO, Item
 from unift.returns import Tokens
 from unift.words import ScoreName
 

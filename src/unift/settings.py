@@ -98,7 +98,7 @@ class Credit(Section):
     )
 
 
-class Policy(Section):
+class PolicyStream(Section):
     """How the completions push their log-probs."""
 
     loss: words.LossName = "clip"
@@ -158,7 +158,7 @@ class Likelihood(Section):
     gamma: float = Field(default=0.95, ge=0, le=1, description="discount of later tokens' losses in tail")
 
 
-class Reference(Section):
+class Pull(Section):
     """The pull towards the model that the phase began with, on completions only."""
 
     kl: float = Field(default=0.0, ge=0)
@@ -214,9 +214,9 @@ class Rules(Section):
     show: Show = Show()
     sample: SampleFrom = SampleFrom()
     credit: Credit = Credit()
-    policy: Policy = Policy()
+    policy: PolicyStream = PolicyStream()
     likelihood: Likelihood = Likelihood()
-    reference: Reference = Reference()
+    reference: Pull = Pull()
     inputs: Inputs = Inputs()
     train: Train = Train()
 
