@@ -14,6 +14,7 @@ from plain import token_logprobs
 from unift import dataset, objectives, partition, preference
 from unift.members import items_of
 from unift.memory import RowMemory
+from unift.metrics import read_metrics
 from unift.packs import COMPLETION, DEMO, Item, Member, pack
 from unift.types import ConfigError, DataError, Group, Row, Sample, Score
 from unift.update import prepare
@@ -185,7 +186,6 @@ def test_rejected_answers_of_a_file(method, tmp_path):
     """Off-line pairs, end to end: every second row has a rejected answer, and the loss of the pairs falls."""
     import json
 
-    from unift import checkpoint
     from unift.config import parse_overrides, resolve
     from unift.data import write_rows
     from unift.loop import train
@@ -200,7 +200,7 @@ def test_rejected_answers_of_a_file(method, tmp_path):
     more = ["sample.completions=0", "sample.demonstration=true", "sample.rejected=bad", "train.lr=1e-3", "threads=1"]
     more += [f"data.train={path}", "model.path=embedded:lock", "train.steps=4", "train.prompts=8", "train.warmup=0"]
     train(resolve(method, overrides=parse_overrides([*more, "policy.beta=0.1"])), tmp_path / "run")
-    loss = [m["loss"] for m in checkpoint.read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
+    loss = [m["loss"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
     first = math.log(2) if method == "dpo" else (4 * 2 * math.log(2) + 4 * 0.25) / 12
     assert loss[0] == pytest.approx(first, rel=1e-6) and loss == sorted(loss, reverse=True)
 
