@@ -60,7 +60,7 @@ def without(name: str, side: Unift) -> Iterator[None]:
     patches = {
         "nothing (all on)": [],
         "shared prefix in training": [mock.patch("unift.update.pack", alone)],
-        "shared prefix in sampling": [mock.patch("unift.evaluate.generate", one_by_one)],
+        "shared prefix in sampling": [mock.patch("unift.sampling.generate", one_by_one)],
         "merged attention": [mock.patch("unift.attention._Flash", Stock)],
         "head at loss positions only": [mock.patch("unift.update.logprobs", everywhere)],
         "kept logits": [mock.patch.object(policy, "KEEP", 0)],

@@ -34,23 +34,44 @@ def read_rows(
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: expected 1 row or more")
     records = _hub(path[3:], split or "train") if path.startswith("hf:") else _file(path)
+    return rows_of(records, path, format=format, limit=limit, need_steps=need_steps)
+
+
+def rows_of(
+    source: Any, name: str = "rows", *, format: str = "auto", limit: int | None = None, need_steps: bool = True
+) -> list[Row]:
+    """Rows of an iterable of mappings (or of Rows), of a ``datasets.Dataset`` or of a pandas frame; ``name`` is what messages
+    call it. Raises DataError."""
+    if hasattr(source, "to_list"):  # datasets
+        source = source.to_list()
+    elif hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
+        source = source.to_dict("records")
+    if isinstance(source, (str, bytes, Mapping)) or not isinstance(source, Iterable):
+        raise DataError(f"{name}: expected a list of mappings, found {type(source).__name__}")
+    records = list(source)[:limit]
     if not records:
-        raise DataError(f"{path} holds no rows")
-    records = records[:limit]
-    layout = detect(records[0], path) if format == "auto" else format
+        raise DataError(f"{name} holds no rows")
+    if all(isinstance(record, Row) for record in records):
+        return [check_steps(row, f"{name}, row {number}", need_steps) for number, row in enumerate(records, start=1)]
+    layout = detect(records[0], name) if format == "auto" else format
     if layout not in _READERS:
         raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
-    rows = []
+    rows: list[Row] = []
     for number, record in enumerate(records, start=1):
-        where = f"{path}, row {number}"
+        where = f"{name}, row {number}"
         if not isinstance(record, Mapping):
             raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
         row = _READERS[layout](record, where)
         _check_text(row, where)
-        if need_steps and not row.steps:
-            raise DataError(f"{where}, column 'steps': no worked solution, which this method learns from")
-        rows.append(row)
+        rows.append(check_steps(row, where, need_steps))
     return rows
+
+
+def check_steps(row: Row, where: str, need_steps: bool) -> Row:
+    """The row; DataError if it has no worked solution and one is needed."""
+    if need_steps and not row.steps:
+        raise DataError(f"{where}, column 'steps': no worked solution, which this method learns from")
+    return row
 
 
 def _file(path: str) -> list[Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from unift import needs
 from unift.config import Config, stages
 from unift.encode import Encoded, encode_row, encode_rows
-from unift.types import DataError, Row
+from unift.types import HANDED, ConfigError, DataError, Row
 from unift.words import SCHEDULES
 
 
@@ -29,32 +29,30 @@ class Dataset:
         return digest.hexdigest()[:16]
 
 
-def load(config: Config) -> Dataset:
-    """Rows of both splits. Raises DataError or ConfigError before any model is loaded."""
-    data = config.data
+def load(config: Config, handed: Mapping[str, list[Row]] | None = None) -> Dataset:
+    """Rows of both splits. Raises DataError or ConfigError before any model is loaded.
+
+    handed: "train" and "test" rows of a Python caller, where data.train and data.test say so.
+    """
+    data, handed = config.data, handed or {}
     if data.task:
         from unift.tasks import make_rows
 
         train = make_rows(data.task, data.train_rows or 1000, data.seed, "train", **data.options)
         test = make_rows(data.task, data.test_rows or 200, data.seed, "test", **data.options)
     else:
-        from unift.data import overlap, read_rows
+        from unift.data import overlap
 
-        assert data.train is not None
         found = [stage.rules for stage in stages(config)]
         needs_steps = any(needs.solutions(s) for s in found)
-        train = read_rows(data.train, format=data.format, limit=data.train_rows, need_steps=needs_steps)
+        train = _split(config, "train", handed, needs_steps)
         graded = [s.show.schedule for s in found if SCHEDULES[s.show.schedule].graded]
         if graded and all(len(row.steps) == 1 for row in train):
             raise DataError(
                 f"{data.train}, column 'steps': every solution is a single step, so show.schedule={graded[0]} could only "
                 "show all of it or nothing. Split the solutions into steps (a list of texts), or use method sft or rft"
             )
-        test = (
-            read_rows(data.test, format=data.format, split="test", limit=data.test_rows, need_steps=False)
-            if data.test
-            else []
-        )
+        test = _split(config, "test", handed, False) if data.test else []
         shared = overlap(train, test)
         if shared:
             raise DataError(
@@ -64,6 +62,25 @@ def load(config: Config) -> Dataset:
     if not train:
         raise DataError("no training rows")
     return Dataset(train, test[: config.eval.rows] if config.eval.rows else test)
+
+
+def _split(config: Config, split: Literal["train", "test"], handed: Mapping[str, list[Row]], steps: bool) -> list[Row]:
+    """Rows of data.train or data.test: handed over, or read."""
+    from unift.data import check_steps, read_rows
+
+    data = config.data
+    path, limit = (data.train, data.train_rows) if split == "train" else (data.test, data.test_rows)
+    if path is None:
+        raise ConfigError(f"no rows: set data.{split}=FILE")
+    if path != HANDED:
+        hub_split = None if split == "train" else "test"
+        return read_rows(path, format=data.format, split=hub_split, limit=limit, need_steps=steps)
+    if split not in handed:
+        raise DataError(
+            f"the {split} rows of this run were handed over from Python and are in no file: pass them again with "
+            f"unift.train({split}=...), or set data.{split}=FILE"
+        )
+    return [check_steps(row, f"{split} row {n}", steps) for n, row in enumerate(handed[split][:limit], start=1)]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from unift.limits import check_positions
 from unift.memory import RowMemory
 from unift.metrics import append_metrics, rewind_metrics
 from unift.policy import Policy
-from unift.progress import Metrics, Report, Run, State, silent
+from unift.progress import Given, Metrics, Report, Run, State, silent
 from unift.reference import Reference
 from unift.rewards import open_scorer
 from unift.run import check_trackers, claim, open_run, trackers, write_result
@@ -37,24 +37,26 @@ T = TypeVar("T")
 FIRST = 500  # training rows whose accuracy the end of a run measures
 
 
-def train(config: Config, folder: Path, report: Report = silent) -> dict[str, Any]:
+def train(config: Config, folder: Path, report: Report = silent, given: Given | None = None) -> dict[str, Any]:
     """Run, or continue, the run in ``folder``; returns its result (also written to ``result.json``).
 
-    Under torchrun or accelerate launch every process calls this; they share the work and all return the result.
+    ``given``: rows and reward that the settings cannot name. Under torchrun or accelerate launch every process calls this;
+    they share the work and all return the result.
     Raises Stopped once a signal, or a true answer of ``report``, asked for it and the run was saved.
     """
+    given = given or Given()
     check_trackers(config)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     with processes.joined(policies.pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
         tokenizer = policies.load_tokenizer(config.model)
-        data = dataset.encode(tokenizer, dataset.load(config), config)
+        data = dataset.encode(tokenizer, dataset.load(config, given.rows), config)
         check_positions(config, data)
         processes.agree("settings and rows", (configuration.config_hash(config), data.fingerprint))
         with claim(folder):
             finished = processes.lead("the run folder", lambda: open_run(folder, config, data.fingerprint))
             if finished is not None:
                 return finished
-            with open_scorer(config.reward) as scorer, trackers(config, folder) as track:
+            with open_scorer(config.reward, given.reward) as scorer, trackers(config, folder) as track:
                 scorer.check(data.train.rows[0])
                 torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
                 policy = policies.load(config.model, tokenizer, configuration.longest(config))

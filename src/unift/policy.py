@@ -100,7 +100,7 @@ class Policy:
         self,
         tokens_T: Tensor,
         positions_T: Tensor,
-        layout: attention.Layout,
+        layout: attention.PackedLayout | attention.DecodeLayout,
         delta_TD: Tensor | None = None,
         inputs_fixed: bool = False,
     ) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+HANDED = "given"  # stands in a setting in place of the name of a thing that was handed over from Python
+
 
 class UniftError(Exception):
     """A mistake a person can mend: says what was found, what was expected and what to do. The CLI prints it alone."""
