@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,11 +37,12 @@ NEUTRAL = {
 }
 
 
-_layout: ContextVar[PackedLayout | DecodeLayout | None] = ContextVar("unift_layout", default=None)
+Layout: TypeAlias = "PackedLayout | DecodeLayout"
+_layout: ContextVar[Layout | None] = ContextVar("unift_layout", default=None)
 
 
 @contextmanager
-def layout(value: PackedLayout | DecodeLayout):
+def layout(value: Layout):
     """Attention inside the block follows this layout."""
     token = _layout.set(value)
     try:

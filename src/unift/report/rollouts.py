@@ -94,7 +94,7 @@ def _group(record: Mapping[str, Any], rule: Credit | None) -> Group:
     scored = [s for s in samples if s["score"]]
     values = [float(s["score"]["value"]) for s in scored]
     # As in the loop: a sample whose scorer failed takes no part in its group's statistics.
-    advantages = iter(credit.advantages(values, rule) if rule else [None] * len(values))
+    worth = iter(credit.advantages(values, rule) if rule else [None] * len(values))
     merged: dict[tuple[Any, ...], Completion] = {}
     for s in samples:
         score = s["score"] or {}
@@ -107,7 +107,7 @@ def _group(record: Mapping[str, Any], rule: Credit | None) -> Group:
             parts=score.get("parts") or {},
             note=str(score.get("note") or ""),
             error=str(s["error"] or ""),
-            advantage=next(advantages) if s["score"] else None,
+            advantage=next(worth) if s["score"] else None,
         )
         key = (one.text, one.finished, one.value, one.correct, one.error)
         before = merged.get(key)
