@@ -13,7 +13,7 @@ import yaml
 from unift import config as configuration
 from unift.config import Config, Phase
 from unift.metrics import read_metrics
-from unift.report import rollouts
+from unift.report.rollouts import Step, choose
 from unift.types import ConfigError, UniftError
 
 CONFIG = "config.yaml"
@@ -29,7 +29,7 @@ class RunData:
     metrics: Sequence[Mapping[str, Any]]  # one mapping a finished step; step 0 is the untouched base
     result: Mapping[str, Any] | None  # result.json; None: not finished
     environment: Mapping[str, Any]
-    rollouts: Sequence[rollouts.Step]
+    rollouts: Sequence[Step]
     rollout_steps: int  # steps with stored rollouts, of which the above are a choice
     stopped: bool  # a loss or gradient was not finite
     remarks: Sequence[str]  # what could not be read
@@ -102,7 +102,7 @@ def read_run(folder: Path, steps: int = 8, groups: int = 3, samples: int = 4) ->
         config = None
         remarks.append(f"This version of unift does not accept the stored settings ({error}); advantages are left out.")
     metrics = _metrics(folder / "metrics.jsonl", remarks)
-    shown, available = rollouts.choose(folder, config, steps, groups, samples, remarks)
+    shown, available = choose(folder, config, steps, groups, samples, remarks)
     return RunData(
         folder=folder,
         settings=settings,
