@@ -10,7 +10,7 @@ import torch
 from conftest import close, gradients, random_tokens, settings, tiny_policy
 from test_resume import outcome
 
-from unift import assign, critic, family, needs, objectives, sampling, schedule, update
+from unift import assign, critic, needs, objectives, sampling, schedule, update
 from unift.config import parse_overrides, plan, preset_names, resolve
 from unift.encode import Encoded
 from unift.loop import Run, train
@@ -246,14 +246,6 @@ def test_refill_and_buffer_happen(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the table
-
-
-def test_the_docs_embed_the_generated_table():
-    text = (DOCS / "methods.md").read_text()
-    begin, end = "<!-- unift methods -->\n", "\n<!-- end -->"
-    assert begin in text and text.split(begin)[1].split(end)[0] == family.table(), (
-        "run `unift methods` and paste its table"
-    )
 
 
 def test_every_preset_has_a_page_and_a_source():
