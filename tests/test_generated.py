@@ -99,3 +99,9 @@ def test_every_method_has_one_kind():
         "reft": "one after the other",
     }.items():
         assert method in groups[kind]
+
+
+def test_every_setting_says_what_it_is():
+    tables = [make() for name, make in docs.BLOCKS.items() if name.startswith("settings ")]
+    rows = [line for table in tables for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) > 90 and [row for row in rows if row.endswith("|  |")] == []

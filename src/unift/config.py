@@ -47,8 +47,8 @@ __all__ = [
 
 
 class Config(Section):
-    method: str = "uft"
-    seed: int = 0
+    method: str = Field(default="uft", description="preset; unift show lists them")
+    seed: int = Field(default=0, description="of hints, order of rows and sampled tokens")
     run: str | None = Field(default=None, description="run folder; default runs/<method>-<hash>")
     threads: int | None = Field(default=None, ge=1, description="of torch; default: all cores")
     baselines: list[str] = Field(default_factory=list, description="methods trained beside this one for comparison")
@@ -63,7 +63,9 @@ class Config(Section):
     reference: Reference = Reference()
     inputs: Inputs = Inputs()
     train: Train = Train()
-    phases: list[Phase] = Field(default_factory=list)
+    phases: list[Phase] = Field(
+        default_factory=list, description="methods that follow each other, in place of the one above"
+    )
     eval: Eval = Eval()
     save: Save = Save()
     log: Log = Log()
