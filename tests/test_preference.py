@@ -12,10 +12,13 @@ from conftest import char_tokenizer, close, gradients, settings, tiny_policy
 from plain import token_logprobs
 
 from unift import dataset, objectives, partition, preference
-from unift.batch import COMPLETION, DEMO, Item, Member, items_of, pack, weigh
-from unift.memory import Memory
+from unift.members import items_of
+from unift.memory import RowMemory
+from unift.metrics import read_metrics
+from unift.packs import COMPLETION, DEMO, Item, Member, pack
 from unift.types import ConfigError, DataError, Group, Row, Sample, Score
 from unift.update import prepare
+from unift.weights import weigh
 
 
 def group(*scores, tokens=None):
@@ -183,7 +186,6 @@ def test_rejected_answers_of_a_file(method, tmp_path):
     """Off-line pairs, end to end: every second row has a rejected answer, and the loss of the pairs falls."""
     import json
 
-    from unift import checkpoint
     from unift.config import parse_overrides, resolve
     from unift.data import write_rows
     from unift.loop import train
@@ -198,7 +200,7 @@ def test_rejected_answers_of_a_file(method, tmp_path):
     more = ["sample.completions=0", "sample.demonstration=true", "sample.rejected=bad", "train.lr=1e-3", "threads=1"]
     more += [f"data.train={path}", "model.path=embedded:lock", "train.steps=4", "train.prompts=8", "train.warmup=0"]
     train(resolve(method, overrides=parse_overrides([*more, "policy.beta=0.1"])), tmp_path / "run")
-    loss = [m["loss"] for m in checkpoint.read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
+    loss = [m["loss"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
     first = math.log(2) if method == "dpo" else (4 * 2 * math.log(2) + 4 * 0.25) / 12
     assert loss[0] == pytest.approx(first, rel=1e-6) and loss == sorted(loss, reverse=True)
 
@@ -257,7 +259,7 @@ def test_without_negatives_it_is_sft():
 def test_partition_state_is_kept_by_row():
     config = settings("discriminative")
     item = Item([3], [], [Member([5, 1], COMPLETION, 0.0, [-1.0, -1.0]), Member([9, 1], DEMO)], address=(0, 0, "a"))
-    memory = Memory()
+    memory = RowMemory()
     partition.spread([item], config, [[[-1.0, -1.0], []]], [[[-1.0, -1.0], []]], memory.partition)
     assert memory.partition == {"a": pytest.approx(math.log(0.15 + 0.85 * math.exp(2)))}
-    assert Memory.load(memory.dump()).partition == memory.partition
+    assert RowMemory.load(memory.dump()).partition == memory.partition

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 
 # All that this tool takes from the package.
 from unift import words
-from unift.config import Config, plan, preset_names, resolve
+from unift.config import Config, preset_names, resolve, stages
 from unift.family import rows as family_rows
 from unift.family import table as family_table
 
@@ -119,7 +119,7 @@ KINDS = (
 
 def kind(method: str) -> str:
     """The one of KINDS that a preset is, read off its settings."""
-    phases = [s for _, _, s in plan(resolve(method, overrides={"data": {"task": "lock"}}))]
+    phases = [stage.rules for stage in stages(resolve(method, overrides={"data": {"task": "lock"}}))]
     if any(words.TOKENS[s.likelihood.tokens].own for s in phases):
         return "own completions as data"
     if len(phases) > 1:

@@ -2,55 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from unift import credit, critic, needs, partition, preference, returns
 from unift import policy as policies
-from unift.batch import Item, PackedBatch, items_of
-from unift.config import Config, Phase
-from unift.encode import Encoded
-from unift.memory import Memory
+from unift.config import Rules
+from unift.dataset import Split
+from unift.members import items_of
+from unift.packs import Item, PackedBatch
 from unift.policy import Policy
 from unift.types import Group
 from unift.words import BASELINES, LOSSES
 
-Score = Callable[[PackedBatch], Tensor]  # log-probs of a pack
+LogProbs = Callable[[PackedBatch], Tensor]
 
 
-def items(
-    groups: Sequence[Group],
-    encoded: Sequence[Encoded],
-    rejected: Sequence[list[int] | None],
-    settings: Config | Phase,
-    policy: Policy,
-    reference: Score | None,
-    memory: Memory,
-    address: tuple[object, ...],
+@dataclass(frozen=True)
+class Models:
+    """What credit may measure with. ``partition``: u of a row (discriminative), which moves on here."""
+
+    policy: Policy
+    reference: LogProbs | None
+    partition: MutableMapping[str, float]
+
+
+def credited(
+    groups: Sequence[Group], split: Split, rules: Rules, models: Models, address: tuple[object, ...]
 ) -> list[Item]:
-    """``encoded`` and ``rejected``: of the rows (``group.row`` is the index). ``address``: (seed, step).
+    """``split``: the training rows (``group.row`` is the index). ``address``: (seed, step).
 
     Credit that needs log-probs or values of the sampled tokens measures them here, once, over all items of the step.
-    ``memory.partition`` moves on where the method keeps one.
     """
-    demos = [encoded[g.row].solution for g in groups] if needs.demonstrations(settings) else None
-    made = items_of(groups, [credit.group_advantages(g, settings) for g in groups], demos, settings, address)
-    if LOSSES[settings.policy.loss].sequences:
-        return preference.label(made, groups, settings, [rejected[g.row] for g in groups])
-    if not returns.active(settings):
+    policy = models.policy
+    demos = [split.encoded[g.row].solution for g in groups] if needs.demonstrations(rules) else None
+    made = items_of(groups, [credit.group_advantages(g, rules) for g in groups], demos, rules, address)
+    if LOSSES[rules.policy.loss].sequences:
+        return preference.label(made, groups, rules, [split.rejected[g.row] for g in groups])
+    if not returns.active(rules):
         return made
 
     def logps(batch: PackedBatch) -> Tensor:
-        return policies.logprobs(policy, batch.to(policy.device), settings.sample.temperature)[0]
+        return policies.logprobs(policy, batch.to(policy.device), rules.sample.temperature)[0]
 
     ref = None
-    if returns.kl_in_reward(settings) or needs.compared(settings):
-        assert reference is not None
-        ref = returns.measured(lambda b: reference(b.to(policy.device)), made, settings)
-    if BASELINES[settings.credit.baseline].solution:
-        return partition.spread(made, settings, returns.measured(logps, made, settings), ref, memory.partition)
+    if returns.kl_in_reward(rules) or needs.compared(rules):
+        reference = models.reference
+        if reference is None:
+            raise ValueError(f"method {rules.method} compares with the reference, and none was given")
+        ref = returns.measured(lambda b: reference(b.to(policy.device)), made, rules)
+    if BASELINES[rules.credit.baseline].solution:
+        return partition.spread(made, rules, returns.measured(logps, made, rules), ref, models.partition)
     values = None
     if policy.critic is not None:
-        values = returns.measured(lambda b: critic.values(policy, b.to(policy.device)), made, settings)
-    return returns.spread(made, [credit.shaped_scores(g, settings) for g in groups], settings, ref, values)
+        values = returns.measured(lambda b: critic.values(policy, b.to(policy.device)), made, rules)
+    return returns.spread(made, [credit.shaped_scores(g, rules) for g in groups], rules, ref, values)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unift import needs
-from unift.config import Config
+from unift.config import Config, stages
 from unift.encode import Encoded, encode_row, encode_rows
 from unift.types import DataError, Row
 from unift.words import SCHEDULES
@@ -41,9 +41,10 @@ def load(config: Config) -> Dataset:
         from unift.data import overlap, read_rows
 
         assert data.train is not None
-        needs_steps = any(needs.solutions(s) for s in (config, *config.phases))
+        found = [stage.rules for stage in stages(config)]
+        needs_steps = any(needs.solutions(s) for s in found)
         train = read_rows(data.train, format=data.format, limit=data.train_rows, need_steps=needs_steps)
-        graded = [s.show.schedule for s in (config, *config.phases) if SCHEDULES[s.show.schedule].graded]
+        graded = [s.show.schedule for s in found if SCHEDULES[s.show.schedule].graded]
         if graded and all(len(row.steps) == 1 for row in train):
             raise DataError(
                 f"{data.train}, column 'steps': every solution is a single step, so show.schedule={graded[0]} could only "
@@ -65,35 +66,34 @@ def load(config: Config) -> Dataset:
     return Dataset(train, test[: config.eval.rows] if config.eval.rows else test)
 
 
-def encode(tokenizer: Any, dataset: Dataset, config: Config) -> tuple[list[Encoded], list[Encoded]]:
+@dataclass(frozen=True)
+class Split:
+    """Rows with their tokens. ``rejected``: tokens of the answer that each row's solution is preferred to, where it has one."""
+
+    rows: list[Row]
+    encoded: list[Encoded]
+    rejected: list[list[int] | None] = field(default_factory=list[list[int] | None])
+
+    def first(self, n: int) -> Split:
+        return Split(self.rows[:n], self.encoded[:n], self.rejected[:n])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both splits of a run, and the fingerprint of the training rows."""
+
+    train: Split
+    test: Split
+    fingerprint: str
+
+
+def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
+    """Tokenise both splits. DataError for a row that does not fit."""
     limit = config.data.max_prompt
     train, test = encode_rows(tokenizer, dataset.train, limit), encode_rows(tokenizer, dataset.test, limit)
-    check_positions(config, train, test)
-    return train, test
-
-
-def check_positions(config: Config, train: list[Encoded], test: list[Encoded]) -> None:
-    """DataError where prompt, hint and completion can take more tokens than the model has positions (its config.json;
-    a GGUF file has none). Beyond them a model with learned positions fails, and one with rotary ones turns to noise."""
-    from unift.policy import locate
-
-    path = locate(config.model.path) / "config.json"
-    positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
-    if not isinstance(positions, int):
-        return
-    phases = config.phases or [config]
-    hinted = any(needs.hints(s) for s in phases)
-    sampled = max([s.sample.max_tokens for s in phases if s.sample.completions], default=0)
-    evaluated = config.eval.max_tokens or max(s.sample.max_tokens for s in phases)
-    for name, rows, most in (("data.train", train, sampled), ("data.test", test, evaluated)):
-        for number, e in enumerate(rows, start=1):
-            hint = e.step_ends[-1] if hinted and name == "data.train" else 0
-            if len(e.prompt) + hint + most > positions:
-                raise DataError(
-                    f"{name}, row {number}: the prompt ({len(e.prompt)} tokens), its longest hint ({hint}) and a completion "
-                    f"({most}) take more than the {positions} positions of the model. Lower sample.max_tokens to "
-                    f"{max(positions - len(e.prompt) - hint, 0)} or less, or drop the row"
-                )
+    columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
+    rejected = encode_column(tokenizer, dataset.train, columns, limit)
+    return Data(Split(dataset.train, train, rejected), Split(dataset.test, test), dataset.fingerprint)
 
 
 def encode_column(tokenizer: Any, rows: Sequence[Row], columns: Iterable[str], limit: int) -> list[list[int] | None]:

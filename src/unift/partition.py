@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from unift.batch import COMPLETION, DEMO, Item
-from unift.config import Config, Phase
+from unift.config import Rules
+from unift.packs import COMPLETION, DEMO, Item
 from unift.returns import Tokens
 from unift.words import ScoreName
 
@@ -48,11 +48,11 @@ def advance(
 
 
 def spread(
-    items: Sequence[Item], settings: Config | Phase, l: Tokens, ref: Tokens | None, state: MutableMapping[str, float]
+    items: Sequence[Item], rules: Rules, l: Tokens, ref: Tokens | None, state: MutableMapping[str, float]
 ) -> list[Item]:
     """Items whose solution has credit 1 and whose negatives have minus their weight, both times the number of sequences
     of the item: a mean over sequences is then the paper's mean over rows. ``state``: u by row id, moved on here."""
-    c, out = settings.credit, []
+    c, out = rules.credit, []
     for i, item in enumerate(items):
         negatives = [j for j, m in enumerate(item.members) if m.role == COMPLETION]
         if not negatives:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from unift import attention, forward, matmul, plain, processes
+from unift.packs import COMPLETION, PackedBatch
 from unift.types import ConfigError
 
 if TYPE_CHECKING:
-    from unift.batch import PackedBatch
     from unift.config import Lora
     from unift.config import Model as ModelConfig
 
@@ -225,8 +225,6 @@ def head_logprobs(policy: Policy, hidden_SD: Tensor, target_S: Tensor, scale_S: 
 
 def scale_of(batch: PackedBatch, temperature: float) -> Tensor:
     """Factor of the logits: 1/T at sampled tokens, 1 at tokens of the data."""
-    from unift.batch import COMPLETION
-
     return torch.where(batch.role_S == COMPLETION, 1.0 / temperature, 1.0)
 
 

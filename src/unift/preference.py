@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from unift.batch import COMPLETION, DEMO, Item, Member, PackedBatch
-from unift.config import Config, Phase, Policy
+from unift.config import PolicyStream, Rules
+from unift.packs import COMPLETION, DEMO, Item, Member, PackedBatch
 from unift.types import ConfigError, Group, Score
 from unift.words import LossName
 
 
 def label(
-    items: Sequence[Item], groups: Sequence[Group], settings: Config | Phase, rejected: Sequence[list[int] | None]
+    items: Sequence[Item], groups: Sequence[Group], rules: Rules, rejected: Sequence[list[int] | None]
 ) -> list[Item]:
     """Items whose members are pairs or carry scores. ``rejected[i]``: tokens of the row's rejected answer, if it has one.
 
@@ -27,7 +27,7 @@ def label(
     and wrong completions, both without repeats; the n-th of one with the n-th of the other. What is left over is dropped.
     una: the solution with the row's rejected answer is a pair; without one it has score 1; completions have their scores.
     """
-    make = LOSSES[settings.policy.loss]
+    make = LOSSES[rules.policy.loss]
     out: list[Item] = []
     for item, group, bad in zip(items, groups, rejected, strict=True):
         scored = [s.score for s in group.samples if s.tokens and s.score is not None]
@@ -74,7 +74,7 @@ def _distinct(members: Sequence[Member]) -> list[Member]:
     return list(first.values())
 
 
-def loss(l_S: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
+def loss(l_S: Tensor, batch: PackedBatch, policy: PolicyStream) -> Tensor:
     """sum over pairs of (w + w') * -log sigmoid(r - r')   (DPO, arXiv 2305.18290, eq. 7; UNA on pairs)
     + sum over scored sequences of w * (sigmoid(r) - s)^2    (UNA, arXiv 2408.15339; UFT of 2410.21438 with s = 1).
 

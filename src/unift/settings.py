@@ -100,7 +100,7 @@ class Credit(Section):
     )
 
 
-class Policy(Section):
+class PolicyStream(Section):
     """How the completions push their log-probs."""
 
     loss: words.LossName = Field(default="clip", description="surrogate of the policy gradient")
@@ -160,7 +160,7 @@ class Likelihood(Section):
     gamma: float = Field(default=0.95, ge=0, le=1, description="discount of later tokens' losses in tail")
 
 
-class Reference(Section):
+class Pull(Section):
     """The pull towards the model that the phase began with, on completions only."""
 
     kl: float = Field(default=0.0, ge=0, description="weight of the KL term; 0 = none")
@@ -209,19 +209,24 @@ class Train(Section):
     )
 
 
-class Phase(Section):
-    """One stretch of a run with its own method (SFT, then RFT). The optimizer and the KL reference start anew."""
+class Rules(Section):
+    """What a method says: everything between rows and an optimizer step."""
 
     method: str = Field(description="preset; the phase may change any key of its sections")
-    share: float = Field(gt=0, le=1, description="of train.steps")
     show: Show = Show()
     sample: SampleFrom = SampleFrom()
     credit: Credit = Credit()
-    policy: Policy = Policy()
+    policy: PolicyStream = PolicyStream()
     likelihood: Likelihood = Likelihood()
-    reference: Reference = Reference()
+    reference: Pull = Pull()
     inputs: Inputs = Inputs()
     train: Train = Train()
+
+
+class Phase(Rules):
+    """One stretch of a run with its own method (SFT, then RFT). The optimizer and the KL reference start anew."""
+
+    share: float = Field(gt=0, le=1, description="of train.steps")
 
 
 class Lora(Section):
