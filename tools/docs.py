@@ -23,10 +23,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 # All that this tool takes from the package.
-from unift import words
-from unift.config import Config, preset_names, resolve, stages
-from unift.family import rows as family_rows
-from unift.family import table as family_table
+from unift.commands.methods import rows as family_rows
+from unift.commands.methods import table as family_table
+from unift.config import words
+from unift.config.packaged import preset_names
+from unift.config.resolve import resolve
+from unift.config.sections import Config
+from unift.config.stages import stages
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "mkdocs.yml")
