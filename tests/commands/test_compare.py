@@ -314,6 +314,7 @@ def test_a_child_that_ignores_the_request_is_killed(tmp_path, monkeypatch):
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
     child.stdout.readline()
+    child.stdout.close()
     compare.end([child])
     assert child.returncode == -signal.SIGKILL
 
