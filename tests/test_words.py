@@ -21,7 +21,12 @@ KINDS = {
     # kind: (type of the setting, section and field, entries, functions)
     "schedule": (words.ScheduleName, ("show", "schedule"), words.SCHEDULES, hints.SCHEDULES),
     "baseline": (words.BaselineName, ("credit", "baseline"), words.BASELINES, credit.RULES),
-    "score": (words.ScoreName, ("credit", "score"), words.SCORES, partition.SCORES),
+    "sequence_logp": (
+        words.SequenceLogpName,
+        ("credit", "sequence_logp"),
+        words.SEQUENCE_LOGPS,
+        partition.SEQUENCE_LOGPS,
+    ),
     "loss": (words.LossName, ("policy", "loss"), words.LOSSES, {**objectives.LOSSES, **preference.LOSSES}),
     "off_policy": (
         words.OffPolicyName,

@@ -44,12 +44,12 @@ def items(
     def logps(batch: PackedBatch) -> Tensor:
         return policies.logprobs(policy, batch.to(policy.device), settings.sample.temperature)[0]
 
+    if BASELINES[settings.credit.baseline].solution:
+        return partition.spread(made, settings, returns.measured(logps, made, settings), memory.partition)
     ref = None
-    if returns.kl_in_reward(settings) or needs.compared(settings):
+    if returns.kl_in_reward(settings):
         assert reference is not None
         ref = returns.measured(lambda b: reference(b.to(policy.device)), made, settings)
-    if BASELINES[settings.credit.baseline].solution:
-        return partition.spread(made, settings, returns.measured(logps, made, settings), ref, memory.partition)
     values = None
     if policy.critic is not None:
         values = returns.measured(lambda b: critic.values(policy, b.to(policy.device)), made, settings)

@@ -85,10 +85,10 @@ class Credit(Section):
     positive_entropy: float = Field(
         default=0.0, description="positive advantages times exp(this * H), H the policy's mean entropy"
     )
-    score: words.ScoreName = Field(
-        default="ratio", description="partition: a sequence's score is sum log(pi / reference), or mean log pi"
+    sequence_logp: words.SequenceLogpName = Field(
+        default="sum", description="partition: log-prob of a sequence, sum log pi (against log P0) or mean log pi"
     )
-    tau: float = Field(default=1.0, gt=0, description="partition: temperature of the scores")
+    tau: float = Field(default=1.0, gt=0, description="partition: temperature of the sequences' log-probs")
     momentum: float = Field(default=0.85, gt=0, le=1, description="partition: weight of the newest estimate of a row's")
     gamma: float = Field(default=1.0, ge=0, le=1, description="discount of later tokens' rewards (critic)")
     lam: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda (critic)")

@@ -121,21 +121,23 @@ BASELINES: Mapping[BaselineName, Baseline] = {
     "none": Baseline("r", "REINFORCE++, arXiv 2501.03262"),
     "sign": Baseline("+1 / -1", "SRFT, arXiv 2506.19767", grouped=True, scaled=False),
     "critic": Baseline("GAE", "arXiv 1506.02438, eq. 16; ReFT, arXiv 2401.08967", critic=True),
-    "partition": Baseline("solution against the others, {score}", "arXiv 2502.18679", scores=False, solution=True),
+    "partition": Baseline(
+        "solution against the others, {sequence_logp} of log pi", "arXiv 2502.18679", scores=False, solution=True
+    ),
 }
 
 ScaleName = Literal["sample_std", "population_std", "none"]
-ScoreName = Literal["ratio", "mean"]
+SequenceLogpName = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True)
-class SequenceScore(Word):
-    reference: bool = False
+class SequenceLogp(Word):
+    density: bool = False  # a log-probability, which the reference's own is taken off
 
 
-SCORES: Mapping[ScoreName, SequenceScore] = {
-    "ratio": SequenceScore("ratio", "arXiv 2502.18679", reference=True),
-    "mean": SequenceScore("mean", "arXiv 2502.18679"),
+SEQUENCE_LOGPS: Mapping[SequenceLogpName, SequenceLogp] = {
+    "sum": SequenceLogp("sum", "DFT, arXiv 2502.18679", density=True),
+    "mean": SequenceLogp("mean", "DFT2, arXiv 2502.18679"),
 }
 
 # ---------------------------------------------------------------------------------------------- policy
