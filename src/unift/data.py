@@ -13,6 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,23 @@ def read_rows(
     layout = detect(records[0], path) if format == "auto" else format
     if layout not in _READERS:
         raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
-    rows = []
+    rows: list[Row] = []
+    first: dict[str, int] = {}  # id: number of the row that has it
+    copies: Counter[str] = Counter()
     for number, record in enumerate(records, start=1):
         where = f"{path}, row {number}"
         if not isinstance(record, Mapping):
             raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
         row = _READERS[layout](record, where)
         _check_text(row, where)
+        copies[row.id] += 1
+        if copies[row.id] > 1 and not _own_id(record):  # a copy of a row that its content names
+            row = replace(row, id=f"{row.id}-{copies[row.id]}")
+        if first.setdefault(row.id, number) != number:
+            raise DataError(
+                f"{where}, column 'id': {row.id!r} is the id of row {first[row.id]}, too. Draws and what a run remembers of a "
+                "row (its hint length) go by the id: give every row its own, or drop the column, and the content names them"
+            )
         if need_steps and not row.steps:
             raise DataError(f"{where}, column 'steps': no worked solution, which this method learns from")
         rows.append(row)
@@ -205,8 +216,12 @@ def _build(
     task = TASK_OF.get(source, "math" if "math" in source.lower() else source)
     extra = {k: v for k, v in record.items() if k not in {*used, "id", "task"}}
     plain = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
-    row_id = str(record.get("id") or content_id(plain, steps, ending, answer))
-    return Row(row_id, prompt, steps, ending, answer, task, extra)
+    return Row(_own_id(record) or content_id(plain, steps, ending, answer), prompt, steps, ending, answer, task, extra)
+
+
+def _own_id(record: Mapping[str, Any]) -> str:
+    """The id that the data gives (0 is one), or an empty text."""
+    return "" if record.get("id") is None else str(record["id"])
 
 
 def _unift(record: Mapping[str, Any], where: str) -> Row:
