@@ -388,7 +388,7 @@ def test_a_probe_has_a_step_for_every_phase_and_never_more_than_the_run():
     phases = [{"method": "sft", "share": 0.01}, {"method": "rft", "share": 0.99}]
     two = config.resolve("sft-rft", recipe="lock", overrides={"phases": phases})
     assert budget.probe_steps(two) == 200
-    config.plan(two.model_copy(update={"train": two.train.model_copy(update={"steps": 200})}))
+    config.stages(two.model_copy(update={"train": two.train.model_copy(update={"steps": 200})}))
 
 
 def test_a_budget_too_small_for_the_phases_is_refused():

@@ -85,9 +85,10 @@ def test_hash_ignores_what_does_not_move_numbers():
 
 def test_phases():
     config = c.resolve("sft-rft", recipe="lock")
-    (a, b, first), (d, e, second) = c.plan(config)
-    assert (a, b, d, e) == (0, 200, 200, 600)
+    one, two = c.stages(config)
+    first, second = one.rules, two.rules
+    assert (one.start, one.stop, two.start, two.stop) == (0, 200, 200, 600)
     assert first.sample.completions == 0 and first.likelihood.tokens == "demo"
     assert second.sample.completions == 8 and second.likelihood.weight == 0
     with pytest.raises(ConfigError, match="add up to"):
-        c.plan(config.model_copy(update={"phases": config.phases[:1]}))
+        c.stages(config.model_copy(update={"phases": config.phases[:1]}))

@@ -11,7 +11,7 @@ from conftest import close, gradients, random_tokens, settings, tiny_policy
 from test_resume import outcome
 
 from unift import assign, critic, family, needs, objectives, sampling, schedule, update
-from unift.config import parse_overrides, plan, preset_names, resolve
+from unift.config import Moment, Stage, parse_overrides, preset_names, resolve, stages
 from unift.encode import Encoded
 from unift.loop import Run, train
 from unift.memory import Memory
@@ -31,7 +31,7 @@ class Decoder:
 
 def phases():
     """(preset, number of the phase)."""
-    return [(name, i) for name in PRESETS for i in range(len(plan(settings(name))))]
+    return [(name, i) for name in PRESETS for i in range(len(stages(settings(name))))]
 
 
 def prepared(name, phase, order=None, budget=10**6, step=3):
@@ -43,7 +43,7 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
     more = ["train.prompts=6", "train.updates=1", "sample.max_tokens=7"]
     more += ["train.micro_prompts=3"] if base.train.micro_prompts else []
     more += ["sample.completions=4"] if base.sample.completions > 1 and not base.phases else []
-    _, _, s = plan(settings(name, *more))[phase]
+    s = stages(settings(name, *more))[phase].rules
     policy, _ = tiny_policy(torch.float64)
     policy.tokenizer = Decoder()
     reference, _ = tiny_policy(torch.float64, seed=1)
@@ -54,11 +54,10 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
     gen = np.random.default_rng(5)
     rows = [Row(f"r{i}", "", ("",), "", None) for i in range(6)]
     encoded = [Encoded(random_tokens(gen, 3 + i), [*random_tokens(gen, 8), 1], [0, 2, 4, 6]) for i in range(6)]
-    groups = sampling.begin(range(6), rows, encoded, s, Memory(), 0, step, (0, 500))
+    moment = Moment(0, step, Stage(0, 500, s))
+    groups = sampling.begin(range(6), rows, encoded, moment, Memory())
     if s.sample.completions:
-        sampling.complete(
-            reference if s.sample.source == "reference" else policy, groups, range(len(groups)), s, 0, step
-        )
+        sampling.complete(reference if s.sample.source == "reference" else policy, groups, range(len(groups)), moment)
         for g in groups:
             for n, sample in enumerate(g.samples):
                 sample.score = Score(float((sample.tokens[-1] + n) % 2) if g.row else 0.0)  # the first row fails
@@ -168,10 +167,10 @@ def test_runs_and_resumes_bitwise(name, tmp_path, monkeypatch):
     assert any(m["grad/norm"] > 0 for m in expected[1][1:])
     real = Run.step
 
-    def stop(self, step, *args):
-        if step == steps - 1:
+    def stop(self, moment, *args):
+        if moment.step == steps - 1:
             raise Killed
-        return real(self, step, *args)
+        return real(self, moment, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "step", stop)
@@ -196,9 +195,9 @@ def test_a_kill_between_sampling_and_training_counts_nothing_twice(name, tmp_pat
     train(config, tmp_path / "whole")
     real = Run._groups
 
-    def stop(self, step, *args):
-        groups = real(self, step, *args)
-        if step == 1:
+    def stop(self, moment, *args):
+        groups = real(self, moment, *args)
+        if moment.step == 1:
             raise Killed
         return groups
 

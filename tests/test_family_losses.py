@@ -12,7 +12,7 @@ from conftest import close, make_items, packed_loss, settings, tiny_policy
 
 from unift import credit, critic, hints, needs, objectives, returns, sampling, schedule
 from unift.batch import COMPLETION, DEMO, HINT, Item, Member, items_of, pack, weigh
-from unift.config import Credit, Show
+from unift.config import Credit, Moment, Show, Stage
 from unift.likelihood import sequence_mean
 from unift.memory import Memory
 from unift.types import Group, Sample, Score
@@ -484,11 +484,11 @@ def test_hints_in_tokens_never_reach_the_ending():
     e = Encoded([3], list(range(10, 20)), [0, 3, 7])
     rows = [type("R", (), {"id": f"r{i}"})() for i in range(50)]
     config = settings("prefix-rft")
-    groups = sampling.begin(range(50), rows, [e] * 50, config, Memory(), 0, 0, (0, 1000))
+    groups = sampling.begin(range(50), rows, [e] * 50, Moment(0, 0, Stage(0, 1000, config)), Memory())
     assert {g.cuts_total for g in groups} == {7} and {len(g.hint) for g in groups} == {
         6
     }  # floor(u * 7), u in [.95, .95]
-    later = sampling.begin(range(50), rows, [e] * 50, config, Memory(), 0, 999, (0, 1000))
+    later = sampling.begin(range(50), rows, [e] * 50, Moment(0, 999, Stage(0, 1000, config)), Memory())
     assert min(len(g.hint) for g in later) == 0 and max(len(g.hint) for g in later) == 6
 
 

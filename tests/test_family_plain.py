@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_policy
 from test_family import loss_of, prepared
 
-from unift.config import plan
+from unift.config import stages
 from unift.loop import check_forward
 from unift.types import ConfigError
 
@@ -19,7 +19,7 @@ def test_methods_that_open_the_trunk_are_refused(name):
     policy, plain = tiny_policy()
     policy.model, policy.why_plain = plain, "its attention window is short"
     with pytest.raises(ConfigError, match="needs (a critic|changed input embeddings).*window is short"):
-        for _, _, phase in plan(settings(name)):
+        for phase in (stage.rules for stage in stages(settings(name))):
             check_forward(policy, phase)
     check_forward(policy, settings("luffy"))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unift.config import parse_overrides, plan, preset_names, resolve
+from unift.config import parse_overrides, preset_names, resolve, stages
 from unift.loop import train
 from unift.policy import load, save_pretrained
 from unift.settings import Model
@@ -41,7 +41,7 @@ def test_two_steps(tmp_path, folder, name):
         "data.options={numbers: 3, style: short}", "data.train_rows=8", "data.test_rows=4", f"train.steps={steps}", "train.prompts=4",
         "train.lr=1e-5", "train.warmup=0", "train.token_budget=2048", "sample.max_tokens=12", "eval.every=0", "save.every=0",
     ]  # fmt: skip
-    small += ["train.updates=2"] if any(s.train.updates > 1 for _, _, s in plan(own)) else []
+    small += ["train.updates=2"] if any(stage.rules.train.updates > 1 for stage in stages(own)) else []
     small += ["train.micro_prompts=2"] if own.train.micro_prompts else []
     small += ["likelihood.buffer=2"] if own.likelihood.buffer else []
     config = resolve(name, overrides=parse_overrides(small))

@@ -122,10 +122,10 @@ def test_a_run_that_is_stopped_and_goes_on(tmp_path, monkeypatch, more):
     ]
     config, step = resolve("uft", recipe="lock", overrides=parse_overrides(chosen)), Run.step
 
-    def stop_at(self, number, *args):
-        if number == 2:
+    def stop_at(self, moment, *args):
+        if moment.step == 2:
             raise KeyboardInterrupt
-        return step(self, number, *args)
+        return step(self, moment, *args)
 
     monkeypatch.setattr(Run, "step", stop_at)
     with pytest.raises(KeyboardInterrupt):

@@ -48,10 +48,10 @@ def test_smollm2_end_to_end(tmp_path, data_folder, smollm, name):
     class Stop(Exception):
         pass
 
-    def stop(self, step, *rest):
-        if step == 2:
+    def stop(self, moment, *rest):
+        if moment.step == 2:
             raise Stop
-        return real(self, step, *rest)
+        return real(self, moment, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "step", stop)

@@ -12,6 +12,7 @@ from conftest import close, gradients, packed_loss, random_tokens, settings, tin
 
 from unift import inputs, likelihood, objectives, rng, sampling
 from unift.batch import DEMO, OWN, Item, Member, cut, items_of, kept, pack, weigh
+from unift.config import Moment, Stage
 from unift.policy import logprobs
 from unift.settings import Likelihood
 from unift.types import Group, Sample, Score
@@ -378,7 +379,7 @@ def test_upft_samples_and_trains_the_first_tokens_only():
         config = settings("upft", "sample.first=3", f"sample.max_tokens={long}", *more)
         groups = [Group(i, f"r{i}", [3 + i % 30, 4, 9], [], 0, 5) for i in range(40)]
         policy.tokenizer.batch_decode = lambda x, **k: [""] * len(x)
-        sampling.complete(policy, groups, range(len(groups)), config, 0, 0)
+        sampling.complete(policy, groups, range(len(groups)), Moment(0, 0, Stage(0, 1, config)))
         asked[name] = [g.samples[0].tokens for g in groups]
     assert max(map(len, asked["cut"])) == 3 and max(map(len, asked["whole"])) == long
     for cut_, whole, mixed in zip(asked["cut"], asked["whole"], asked["mixed"], strict=True):

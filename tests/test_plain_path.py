@@ -337,10 +337,10 @@ def test_run_and_resume(saved, tmp_path, monkeypatch, kind):
     assert all(m["tokens/shared_ratio"] < 0.2 for m in metrics[1:])
     real = Run.step
 
-    def stop(self, step, *rest):
-        if step == 2:
+    def stop(self, moment, *rest):
+        if moment.step == 2:
             raise KeyboardInterrupt
-        return real(self, step, *rest)
+        return real(self, moment, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "step", stop)

@@ -71,14 +71,14 @@ def test_every_step(whole, tmp_path, monkeypatch, k, untrained):
     """Stop after step k, or inside step k+1 when its completions are sampled and scored but not trained on."""
     real, sampled = Run.step, Run._groups
 
-    def stop_at(self, step, *args):
-        if step == k and not untrained:
+    def stop_at(self, moment, *args):
+        if moment.step == k and not untrained:
             raise Killed
-        return real(self, step, *args)
+        return real(self, moment, *args)
 
-    def stop_after_sampling(self, step, *args):
-        groups = sampled(self, step, *args)
-        if step == k and untrained:
+    def stop_after_sampling(self, moment, *args):
+        groups = sampled(self, moment, *args)
+        if moment.step == k and untrained:
             raise Killed
         return groups
 
@@ -121,10 +121,10 @@ def test_phases_and_sparse_checkpoints(tmp_path, monkeypatch, method):
     real = Run.step
     for k in (3, 7, 11):
 
-        def stop_at(self, step, *args, k=k):
-            if step == k:
+        def stop_at(self, moment, *args, k=k):
+            if moment.step == k:
                 raise Killed
-            return real(self, step, *args)
+            return real(self, moment, *args)
 
         with monkeypatch.context() as patch:
             patch.setattr(Run, "step", stop_at)

@@ -9,7 +9,7 @@ from torch import Tensor
 from unift import credit, critic, needs, partition, preference, returns
 from unift import policy as policies
 from unift.batch import Item, PackedBatch, items_of
-from unift.config import Config, Phase
+from unift.config import Rules
 from unift.encode import Encoded
 from unift.memory import Memory
 from unift.policy import Policy
@@ -23,7 +23,7 @@ def items(
     groups: Sequence[Group],
     encoded: Sequence[Encoded],
     rejected: Sequence[list[int] | None],
-    settings: Config | Phase,
+    rules: Rules,
     policy: Policy,
     reference: Score | None,
     memory: Memory,
@@ -34,23 +34,23 @@ def items(
     Credit that needs log-probs or values of the sampled tokens measures them here, once, over all items of the step.
     ``memory.partition`` moves on where the method keeps one.
     """
-    demos = [encoded[g.row].solution for g in groups] if needs.demonstrations(settings) else None
-    made = items_of(groups, [credit.group_advantages(g, settings) for g in groups], demos, settings, address)
-    if LOSSES[settings.policy.loss].sequences:
-        return preference.label(made, groups, settings, [rejected[g.row] for g in groups])
-    if not returns.active(settings):
+    demos = [encoded[g.row].solution for g in groups] if needs.demonstrations(rules) else None
+    made = items_of(groups, [credit.group_advantages(g, rules) for g in groups], demos, rules, address)
+    if LOSSES[rules.policy.loss].sequences:
+        return preference.label(made, groups, rules, [rejected[g.row] for g in groups])
+    if not returns.active(rules):
         return made
 
     def logps(batch: PackedBatch) -> Tensor:
-        return policies.logprobs(policy, batch.to(policy.device), settings.sample.temperature)[0]
+        return policies.logprobs(policy, batch.to(policy.device), rules.sample.temperature)[0]
 
-    if BASELINES[settings.credit.baseline].solution:
-        return partition.spread(made, settings, returns.measured(logps, made, settings), memory.partition)
+    if BASELINES[rules.credit.baseline].solution:
+        return partition.spread(made, rules, returns.measured(logps, made, rules), memory.partition)
     ref = None
-    if returns.kl_in_reward(settings):
+    if returns.kl_in_reward(rules):
         assert reference is not None
-        ref = returns.measured(lambda b: reference(b.to(policy.device)), made, settings)
+        ref = returns.measured(lambda b: reference(b.to(policy.device)), made, rules)
     values = None
     if policy.critic is not None:
-        values = returns.measured(lambda b: critic.values(policy, b.to(policy.device)), made, settings)
-    return returns.spread(made, [credit.shaped_scores(g, settings) for g in groups], settings, ref, values)
+        values = returns.measured(lambda b: critic.values(policy, b.to(policy.device)), made, rules)
+    return returns.spread(made, [credit.shaped_scores(g, rules) for g in groups], rules, ref, values)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unift import words
 from unift.attention import PackedLayout
-from unift.config import Config, Phase
+from unift.config import Rules
 from unift.types import Group
 
 COMPLETION, HINT, DEMO, OWN = 1, 2, 3, 4  # OWN: a sampled completion that is supervised like a demonstration
@@ -91,12 +91,12 @@ def items_of(
     groups: Sequence[Group],
     advantages: Sequence[Sequence[float]],
     demos: Sequence[list[int]] | None,
-    settings: Config | Phase | None = None,
+    rules: Rules | None = None,
     address: tuple[object, ...] = (),
 ) -> list[Item]:
     """Groups with their advantages (aligned with ``group.samples``, then the demonstration where it is a member).
 
-    ``demos``: whole solutions, where they carry a loss. ``settings``: who takes part (gate, own completions); None: all.
+    ``demos``: whole solutions, where they carry a loss. ``rules``: who takes part (gate, own completions); None: all.
     """
     items = []
     for i, group in enumerate(groups):
@@ -104,10 +104,10 @@ def items_of(
         samples = [(s, a) for s, a in zip(group.samples, own_a, strict=True) if s.tokens and s.score is not None]
         gate, own, push, as_member = None, None, True, False
         waits = False
-        if settings is not None:
-            gate, waits = settings.likelihood.gate, settings.likelihood.buffer > 0
-            own = settings.likelihood.keep if words.TOKENS[settings.likelihood.tokens].own else None
-            push, as_member = words.LOSSES[settings.policy.loss].pushes, settings.sample.demonstration
+        if rules is not None:
+            gate, waits = rules.likelihood.gate, rules.likelihood.buffer > 0
+            own = rules.likelihood.keep if words.TOKENS[rules.likelihood.tokens].own else None
+            push, as_member = words.LOSSES[rules.policy.loss].pushes, rules.sample.demonstration
         failed = gate is not None and fails(group, gate)
         supervised = gate is None or (failed and not waits)
         members = []
@@ -225,23 +225,23 @@ class Weights:
     own: list[list[float]]
 
 
-def _solution_pushes(settings: Config | Phase) -> bool:
+def _solution_pushes(rules: Rules) -> bool:
     """Do tokens of the solution push with the group's advantage, too?"""
-    return settings.policy.off_policy != "none" or words.LOSSES[settings.policy.loss].sequences
+    return rules.policy.off_policy != "none" or words.LOSSES[rules.policy.loss].sequences
 
 
-def _in_policy(member: Member, settings: Config | Phase) -> int:
+def _in_policy(member: Member, rules: Rules) -> int:
     """Tokens of a member that push with the group's advantage."""
     if member.role == COMPLETION:
-        return len(member.tokens) - (0 if settings.policy.off_policy != "none" else member.given)
-    return len(member.tokens) if member.role == DEMO and _solution_pushes(settings) else 0
+        return len(member.tokens) - (0 if rules.policy.off_policy != "none" else member.given)
+    return len(member.tokens) if member.role == DEMO and _solution_pushes(rules) else 0
 
 
-def weigh(items: Sequence[Item], settings: Config | Phase) -> Weights:
+def weigh(items: Sequence[Item], rules: Rules) -> Weights:
     """Normalisers of one optimizer batch. Hints count once a group: the G copies share it, their mean is the same."""
-    likelihood, kind = settings.likelihood, words.TOKENS[settings.likelihood.tokens]
-    micro, max_tokens = settings.train.micro_prompts, settings.sample.max_tokens
-    completions = [[_in_policy(m, settings) for m in item.members] for item in items]
+    likelihood, kind = rules.likelihood, words.TOKENS[rules.likelihood.tokens]
+    micro, max_tokens = rules.train.micro_prompts, rules.sample.max_tokens
+    completions = [[_in_policy(m, rules) for m in item.members] for item in items]
     supervised = []
     for item in items:
         n = len(item.hint) if kind.hint else 0
@@ -251,8 +251,8 @@ def weigh(items: Sequence[Item], settings: Config | Phase) -> Weights:
             n += max((m.given for m in item.members), default=0)
         supervised.append([n if item.supervised else 0, *(len(m.tokens) if m.role == OWN else 0 for m in item.members)])
     unit = NORMS[likelihood.norm](Counts(supervised, max_tokens, micro))
-    policy = NORMS[settings.policy.norm](Counts(completions, max_tokens, micro))
-    share = policy_weight(settings)
+    policy = NORMS[rules.policy.norm](Counts(completions, max_tokens, micro))
+    share = policy_weight(rules)
     scaled = [
         [likelihood.weight * x if k else 0.0 for x, k in zip(w, n)] for w, n in zip(unit, supervised, strict=True)
     ]
@@ -263,19 +263,19 @@ def weigh(items: Sequence[Item], settings: Config | Phase) -> Weights:
     )
 
 
-def policy_weight(settings: Config | Phase) -> float:
-    share = settings.policy.weight
-    return 1.0 - settings.likelihood.weight if isinstance(share, str) else share
+def policy_weight(rules: Rules) -> float:
+    share = rules.policy.weight
+    return 1.0 - rules.likelihood.weight if isinstance(share, str) else share
 
 
 # ---------------------------------------------------------------------------------------------- packing
 
 
-def without_signal(item: Item, settings: Config | Phase) -> bool:
+def without_signal(item: Item, rules: Rules) -> bool:
     """True when the completions of this item cannot move the policy: all advantages 0, no KL, no entropy bonus."""
-    pulled = settings.reference.kl != 0 and not words.INTOS[settings.reference.into].reward
-    quiet = not pulled and settings.policy.entropy == 0 and not words.LOSSES[settings.policy.loss].sequences
-    quiet = quiet and not words.BASELINES[settings.credit.baseline].critic
+    pulled = rules.reference.kl != 0 and not words.INTOS[rules.reference.into].reward
+    quiet = not pulled and rules.policy.entropy == 0 and not words.LOSSES[rules.policy.loss].sequences
+    quiet = quiet and not words.BASELINES[rules.credit.baseline].critic
     return quiet and not any(np.any(m.advantage) for m in item.members if m.role == COMPLETION)
 
 
@@ -294,7 +294,7 @@ def cut(items: Sequence[Item], budget: int) -> list[list[int]]:
     return packs
 
 
-def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, settings: Config | Phase) -> PackedBatch | None:
+def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, rules: Rules) -> PackedBatch | None:
     """One micro-batch of the items ``which``. None when nothing in it carries a loss."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -312,12 +312,12 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, settings
 
     blank: dict[str, Any] = {**dict.fromkeys("aplke", 0.0), **dict.fromkeys("syrv", math.nan), "q": 0, "pair": -1}
     sequences = 0
-    outside = _solution_pushes(settings)
-    shown = words.TOKENS[settings.likelihood.tokens].alone
-    to_loss = not words.INTOS[settings.reference.into].reward
+    outside = _solution_pushes(rules)
+    shown = words.TOKENS[rules.likelihood.tokens].alone
+    to_loss = not words.INTOS[rules.reference.into].reward
     for b, i in enumerate(which):
         item = items[i]
-        silent = without_signal(item, settings)
+        silent = without_signal(item, rules)
         kept = [(j, m) for j, m in enumerate(item.members) if not (silent and m.role == COMPLETION)]
         prefix = item.prompt + item.hint
         start = len(tokens)
@@ -353,9 +353,9 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, settings
                     a = m.advantage[0] if isinstance(m.advantage, list) else m.advantage
                     push = pushed | {"a": a} if outside else {"q": sequences - 1}
                     supervise(at[:n], m.tokens[:n], HINT, b, j, **push | {"l": likelihood / copies if shown else 0.0})
-                kl = settings.reference.kl * w if to_loss else 0.0
+                kl = rules.reference.kl * w if to_loss else 0.0
                 sampler = list(m.logps) if m.logps is not None else [math.nan] * (len(m.tokens) - n)
-                values = {"a": m.advantage, "k": kl, "e": settings.policy.entropy * w, "s": sampler}
+                values = {"a": m.advantage, "k": kl, "e": rules.policy.entropy * w, "s": sampler}
                 if m.returns is not None and m.values is not None:
                     values |= {"r": m.returns, "v": m.values}
                 supervise(at[n:], m.tokens[n:], COMPLETION, b, j, **pushed | values)

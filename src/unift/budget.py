@@ -80,7 +80,7 @@ def spend(budget: Budget, cost: dict[str, Any], config: Config) -> list[str]:
     """Settings that make a run use up the budget. It is evaluated as often as it would have been."""
     own, every = config.train.steps, config.eval.every
     steps = steps_for(budget, cost, own)
-    configuration.plan(
+    configuration.stages(
         config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
     )  # fits phases?
     return [f"train.steps={steps}", f"eval.every={max(round(every * steps / own), 1) if every else 0}"]

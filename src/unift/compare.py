@@ -171,15 +171,15 @@ def _start(job: Job) -> tuple[subprocess.Popen[bytes], int]:
 
 def _read(folder: Path) -> Result | None:
     """result.json, with the number of training completions added from the run's settings where it lacks it."""
-    from unift.config import plan, read_yaml, validate
+    from unift.config import read_yaml, stages, validate
 
     try:
         result = json.loads((folder / "result.json").read_text())
     except (OSError, json.JSONDecodeError):
         return None
     if "completions" not in result and (folder / "config.yaml").is_file():
-        spans = plan(validate(read_yaml(folder / "config.yaml")))
-        result["completions"] = sum((stop - start) * s.train.prompts * s.sample.completions for start, stop, s in spans)
+        found = stages(validate(read_yaml(folder / "config.yaml")))
+        result["completions"] = sum(s.total * s.rules.train.prompts * s.rules.sample.completions for s in found)
     return result
 
 

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,9 @@ from unift.settings import (
     Model,
     Phase,
     Policy,
-    Reference,
     Reward,
-    SampleFrom,
+    Rules,
     Save,
-    Section,
     Show,
     Train,
 )
@@ -40,14 +39,15 @@ from unift.types import ConfigError
 from unift.words import ANNEALINGS, BASELINES, LOSSES, NORMS, SCHEDULES, SOURCES, TOKENS
 
 __all__ = [
-    "Config", "Credit", "Inputs", "Likelihood", "Lora", "Model", "Phase", "Policy", "Show", "Train", "check",
-    "config_hash", "differences", "numeric_settings", "parse_overrides", "plan", "preset_names", "preset_text", "read_yaml",
+    "Config", "Credit", "Inputs", "Likelihood", "Lora", "Model", "Moment", "Phase", "Policy", "Rules", "Show",
+    "Stage", "Train", "check", "evaluation_tokens", "longest", "stages",
+    "config_hash", "differences", "numeric_settings", "parse_overrides", "preset_names", "preset_text", "read_yaml",
     "recipe_names", "recipe_text", "resolve", "to_yaml", "validate",
 ]  # fmt: skip
 
 
-class Config(Section):
-    method: str = "uft"
+class Config(Rules):
+    method: str = "uft"  # pyright: ignore[reportIncompatibleVariableOverride]
     seed: int = 0
     run: str | None = Field(default=None, description="run folder; default runs/<method>-<hash>")
     threads: int | None = Field(default=None, ge=1, description="of torch; default: all cores")
@@ -55,21 +55,13 @@ class Config(Section):
     model: Model = Model()
     data: Data = Data()
     reward: Reward = Reward()
-    show: Show = Show()
-    sample: SampleFrom = SampleFrom()
-    credit: Credit = Credit()
-    policy: Policy = Policy()
-    likelihood: Likelihood = Likelihood()
-    reference: Reference = Reference()
-    inputs: Inputs = Inputs()
-    train: Train = Train()
     phases: list[Phase] = Field(default_factory=list)
     eval: Eval = Eval()
     save: Save = Save()
     log: Log = Log()
 
 
-METHOD_SECTIONS = ("show", "sample", "credit", "policy", "likelihood", "reference", "inputs", "train")
+METHOD_SECTIONS = tuple(name for name in Rules.model_fields if name != "method")
 # A continued run may change these: they do not touch the numbers.
 FREE_KEYS = ("run", "save", "log", "baselines", "reward.workers", "reward.timeout", "reward.error_rate", "threads")
 
@@ -237,8 +229,7 @@ def _explain(item: Any) -> str:
 
 def check(config: Config) -> None:
     """Numbers that must fit each other, before anything is loaded."""
-    spans = plan(config)
-    for _, _, phase in spans:
+    for phase in (stage.rules for stage in stages(config)):
         train, sample = phase.train, phase.sample
         if train.prompts % train.updates:
             raise ConfigError(
@@ -280,7 +271,7 @@ def check(config: Config) -> None:
         raise ConfigError("no rows: set data.train=FILE, or data.task to a built-in task, or use --recipe")
 
 
-def _check_together(phase: Config | Phase) -> None:
+def _check_together(phase: Rules) -> None:
     """Settings of different sections that only make sense together."""
     sample, likelihood, g = phase.sample, phase.likelihood, phase.sample.completions
     schedule, loss, baseline = (
@@ -368,27 +359,64 @@ def _check_together(phase: Config | Phase) -> None:
             raise ConfigError(text)
 
 
-def plan(config: Config) -> list[tuple[int, int, Config | Phase]]:
-    """The run as spans (first step, last step + 1, settings). Steps count from 0. One span unless there are phases."""
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of a run with one method: its steps ``start`` to ``stop`` - 1, counted from 0 over the run."""
+
+    start: int
+    stop: int
+    rules: Rules
+
+    @property
+    def total(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A step of a run: what its random draws are addressed by. ``step`` counts from 0 over the run."""
+
+    seed: int
+    step: int
+    stage: Stage
+
+    @property
+    def rules(self) -> Rules:
+        return self.stage.rules
+
+    @property
+    def within(self) -> int:
+        """Steps since the stage began, which its schedules count by."""
+        return self.step - self.stage.start
+
+
+def stages(config: Config) -> list[Stage]:
+    """The run in its stages: one, unless there are phases."""
     if not config.phases:
-        return [(0, config.train.steps, config)]
+        return [Stage(0, config.train.steps, config)]
     shares = sum(phase.share for phase in config.phases)
     if abs(shares - 1) > 1e-3:
         raise ConfigError(f"the shares of the phases add up to {shares:g}, expected 1")
-    spans, done, start = [], 0.0, 0
+    found: list[Stage] = []
+    done, start = 0.0, 0
     for phase in config.phases:
         done += phase.share
         stop = round(config.train.steps * done / shares)
         if stop <= start:
             raise ConfigError(f"phase {phase.method!r} would have no step of train.steps={config.train.steps}")
-        spans.append((start, stop, phase))
+        found.append(Stage(start, stop, phase))
         start = stop
-    return spans
+    return found
+
+
+def evaluation_tokens(config: Config) -> int:
+    """Length limit of a completion in evaluations: eval.max_tokens, else the longest that a stage samples."""
+    return config.eval.max_tokens or max(stage.rules.sample.max_tokens for stage in stages(config))
 
 
 def longest(config: Config) -> int:
     """Tokens of the longest sequence that a run can forward: prompt with its whole solution as hint, then a completion."""
-    completions = [phase.sample.max_tokens for _, _, phase in plan(config)]
+    completions = [stage.rules.sample.max_tokens for stage in stages(config)]
     return config.data.max_prompt + max([*completions, config.eval.max_tokens or 0])
 
 

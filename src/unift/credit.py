@@ -11,7 +11,7 @@ import numpy as np
 from unift.words import BASELINES, BaselineName
 
 if TYPE_CHECKING:
-    from unift.config import Config, Credit, Phase
+    from unift.config import Credit, Rules
     from unift.types import Group
 
 
@@ -56,16 +56,16 @@ def overlong(length: int, max_tokens: int, buffer: int) -> float:
     return -max(0.0, (length - (max_tokens - buffer)) / buffer) if buffer else 0.0
 
 
-def shaped_scores(group: Group, settings: Config | Phase) -> list[float]:
+def shaped_scores(group: Group, rules: Rules) -> list[float]:
     """What the samples are worth before any baseline: the verifier's score and the penalty on length."""
     return [
-        s.score.value + overlong(s.sampled, settings.sample.max_tokens, settings.credit.overlong)
+        s.score.value + overlong(s.sampled, rules.sample.max_tokens, rules.credit.overlong)
         for s in group.samples
         if s.score is not None
     ]
 
 
-def group_advantages(group: Group, settings: Config | Phase) -> list[float]:
+def group_advantages(group: Group, rules: Rules) -> list[float]:
     """Advantages of a group's samples, then of the demonstration where it is a member (score 1)."""
-    as_member = [1.0] if settings.sample.demonstration else []
-    return advantages([*shaped_scores(group, settings), *as_member], settings.credit)
+    as_member = [1.0] if rules.sample.demonstration else []
+    return advantages([*shaped_scores(group, rules), *as_member], rules.credit)

@@ -43,21 +43,22 @@ def read_rows(
         raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
     rows: list[Row] = []
     first: dict[str, int] = {}  # id: number of the row that has it
-    copies: Counter[str] = Counter()
+    copies: Counter[str] = Counter()  # further rows with the same id and the same content
     for number, record in enumerate(records, start=1):
         where = f"{path}, row {number}"
         if not isinstance(record, Mapping):
             raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
         row = _READERS[layout](record, where)
         _check_text(row, where)
-        copies[row.id] += 1
-        if copies[row.id] > 1 and not _own_id(record):  # a copy of a row that its content names
-            row = replace(row, id=f"{row.id}-{copies[row.id]}")
-        if first.setdefault(row.id, number) != number:
+        if row.id in first and _content(row) == _content(rows[first[row.id] - 1]):
+            copies[row.id] += 1
+            row = replace(row, id=f"{row.id}-{copies[row.id] + 1}")
+        if row.id in first:
             raise DataError(
                 f"{where}, column 'id': {row.id!r} is the id of row {first[row.id]}, too. Draws and what a run remembers of a "
                 "row (its hint length) go by the id: give every row its own, or drop the column, and the content names them"
             )
+        first[row.id] = number
         if need_steps and not row.steps:
             raise DataError(f"{where}, column 'steps': no worked solution, which this method learns from")
         rows.append(row)
@@ -217,6 +218,10 @@ def _build(
     extra = {k: v for k, v in record.items() if k not in {*used, "id", "task"}}
     plain = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
     return Row(_own_id(record) or content_id(plain, steps, ending, answer), prompt, steps, ending, answer, task, extra)
+
+
+def _content(row: Row) -> tuple[Any, ...]:
+    return row.prompt, row.steps, row.ending, row.answer
 
 
 def _own_id(record: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from unift import needs
-from unift.config import Config
+from unift.config import Config, evaluation_tokens, stages
 from unift.encode import Encoded, encode_row, encode_rows
 from unift.types import DataError, Row
 from unift.words import SCHEDULES
@@ -41,9 +41,10 @@ def load(config: Config) -> Dataset:
         from unift.data import overlap, read_rows
 
         assert data.train is not None
-        needs_steps = any(needs.solutions(s) for s in (config, *config.phases))
+        found = [stage.rules for stage in stages(config)]
+        needs_steps = any(needs.solutions(s) for s in found)
         train = read_rows(data.train, format=data.format, limit=data.train_rows, need_steps=needs_steps)
-        graded = [s.show.schedule for s in (config, *config.phases) if SCHEDULES[s.show.schedule].graded]
+        graded = [s.show.schedule for s in found if SCHEDULES[s.show.schedule].graded]
         if graded and all(len(row.steps) == 1 for row in train):
             raise DataError(
                 f"{data.train}, column 'steps': every solution is a single step, so show.schedule={graded[0]} could only "
@@ -81,10 +82,10 @@ def check_positions(config: Config, train: list[Encoded], test: list[Encoded]) -
     positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
     if not isinstance(positions, int):
         return
-    phases = config.phases or [config]
-    hinted = any(needs.hints(s) for s in phases)
-    sampled = max([s.sample.max_tokens for s in phases if s.sample.completions], default=0)
-    evaluated = config.eval.max_tokens or max(s.sample.max_tokens for s in phases)
+    found = [stage.rules for stage in stages(config)]
+    hinted = any(needs.hints(s) for s in found)
+    sampled = max([s.sample.max_tokens for s in found if s.sample.completions], default=0)
+    evaluated = evaluation_tokens(config)
     for name, rows, most in (("data.train", train, sampled), ("data.test", test, evaluated)):
         for number, e in enumerate(rows, start=1):
             hint = e.step_ends[-1] if hinted and name == "data.train" else 0

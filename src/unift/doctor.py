@@ -170,6 +170,7 @@ def _form(row: Row) -> str:
 
 def load_rows(config: Config) -> tuple[Check, Dataset | None]:
     from unift import needs
+    from unift.config import stages
     from unift.dataset import load
 
     data = load(config)
@@ -185,7 +186,7 @@ def load_rows(config: Config) -> tuple[Check, Dataset | None]:
         faults.append(f"{twice} training rows repeat another row's problem: remove the copies")
     elif twice:
         text += f"; {twice} repeat another row's problem"
-    if bare and any(needs.hints(s) for s in (config, *config.phases)):
+    if bare and any(needs.hints(stage.rules) for stage in stages(config)):
         faults.append(f"{bare} training rows have no steps, so method {config.method!r} has nothing to show: add steps")
     if not test:
         text += "; nothing measures accuracy (set data.test)"
@@ -218,7 +219,9 @@ def measure(config: Config, tokenizer: Any, data: Dataset) -> tuple[Check, list[
 
 def room(config: Config, folder: Path, encoded: Sequence[Encoded]) -> Check:
     """Do solutions fit into a completion, and prompt + completion into the model's positions?"""
-    most = max(s.sample.max_tokens for s in (config, *config.phases))
+    from unift.config import evaluation_tokens, stages
+
+    most = max(evaluation_tokens(config), *(stage.rules.sample.max_tokens for stage in stages(config)))
     longer = sum(len(e.solution) > most for e in encoded)
     # A hint leaves the whole length limit to the completion, so the longest context is all of the row + the limit.
     context = max(len(e.prompt) + len(e.solution) for e in encoded) + most

@@ -19,12 +19,13 @@ def describe(config: Config, folder: Path) -> str:
 
 def _batches(config: Config) -> list[str]:
     lines = []
-    for start, stop, s in configuration.plan(config):
+    for stage in configuration.stages(config):
+        s = stage.rules
         g, n, u = s.sample.completions, s.train.prompts, s.train.updates
         sequences = n * max(g, 1)
         lines.append(
-            f"steps {start + 1}-{stop} ({s.method}): {n} prompts x {g} completions = {sequences} sequences a step, "
-            f"{u} update{'s' if u > 1 else ''} of {sequences // u}; {(stop - start) * u} updates in all"
+            f"steps {stage.start + 1}-{stage.stop} ({s.method}): {n} prompts x {g} completions = {sequences} sequences a step, "
+            f"{u} update{'s' if u > 1 else ''} of {sequences // u}; {stage.total * u} updates in all"
         )
     return lines
 
@@ -47,7 +48,7 @@ def _memory(config: Config) -> str:
         parameters += vocab * width
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[config.model.dtype]
     trained = parameters * size * 4 if config.model.lora is None else parameters * size
-    copied = any(needs.reference(s) for _, _, s in configuration.plan(config))
+    copied = any(needs.reference(stage.rules) for stage in configuration.stages(config))
     reference = parameters * size if copied and config.model.lora is None else 0
     activations = config.train.token_budget * layers * (10 * width + 3 * inner) * size
     gib = 2**30
@@ -60,13 +61,13 @@ def _memory(config: Config) -> str:
 
 def _schedule(config: Config) -> list[str]:
     lines = ["mean share of a 5-step solution shown:"]
-    for start, stop, s in configuration.plan(config):
-        n = stop - start
+    for stage in configuration.stages(config):
+        n = stage.total
         marks = sorted({0, n // 10, n // 5, n // 4, n // 2, 3 * n // 5, 3 * n // 4, n - 1})
         for step in marks:
-            share = hints.expected_share(s.show, step, n)
+            share = hints.expected_share(stage.rules.show, step, n)
             if share is None:
-                lines.append(f"  step {start + step + 1:>6} depends on each row's success")
+                lines.append(f"  step {stage.start + step + 1:>6} depends on each row's success")
                 continue
-            lines.append(f"  step {start + step + 1:>6} {'#' * round(30 * share):<30} {100 * share:5.1f} %")
+            lines.append(f"  step {stage.start + step + 1:>6} {'#' * round(30 * share):<30} {100 * share:5.1f} %")
     return lines

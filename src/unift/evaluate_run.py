@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unift import dataset, evaluate, processes
 from unift import policy as policies
-from unift.config import Config, longest
+from unift.config import Config, evaluation_tokens, longest
 from unift.rewards import Scorer
 from unift.types import ConfigError
 
@@ -25,9 +25,7 @@ def _evaluate(config: Config, split: str, samples: int) -> str:
         raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")
     encoded = dataset.encode(tokenizer, data, config)[1 if split == "test" else 0]
     r = config.reward
-    max_tokens = config.eval.max_tokens or max(
-        [config.sample.max_tokens, *(p.sample.max_tokens for p in config.phases)]
-    )
+    max_tokens = evaluation_tokens(config)
     limits = {"workers": r.workers, "timeout": r.timeout, "error_rate": r.error_rate, "memory_mb": r.memory_mb}
     with Scorer(r.function, rule=r.rule, **limits) as scorer:
         policy = policies.load(config.model, tokenizer, longest(config))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unift import needs
-from unift.config import Config, Phase, plan, preset_names, resolve
+from unift.config import Rules, preset_names, resolve, stages
 from unift.words import (
     ANNEALINGS,
     BASELINES,
@@ -22,7 +22,7 @@ from unift.words import (
 HEAD = ("method", "shown", "sampled", "credit", "policy stream", "likelihood stream", "needs")
 
 
-def _shown(s: Config | Phase) -> str:
+def _shown(s: Rules) -> str:
     show, word = s.show, SCHEDULES[s.show.schedule]
     text = filled(word.text, show)
     if not word.graded:
@@ -34,7 +34,7 @@ def _shown(s: Config | Phase) -> str:
     )
 
 
-def _sampled(s: Config | Phase) -> str:
+def _sampled(s: Rules) -> str:
     sample = s.sample
     parts: list[str] = []
     if sample.completions:
@@ -48,7 +48,7 @@ def _sampled(s: Config | Phase) -> str:
     return ", ".join(parts) or "-"
 
 
-def _credit(s: Config | Phase) -> str:
+def _credit(s: Rules) -> str:
     loss, baseline, c = LOSSES[s.policy.loss], BASELINES[s.credit.baseline], s.credit
     if not s.sample.completions or not loss.pushes:
         return "-"
@@ -64,7 +64,7 @@ def _credit(s: Config | Phase) -> str:
     return text + (", whitened" if c.whiten else "")
 
 
-def _policy(s: Config | Phase) -> str:
+def _policy(s: Rules) -> str:
     p, loss = s.policy, LOSSES[s.policy.loss]
     if (not s.sample.completions and not s.sample.rejected) or not loss.pushes:
         return "-"
@@ -77,7 +77,7 @@ def _policy(s: Config | Phase) -> str:
     return f"{text}; {p.norm}" + ("; times 1 - likelihood" if p.weight == "complement" else "")
 
 
-def _likelihood(s: Config | Phase) -> str:
+def _likelihood(s: Rules) -> str:
     k = s.likelihood
     if k.tokens == "none" or not k.weight:
         return "-"
@@ -94,7 +94,7 @@ def _likelihood(s: Config | Phase) -> str:
     return text + (f"; inputs: {noise}" if noise else "")
 
 
-def _needs(s: Config | Phase) -> str:
+def _needs(s: Rules) -> str:
     names = ("solutions", "verifier", "reference", "old", "critic")
     return ", ".join(n for n in names if getattr(needs, n)(s)) or "-"
 
@@ -104,9 +104,9 @@ def rows() -> list[tuple[str, ...]]:
     out: list[tuple[str, ...]] = []
     for name in preset_names():
         config = resolve(name, overrides={"data": {"task": "lock"}})
-        spans = plan(config)
-        for number, (_, _, s) in enumerate(spans):
-            label = name if len(spans) == 1 else f"{name}, phase {number + 1}: {s.method}"
+        found = stages(config)
+        for number, s in enumerate(stage.rules for stage in found):
+            label = name if len(found) == 1 else f"{name}, phase {number + 1}: {s.method}"
             out.append((label, _shown(s), _sampled(s), _credit(s), _policy(s), _likelihood(s), _needs(s)))
     return out
 

@@ -17,32 +17,30 @@ from torch import Tensor
 
 from unift import objectives, rng, words
 from unift.batch import Item, PackedBatch
-from unift.config import Config, Phase
+from unift.config import Rules
 from unift.policy import CHUNK, Policy, logprobs
 from unift.settings import Inputs
 
-Settings = Config | Phase
+
+def active(rules: Rules) -> bool:
+    return rules.inputs.noise != "none" or rules.inputs.own > 0
 
 
-def active(settings: Settings) -> bool:
-    return settings.inputs.noise != "none" or settings.inputs.own > 0
-
-
-def perturbed(policy: Policy, batch: PackedBatch, items: Sequence[Item], settings: Settings) -> list[PackedBatch]:
+def perturbed(policy: Policy, batch: PackedBatch, items: Sequence[Item], rules: Rules) -> list[PackedBatch]:
     """The packs that take the place of ``batch`` (two for adversarial training: the clean one, and the perturbed one)."""
-    if settings.inputs.own > 0:
-        delta_TD = own_guesses(policy, batch, settings.inputs.own)
+    if rules.inputs.own > 0:
+        delta_TD = own_guesses(policy, batch, rules.inputs.own)
         return [replace(batch, delta_TD=delta_TD, inputs_fixed=True)]
-    if not words.NOISES[settings.inputs.noise].drawn:
-        delta_TD = worst_case(policy, batch, settings)
-        copy = settings.inputs.copy_weight
+    if not words.NOISES[rules.inputs.noise].drawn:
+        delta_TD = worst_case(policy, batch, rules)
+        copy = rules.inputs.copy_weight
         return [
             batch,
             replace(
                 batch, delta_TD=delta_TD, policy_w_S=copy * batch.policy_w_S, likelihood_w_S=copy * batch.likelihood_w_S
             ),
         ]
-    return [replace(batch, delta_TD=noise(policy, batch, items, settings.inputs))]
+    return [replace(batch, delta_TD=noise(policy, batch, items, rules.inputs))]
 
 
 def owner_T(batch: PackedBatch) -> Tensor:
@@ -85,7 +83,7 @@ NOISES: Mapping[words.NoiseName, Callable[[np.random.Generator, Tensor, float], 
 }
 
 
-def worst_case(policy: Policy, batch: PackedBatch, settings: Settings) -> Tensor:
+def worst_case(policy: Policy, batch: PackedBatch, rules: Rules) -> Tensor:
     """eps * g / |g| for each item, g the gradient of its loss on its embeddings: the first-order worst perturbation of
     norm eps (arXiv 1605.07725, eq. 5; the jammer of R-SFLLM)."""
     table = policy.embeddings.weight
@@ -94,13 +92,13 @@ def worst_case(policy: Policy, batch: PackedBatch, settings: Settings) -> Tensor
     )
     with torch.enable_grad():
         probe = replace(batch, delta_TD=delta_TD)
-        l_S, _ = logprobs(policy, probe, settings.sample.temperature)
-        parts = objectives.losses(l_S, None, probe, settings.policy, settings.reference.estimator, settings.likelihood)
+        l_S, _ = logprobs(policy, probe, rules.sample.temperature)
+        parts = objectives.losses(l_S, None, probe, rules.policy, rules.reference.estimator, rules.likelihood)
         (g_TD,) = torch.autograd.grad(parts["policy"] + parts["likelihood"], delta_TD)
     owner = owner_T(batch)
     norm_B = torch.zeros(int(owner.max()) + 1, dtype=torch.float64, device=owner.device)
     norm_B = norm_B.index_add(0, owner, g_TD.double().square().sum(1)).sqrt()
-    scale_T = torch.where(norm_B > 0, settings.inputs.scale / norm_B.clamp(min=1e-300), 0.0)[owner]
+    scale_T = torch.where(norm_B > 0, rules.inputs.scale / norm_B.clamp(min=1e-300), 0.0)[owner]
     return (g_TD.double() * scale_T[:, None]).to(table.dtype)
 
 

@@ -35,7 +35,7 @@ from unift import (
 from unift import config as configuration
 from unift import policy as policies
 from unift.batch import DEMO, Item, Member
-from unift.config import Config, Phase
+from unift.config import Config, Moment, Rules, Stage
 from unift.encode import Encoded
 from unift.memory import Memory
 from unift.policy import Policy
@@ -107,14 +107,15 @@ class Run:
         self.config, self.folder, self.policy, self.scorer = config, folder, policy, scorer
         self.data, self.encoded, self.test_encoded = data, train_rows, test_rows
         self.report, self.track = report, track
-        self.spans = configuration.plan(config)
-        self.total = self.spans[-1][1]
+        self.stages = configuration.stages(config)
+        self.total = self.stages[-1].stop
+        self.eval_tokens = configuration.evaluation_tokens(config)
         self.counters = {
             "tokens_sampled": 0, "tokens_trained": 0, "seconds": 0.0, "training": 0.0, "best": -1.0, "best_step": 0, "seen": 0
         }  # fmt: skip
         self.scored = dict.fromkeys(scorer.counts, 0)  # outcomes of training completions
         self.judged = dict.fromkeys(scorer.counts, 0)  # outcomes in evaluations
-        columns = {s.sample.rejected for _, _, s in self.spans if s.sample.rejected}
+        columns = {name for stage in self.stages if (name := stage.rules.sample.rejected)}
         self.rejected = dataset.encode_column(policy.tokenizer, data.train, columns, config.data.max_prompt)
         self.saving = 0.0  # seconds of the checkpoint after the last step, which the next step's metrics report
         self.metrics_file = folder / "metrics.jsonl"
@@ -123,23 +124,24 @@ class Run:
     # ------------------------------------------------------------------------------------------ the whole run
 
     def go(self) -> dict[str, Any]:
-        for _, _, settings in self.spans:
-            check_forward(self.policy, settings)
+        for stage in self.stages:
+            check_forward(self.policy, stage.rules)
         saved = processes.lead("the list of checkpoints", lambda: checkpoint.steps_saved(self.folder))
         done = saved[-1] if saved else 0
         base = self._begin(done)
-        for start, stop, settings in self.spans:
+        for stage in self.stages:
+            start, stop = stage.start, stage.stop
             if stop <= done:
                 continue
-            self.policy.critic = critic.new_critic(self.policy) if needs.critic(settings) else None
-            optimizer = update.make_optimizer(self.policy, settings.train)
-            reference = self._reference(start, settings)
+            self.policy.critic = critic.new_critic(self.policy) if needs.critic(stage.rules) else None
+            optimizer = update.make_optimizer(self.policy, stage.rules.train)
+            reference = self._reference(stage)
             self.memory = Memory()
             if done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
                 self._restore(done, optimizer if done > start else None)
             for step in range(max(start, done), stop):
                 began = time.perf_counter()
-                metrics = self.step(step, start, stop, settings, optimizer, reference)
+                metrics = self.step(configuration.Moment(self.config.seed, step, stage), optimizer, reference)
                 finished = step + 1
                 self.counters["training"] += metrics["time/step"]
                 if self._due(self.config.eval.every, finished, stop):
@@ -184,7 +186,14 @@ class Run:
             result["test"] = asdict(self._greedy(self.data.test, self.test_encoded))
             if self.config.eval.samples:
                 s = self.config.eval.samples
-                args = (self.policy, self.scorer, self.data.test, self.test_encoded, self._eval_tokens(), s)
+                args = (
+                    self.policy,
+                    self.scorer,
+                    self.data.test,
+                    self.test_encoded,
+                    self.eval_tokens,
+                    s,
+                )
                 result["test"]["pass@k"] = self._judge(lambda: evaluate.pass_curve(*args, self.config.seed))
         first = slice(0, 500)
         result["train"] = asdict(self._greedy(self.data.train[first], self.encoded[first]))
@@ -203,41 +212,34 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ one step
 
-    def step(
-        self,
-        step: int,
-        start: int,
-        stop: int,
-        settings: Config | Phase,
-        optimizer: torch.optim.Optimizer,
-        reference: Reference | None,
-    ) -> dict[str, Any]:
-        """Everything between two optimizer states. ``step`` counts from 0 over the run, schedules from ``start``."""
+    def step(self, moment: Moment, optimizer: torch.optim.Optimizer, reference: Reference | None) -> dict[str, Any]:
+        """Everything between two optimizer states."""
+        step, total, rules = moment.step, moment.stage.total, moment.rules
         clock = Clock()
-        groups = self._groups(step, start, stop, settings, clock, reference)
+        groups = self._groups(moment, clock, reference)
         for name, n in count_outcomes(groups).items():
             self.scored[name] += n
         for group in groups:  # a sample whose scorer failed takes no part
             group.samples = [s for s in group.samples if s.score is not None]
         scores = [[s.score.value for s in g.samples if s.score is not None] for g in groups]
-        settings = schedule.at(settings, step - start, stop - start, groups)
+        rules = schedule.at(rules, moment.within, total, groups)
         place = (self.config.seed, step)
-        items = assign.items(groups, self.encoded, self.rejected, settings, self.policy, reference, self.memory, place)
-        updates = update.prepare(self.policy, items, settings, reference)
-        waited = self.memory.collect(groups, settings.likelihood)
+        items = assign.items(groups, self.encoded, self.rejected, rules, self.policy, reference, self.memory, place)
+        updates = update.prepare(self.policy, items, rules, reference)
+        waited = self.memory.collect(groups, rules.likelihood)
         if waited:  # an update of the likelihood alone
             alone = [Item(self.encoded[r].prompt, [], [Member(self.encoded[r].solution, DEMO)]) for r in waited]
-            updates += update.prepare(self.policy, alone, schedule.one_update(settings), reference)
-        own_length = SCHEDULES[settings.show.schedule].follows
-        shown = self.memory.mean_share(groups, settings.show) if own_length else None
-        self.memory.see(groups, settings.show)
+            updates += update.prepare(self.policy, alone, schedule.one_update(rules), reference)
+        own_length = SCHEDULES[rules.show.schedule].follows
+        shown = self.memory.mean_share(groups, rules.show) if own_length else None
+        self.memory.see(groups, rules.show)
         clock.lap("reference")
-        lr = update.learning_rate(settings.train, step - start, stop - start)
+        lr = update.learning_rate(rules.train, moment.within, total)
         every = self.config.log.gradients_every
         measure = bool(every) and step % every == 0
         own = "" if processes.first() else f"-process{processes.rank()}"
         dump = self.folder / "nonfinite" / f"{checkpoint.step_name(step)}{own}.pt"
-        parts = [update.apply(self.policy, optimizer, packs, settings, lr, measure, dump) for packs in updates]
+        parts = [update.apply(self.policy, optimizer, packs, rules, lr, measure, dump) for packs in updates]
         clock.lap("update")
         metrics: dict[str, Any] = {k: float(np.mean([p[k] for p in parts if k in p])) for k in parts[0]}
         for name in ("tokens/forwarded", "tokens/supervised"):
@@ -249,9 +251,9 @@ class Run:
         self.counters["tokens_sampled"] += sampled
         self.counters["tokens_trained"] += int(metrics["tokens/supervised"])
         self.counters["seen"] += sum(r >= 1 for group in scores for r in group)
-        metrics |= group_metrics(groups, scores, settings)
+        metrics |= group_metrics(groups, scores, rules)
         metrics |= {
-            "hint/prob": hints.probability(settings.show, step - start, stop - start) if shown is None else shown,
+            "hint/prob": hints.probability(rules.show, moment.within, total) if shown is None else shown,
             "tokens/sampled": self.counters["tokens_sampled"],
             "tokens/trained": self.counters["tokens_trained"],
             "tokens/shared_ratio": 1 - metrics["tokens/forwarded"] / max(plain, 1),
@@ -260,22 +262,14 @@ class Run:
             "time/checkpoint": self.saving,
             "time/step": clock.total(),
         }
-        if settings.sample.completions:
+        if rules.sample.completions:
             metrics |= {f"reward/{k}": v for k, v in self.scored.items() if k != "total"}
         return metrics
 
-    def _groups(
-        self,
-        step: int,
-        start: int,
-        stop: int,
-        settings: Config | Phase,
-        clock: Clock,
-        reference: Reference | None = None,
-    ) -> list[Group]:
+    def _groups(self, moment: Moment, clock: Clock, reference: Reference | None = None) -> list[Group]:
         """The step's groups with scores: from disk if these very weights sampled them before a kill, else sampled now."""
-        seed, n = self.config.seed, settings.train.prompts
-        keep = self.config.save.rollouts and settings.sample.completions > 0
+        seed, step, rules, n = moment.seed, moment.step, moment.rules, moment.rules.train.prompts
+        keep = self.config.save.rollouts and rules.sample.completions > 0
         weights = ""
         if keep:
             weights, stored = processes.lead("stored rollouts", lambda: self._stored(step))
@@ -283,16 +277,15 @@ class Run:
             if stored is not None:
                 clock.lap("generate")
                 return stored
-        here = (settings, seed, step, (start, stop - start), clock)
-        groups = self._sampled(hints.rows_of_step(seed, step, n, len(self.encoded)), 0, *here, reference)
-        if settings.sample.completions == 0:
+        groups = self._sampled(hints.rows_of_step(seed, step, n, len(self.encoded)), 0, moment, clock, reference)
+        if rules.sample.completions == 0:
             return groups
-        for attempt in range(1, settings.sample.refill + 1):
+        for attempt in range(1, rules.sample.refill + 1):
             silent = [i for i, g in enumerate(groups) if sampling.without_signal(g)]
             if not silent:
                 break
             others = hints.refill_rows(seed, step, attempt, len(silent), len(self.encoded))
-            for i, fresh in zip(silent, self._sampled(others, attempt, *here, reference), strict=True):
+            for i, fresh in zip(silent, self._sampled(others, attempt, moment, clock, reference), strict=True):
                 spent = groups[i].discarded
                 if sampling.without_signal(fresh):
                     groups[i].discarded = spent + sum(s.sampled for s in fresh.samples)
@@ -315,52 +308,41 @@ class Run:
         return weights, stored[1] if stored is not None and stored[0] == weights else None
 
     def _sampled(
-        self,
-        rows: Sequence[int],
-        attempt: int,
-        settings: Config | Phase,
-        seed: int,
-        step: int,
-        phase: tuple[int, int],
-        clock: Clock,
-        reference: Reference | None,
+        self, rows: Sequence[int], attempt: int, moment: Moment, clock: Clock, reference: Reference | None
     ) -> list[Group]:
         """Groups of these rows with completions and scores.
 
         Every process draws all rows and hints, samples and scores its share of the groups, and gets those of the others.
         """
-        groups = sampling.begin(rows, self.data.train, self.encoded, settings, self.memory, seed, step, phase)
-        if settings.sample.completions == 0:
+        groups = sampling.begin(rows, self.data.train, self.encoded, moment, self.memory)
+        if moment.rules.sample.completions == 0:
             return groups
         places = processes.share(len(groups))
         own = [groups[i] for i in places]
-        if SOURCES[settings.sample.source].reference:
+        if SOURCES[moment.rules.sample.source].reference:
             assert reference is not None
             with reference.policy() as frozen:
-                sampling.complete(frozen, own, places, settings, seed, step, attempt)
+                sampling.complete(frozen, own, places, moment, attempt)
         else:
-            sampling.complete(self.policy, own, places, settings, seed, step, attempt)
+            sampling.complete(self.policy, own, places, moment, attempt)
         clock.lap("generate")
-        sampling.score(self.scorer, self.data.train, own, settings, self.policy)
+        sampling.score(self.scorer, self.data.train, own, moment.rules, self.policy)
         clock.lap("score")
         if processes.size() > 1:
             groups = processes.interleave(processes.gather("the groups of a step", own))
             clock.lap("wait")
         return groups
 
-    def _reference(self, start: int, settings: Config | Phase) -> Reference | None:
-        if not needs.reference(settings):
+    def _reference(self, stage: Stage) -> Reference | None:
+        if not needs.reference(stage.rules):
             return None
-        return Reference(self.policy, self.folder, start, settings.sample.temperature)
+        return Reference(self.policy, self.folder, stage.start, stage.rules.sample.temperature)
 
     def _due(self, every: int, finished: int, stop: int) -> bool:
         return finished == stop or (every > 0 and finished % every == 0)
 
-    def _eval_tokens(self) -> int:
-        return self.config.eval.max_tokens or max(s.sample.max_tokens for _, _, s in self.spans)
-
     def _greedy(self, rows: Sequence[Row], encoded: Sequence[Encoded]) -> evaluate.Accuracy:
-        return self._judge(lambda: evaluate.greedy(self.policy, self.scorer, rows, encoded, self._eval_tokens()))
+        return self._judge(lambda: evaluate.greedy(self.policy, self.scorer, rows, encoded, self.eval_tokens))
 
     def _judge(self, evaluation: Callable[[], T]) -> T:
         """The evaluation's result; what became of its completions, in all processes, is added to ``judged``."""
@@ -408,19 +390,19 @@ class Run:
             "seed": self.config.seed,
         }
         checkpoint.save(self.folder, finished, self.policy, optimizer, state)
-        starts = [start for start, _, _ in self.spans]
+        starts = [stage.start for stage in self.stages]
         best = self.counters["best_step"]
         if best == finished:
             checkpoint.write_atomic(self.folder / "checkpoints" / "best", checkpoint.step_name(best))
         checkpoint.prune(self.folder, self.config.save.keep, [*starts, best])
 
 
-def check_forward(policy: Policy, settings: Config | Phase) -> None:
+def check_forward(policy: Policy, rules: Rules) -> None:
     """A critic and changed inputs read and write inside the trunk, which the plain path leaves to the model."""
-    wants = "a critic" if needs.critic(settings) else "changed input embeddings" if inputs.active(settings) else ""
+    wants = "a critic" if needs.critic(rules) else "changed input embeddings" if inputs.active(rules) else ""
     if wants and not policy.shared:
         raise ConfigError(
-            f"method {settings.method} needs {wants}, which works on the shared-prefix path only; this model takes the "
+            f"method {rules.method} needs {wants}, which works on the shared-prefix path only; this model takes the "
             f"plain one: {policy.why_plain}. Use another method or another model"
         )
 
@@ -441,16 +423,14 @@ class Clock:
         return time.perf_counter() - self.began
 
 
-def group_metrics(
-    groups: Sequence[Group], scores: Sequence[Sequence[float]], settings: Config | Phase
-) -> dict[str, Any]:
+def group_metrics(groups: Sequence[Group], scores: Sequence[Sequence[float]], rules: Rules) -> dict[str, Any]:
     """What the groups show: reward, groups without signal by cause, hints, lengths."""
     shown = [g.cuts / g.cuts_total if g.cuts_total else 0.0 for g in groups]
     metrics: dict[str, Any] = {
         "hint/fraction": float(np.mean(shown)),
         "hint/tokens": float(np.mean([len(g.hint) for g in groups])),
     }
-    if settings.sample.completions == 0:
+    if rules.sample.completions == 0:
         return metrics
     rewards = [r for group in scores for r in group]
     flat = [len(set(group)) <= 1 for group in scores]
@@ -468,7 +448,7 @@ def group_metrics(
     }
     by_hint: dict[int, list[float]] = {}
     for group, values in zip(groups, scores, strict=True):
-        if settings.show.unit == "cuts":
+        if rules.show.unit == "cuts":
             by_hint.setdefault(group.cuts, []).extend(values)
     return metrics | {f"reward/by_hint/{k}": float(np.mean(v)) for k, v in sorted(by_hint.items()) if v}
 

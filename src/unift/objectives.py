@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from unift import likelihood as rules
 from unift import words
+from unift.likelihood import sequence_sum, shaped, terms
 from unift.settings import Likelihood
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def sequence_ratio(
     """GSPO (arXiv 2507.18071, eq. 5 and the token variant): s = exp(mean_t(l - old)) over the completion's own tokens,
     clipped as a whole; each token has the value of s and its own share of the gradient. e = s A where not clipped."""
     d_S = torch.where(own_S, l_S - old_S, 0.0)
-    count = rules.sequence_sum(own_S.to(d_S.dtype), sequence_S).clamp(min=1)
-    s_S = (rules.sequence_sum(d_S.detach(), sequence_S) / count)[sequence_S].exp()
+    count = sequence_sum(own_S.to(d_S.dtype), sequence_S).clamp(min=1)
+    s_S = (sequence_sum(d_S.detach(), sequence_S) / count)[sequence_S].exp()
     return _clip(s_S * torch.exp(l_S - l_S.detach()), a_S, low, high, dual)
 
 
@@ -133,7 +133,7 @@ LOSSES: Mapping[words.LossName, Function] = {
 OFF_POLICY: Mapping[words.OffPolicyName, Function] = {
     "reinforce": lambda t, p: reinforce(t.l, t.a),  # discriminative fine-tuning
     "ratio": _clipped,  # as if sampled, rho from the start of the step (Prefix-RFT)
-    "shaped": lambda t, p: t.a * rules.shaped(t.l, p.threshold),  # A pi / (pi + gamma) (LUFFY)
+    "shaped": lambda t, p: t.a * shaped(t.l, p.threshold),  # A pi / (pi + gamma) (LUFFY)
     "probability": lambda t, p: t.a * t.l.exp(),  # A pi, the ratio to an expert whose density is taken as 1 (SRFT)
 }
 
@@ -174,7 +174,7 @@ def losses(
         pushed = (batch.policy_w_S * surrogate(l_S, old_S, entropy_S, batch, policy)).sum()
     g_S = l_S
     if likelihood is not None and likelihood.rule != "nll":
-        g_S = rules.terms(l_S, old_S, batch.ref_S, batch.sequence_S, batch.likelihood_w_S != 0, likelihood)
+        g_S = terms(l_S, old_S, batch.ref_S, batch.sequence_S, batch.likelihood_w_S != 0, likelihood)
     out = {"policy": -pushed, "likelihood": -(batch.likelihood_w_S * g_S).sum()}
     if batch.ref_S is not None and bool(batch.kl_w_S.any()):
         out["kl"] = (batch.kl_w_S * kl_penalty(l_S, batch.ref_S, estimator)).sum()

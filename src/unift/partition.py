@@ -17,7 +17,7 @@ import numpy as np
 
 from unift import words
 from unift.batch import COMPLETION, DEMO, Item
-from unift.config import Config, Phase
+from unift.config import Rules
 from unift.returns import Tokens
 
 SEQUENCE_LOGPS: Mapping[words.SequenceLogpName, Callable[[Sequence[float]], float]] = {
@@ -39,14 +39,14 @@ def advance(
     return u, (np.exp(x - u) / len(x)).tolist()
 
 
-def spread(items: Sequence[Item], settings: Config | Phase, l: Tokens, state: MutableMapping[str, float]) -> list[Item]:
+def spread(items: Sequence[Item], rules: Rules, l: Tokens, state: MutableMapping[str, float]) -> list[Item]:
     """Items whose solution has credit 1 and whose negatives have minus their weight, both times the number of sequences
     of the item: a mean over sequences is then the paper's mean over rows.
 
     ``l``: log-probs of the completions' tokens under the policy. log P0 is their log-prob under the sampler, which is the
     model that the phase began with, at temperature 1. ``state``: u by row id, moved on here.
     """
-    c, out = settings.credit, []
+    c, out = rules.credit, []
     of_sequence, divided = SEQUENCE_LOGPS[c.sequence_logp], words.SEQUENCE_LOGPS[c.sequence_logp].density
     for i, item in enumerate(items):
         negatives = [j for j, m in enumerate(item.members) if m.role == COMPLETION]

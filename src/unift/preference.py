@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from unift.batch import COMPLETION, DEMO, Item, Member, PackedBatch
-from unift.config import Config, Phase, Policy
+from unift.config import Policy, Rules
 from unift.types import ConfigError, Group, Score
 from unift.words import LossName
 
 
 def label(
-    items: Sequence[Item], groups: Sequence[Group], settings: Config | Phase, rejected: Sequence[list[int] | None]
+    items: Sequence[Item], groups: Sequence[Group], rules: Rules, rejected: Sequence[list[int] | None]
 ) -> list[Item]:
     """Items whose members are pairs or carry scores. ``rejected[i]``: tokens of the row's rejected answer, if it has one.
 
@@ -27,7 +27,7 @@ def label(
     and wrong completions, both without repeats; the n-th of one with the n-th of the other. What is left over is dropped.
     una: the solution with the row's rejected answer is a pair; without one it has score 1; completions have their scores.
     """
-    make = LOSSES[settings.policy.loss]
+    make = LOSSES[rules.policy.loss]
     out: list[Item] = []
     for item, group, bad in zip(items, groups, rejected, strict=True):
         scored = [s.score for s in group.samples if s.tokens and s.score is not None]

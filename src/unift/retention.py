@@ -26,6 +26,7 @@ from unift.encode import Encoded, encode_rows
 from unift.policy import Policy
 from unift.rewards import Scorer
 from unift.types import ConfigError, Row, UniftError
+from unift.words import TOKENS
 
 MAX_TARGETS = 2000  # training targets whose likelihood under the base is measured
 
@@ -66,11 +67,11 @@ def training_targets(
 ) -> tuple[str, list[tuple[list[int], list[int]]]]:
     """(what they are, (context, target) pairs) of a run: its solutions where they are supervised as a whole, otherwise
     the right completions among the stored rollouts, after the prompt and hint that they were sampled from."""
-    spans = configuration.plan(config)
-    if any(settings.likelihood.tokens == "demo" for _, _, settings in spans):
+    found = configuration.stages(config)
+    if any(TOKENS[stage.rules.likelihood.tokens].demo for stage in found):
         return "solutions", [(e.prompt, e.solution) for e in encoded][:MAX_TARGETS]
     pairs: list[tuple[list[int], list[int]]] = []
-    for step in range(spans[-1][1]):
+    for step in range(found[-1].stop):
         stored = checkpoint.read_rollouts(folder, step)
         for group in stored[1] if stored else []:
             pairs += [
@@ -93,7 +94,7 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
     encoded = [encode_rows(tokenizer, rows, config.data.max_prompt) for _, rows in sets]
     data = dataset.load(config)
     kind, targets = training_targets(folder, config, dataset.encode(tokenizer, data, config)[0])
-    length = max_tokens or config.eval.max_tokens or max(s.sample.max_tokens for _, _, s in configuration.plan(config))
+    length = max_tokens or configuration.evaluation_tokens(config)
     r = config.reward
     limits = {"workers": r.workers, "timeout": r.timeout, "error_rate": r.error_rate, "memory_mb": r.memory_mb}
     with Scorer("auto", rule=r.rule, **limits) as scorer:

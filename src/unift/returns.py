@@ -14,22 +14,21 @@ from torch import Tensor
 
 from unift import credit
 from unift.batch import COMPLETION, Item, PackedBatch, cut, pack, weigh
-from unift.config import Config, Phase
+from unift.config import Rules
 from unift.words import BASELINES, INTOS
 
-Settings = Config | Phase
 Tokens = list[list[list[float]]]  # item, member, sampled token
 
 
-def kl_in_reward(settings: Settings) -> float:
+def kl_in_reward(rules: Rules) -> float:
     """Weight of the KL that is taken off each token's reward; 0 where it is a term of the loss."""
-    return settings.reference.kl if INTOS[settings.reference.into].reward else 0.0
+    return rules.reference.kl if INTOS[rules.reference.into].reward else 0.0
 
 
-def active(settings: Settings) -> bool:
-    word = BASELINES[settings.credit.baseline]
-    spreads = settings.credit.whiten or word.critic or word.solution or kl_in_reward(settings) != 0
-    return settings.sample.completions > 0 and spreads
+def active(rules: Rules) -> bool:
+    word = BASELINES[rules.credit.baseline]
+    spreads = rules.credit.whiten or word.critic or word.solution or kl_in_reward(rules) != 0
+    return rules.sample.completions > 0 and spreads
 
 
 def gae(rewards_N: Sequence[float] | np.ndarray, values_N: Sequence[float], gamma: float, lam: float) -> np.ndarray:
@@ -52,16 +51,16 @@ def whitened(values: Sequence[np.ndarray], epsilon: float) -> list[np.ndarray]:
     return [(v - flat.mean()) / (flat.std() + epsilon) for v in values]
 
 
-def measured(of: Callable[[PackedBatch], Tensor], items: Sequence[Item], settings: Settings) -> Tokens:
+def measured(of: Callable[[PackedBatch], Tensor], items: Sequence[Item], rules: Rules) -> Tokens:
     """``of`` (log-probs, values: one number a loss position) at every sampled token of every completion, no gradient."""
     probe = [
         replace(item, members=[replace(m, advantage=1.0) if m.role == COMPLETION else m for m in item.members])
         for item in items
     ]
     out: Tokens = [[[] for _ in item.members] for item in items]
-    weights = weigh(probe, settings)
-    for which in cut(probe, settings.train.token_budget):
-        batch = pack(probe, which, weights, settings)
+    weights = weigh(probe, rules)
+    for which in cut(probe, rules.train.token_budget):
+        batch = pack(probe, which, weights, rules)
         if batch is None:
             continue
         with torch.no_grad():
@@ -76,7 +75,7 @@ def measured(of: Callable[[PackedBatch], Tensor], items: Sequence[Item], setting
 def spread(
     items: Sequence[Item],
     scores: Sequence[Sequence[float]],
-    settings: Settings,
+    rules: Rules,
     ref: Tokens | None = None,
     values: Tokens | None = None,
 ) -> list[Item]:
@@ -88,7 +87,7 @@ def spread(
       critic:          r_t = -beta d_t, plus r on the last token, then GAE (ReFT, arXiv 2401.08967).
     Then whitening over all tokens of the step, where asked for.
     """
-    c, beta, word = settings.credit, kl_in_reward(settings), BASELINES[settings.credit.baseline]
+    c, beta, word = rules.credit, kl_in_reward(rules), BASELINES[rules.credit.baseline]
     places: list[tuple[int, int]] = []
     credits: list[np.ndarray] = []
     returns: list[list[float] | None] = []

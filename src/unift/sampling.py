@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from unift import evaluate, hints, needs, rng
-from unift.config import Config, Phase
+from unift.config import Moment, Rules
 from unift.encode import Encoded
 from unift.engines.native import Request
 from unift.memory import Memory
@@ -15,18 +17,15 @@ from unift.policy import Policy
 from unift.rewards import Scorer, score_groups
 from unift.types import Group, Row, Score
 
-Settings = Config | Phase
-
 
 def begin(
-    indices: Sequence[int], rows: Sequence[Row], encoded: Sequence[Encoded], settings: Settings, memory: Memory,
-    seed: int, step: int, phase: tuple[int, int],
-) -> list[Group]:  # fmt: skip
-    """Groups with their prompts and hints, without completions. ``phase``: its first step, its number of steps."""
-    show, (start, total), groups = settings.show, phase, []
+    indices: Sequence[int], rows: Sequence[Row], encoded: Sequence[Encoded], moment: Moment, memory: Memory
+) -> list[Group]:
+    """Groups with their prompts and hints, without completions."""
+    show, groups = moment.rules.show, []
     for index in indices:
         row, e = rows[index], encoded[index]
-        at, known = hints.At(seed, step - start, total, row.id), memory.hints.get(row.id)
+        at, known = hints.At(moment.seed, moment.within, moment.stage.total, row.id), memory.hints.get(row.id)
         if show.unit == "tokens":
             most = e.steps_tokens
             k = math.floor(hints.share(show, at, known) * most + 1e-9)
@@ -37,56 +36,57 @@ def begin(
     return groups
 
 
-def complete(
-    policy: Policy,
-    groups: Sequence[Group],
-    places: Sequence[int],
-    settings: Settings,
-    seed: int,
-    step: int,
-    attempt: int = 0,
-) -> None:
+@dataclass
+class _Wanted:
+    """Requests of one length limit, and whose each is: a group, and the hint that its members alone have seen."""
+
+    max_tokens: int
+    requests: list[Request] = field(default_factory=list[Request])
+    owners: list[tuple[Group, list[int]]] = field(default_factory=list[tuple[Group, list[int]]])
+
+    def add(self, group: Group, given: list[int], uniforms_GL: np.ndarray) -> None:
+        if len(uniforms_GL):
+            self.requests.append(Request(group.prompt + (given or group.hint), uniforms_GL))
+            self.owners.append((group, given))
+
+
+def complete(policy: Policy, groups: Sequence[Group], places: Sequence[int], moment: Moment, attempt: int = 0) -> None:
     """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those.
 
     places: each group's position in the batch of all processes. It is part of the address of its random numbers, since a
     small data set may bring a row twice in one step.
     """
-    sample, members = settings.sample, settings.show.members
-    shape = (sample.completions, sample.max_tokens)
-    requests: list[list[Request]] = [[], []]  # sampled to the end; only the first tokens
-    owners: list[list[tuple[Group, list[int]]]] = [[], []]
+    sample, members, seed, step = moment.rules.sample, moment.rules.show.members, moment.seed, moment.step
+    whole = _Wanted(sample.max_tokens)
+    short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens))  # only the first tokens
     for i, group in zip(places, groups, strict=True):
-        place = (
-            ("sample", seed, step, i, group.row_id) if not attempt else ("sample", seed, step, i, group.row_id, attempt)
-        )
-        uniforms = rng.uniforms(*place, shape=shape)
-        short = (
+        place = ("sample", seed, step, i, group.row_id, *([attempt] if attempt else []))
+        uniforms = rng.uniforms(*place, shape=(sample.completions, sample.max_tokens))
+        cut = (
             sample.first is not None
             and float(rng.uniforms("full", seed, step, group.row_id, shape=1)[0]) >= sample.full
         )
+        wanted = short if cut else whole
         if members is None:
-            requests[short].append(Request(group.prompt + group.hint, uniforms))
-            owners[short].append((group, []))
+            wanted.add(group, [], uniforms)
             continue
         bare, hint = sample.completions - members, group.hint
         group.hint = []
-        for part, given in ((uniforms[:bare], []), (uniforms[bare:], hint)):
-            if len(part):
-                requests[short].append(Request(group.prompt + given, part))
-                owners[short].append((group, given))
-    for short, length in ((0, sample.max_tokens), (1, min(sample.first or sample.max_tokens, sample.max_tokens))):
-        if not requests[short]:
+        wanted.add(group, [], uniforms[:bare])
+        wanted.add(group, hint, uniforms[bare:])
+    for wanted in (whole, short):
+        if not wanted.requests:
             continue
-        sampled = evaluate.complete(policy, requests[short], length, sample.temperature)
-        for (group, given), samples in zip(owners[short], sampled, strict=True):
+        sampled = evaluate.complete(policy, wanted.requests, wanted.max_tokens, sample.temperature)
+        for (group, given), samples in zip(wanted.owners, sampled, strict=True):
             if given:
                 samples = [replace(s, tokens=given + s.tokens, given=len(given)) for s in samples]
             group.samples += samples
 
 
-def score(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], settings: Settings, policy: Policy) -> None:
+def score(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: Rules, policy: Policy) -> None:
     """Scores of all samples; a hint that one sample alone has seen is told to the scorer for that sample only."""
-    if not needs.verifier(settings):
+    if not needs.verifier(rules):
         for s in (s for g in groups for s in g.samples):
             s.score = Score(0.0, None, note="not scored")
         return

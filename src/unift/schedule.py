@@ -1,16 +1,13 @@
-"""The settings of one step: weights that change over a run, as pure functions of the step and of its own groups."""
+"""The rules of one step: weights that change over a run, as pure functions of the step and of its own groups."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 from unift import hints, words
-from unift.config import Config, Phase
+from unift.config import Rules
 from unift.types import Group
-
-S = TypeVar("S", bound=Config | Phase)
 
 
 def entropy(groups: Sequence[Group]) -> float:
@@ -22,40 +19,40 @@ def entropy(groups: Sequence[Group]) -> float:
     return -sum(logps) / len(logps) if logps else 0.0
 
 
-def likelihood_weight(settings: Config | Phase, step: int, total: int) -> float:
+def likelihood_weight(rules: Rules, step: int, total: int) -> float:
     """constant; cosine: from weight to final over the first share ``until`` of the steps (CHORD's mu); hint: weight
     times p(t) / high, which falls and ends with the hints."""
-    return ANNEALINGS[settings.likelihood.schedule](settings, step, total)
+    return ANNEALINGS[rules.likelihood.schedule](rules, step, total)
 
 
-def _cosine(settings: Config | Phase, step: int, total: int) -> float:
-    s = settings.likelihood
+def _cosine(rules: Rules, step: int, total: int) -> float:
+    s = rules.likelihood
     done = min(step / max(s.until * total, 1), 1.0)
     return s.final + (s.weight - s.final) / 2 * (1 + math.cos(math.pi * done))
 
 
-def _hint(settings: Config | Phase, step: int, total: int) -> float:
-    return settings.likelihood.weight * hints.probability(settings.show, step, total) / settings.show.high
+def _hint(rules: Rules, step: int, total: int) -> float:
+    return rules.likelihood.weight * hints.probability(rules.show, step, total) / rules.show.high
 
 
-ANNEALINGS: Mapping[words.AnnealingName, Callable[[Config | Phase, int, int], float]] = {
-    "constant": lambda settings, step, total: settings.likelihood.weight,
+ANNEALINGS: Mapping[words.AnnealingName, Callable[[Rules, int, int], float]] = {
+    "constant": lambda rules, step, total: rules.likelihood.weight,
     "cosine": _cosine,
     "hint": _hint,
 }
 
 
-def at(settings: S, step: int, total: int, groups: Sequence[Group]) -> S:
+def at(rules: Rules, step: int, total: int, groups: Sequence[Group]) -> Rules:
     """Settings with this step's numbers in place of their schedules. ``step`` counts from 0 within the phase."""
-    likelihood, credit = settings.likelihood, settings.credit
-    weight, positive = likelihood_weight(settings, step, total), credit.positive
+    likelihood, credit = rules.likelihood, rules.credit
+    weight, positive = likelihood_weight(rules, step, total), credit.positive
     if likelihood.entropy or credit.positive_entropy:
         h = entropy(groups)
         weight *= math.exp(likelihood.entropy * h)
         positive *= math.exp(credit.positive_entropy * h)
     if (weight, positive) == (likelihood.weight, credit.positive):
-        return settings
-    return settings.model_copy(
+        return rules
+    return rules.model_copy(
         update={
             "likelihood": likelihood.model_copy(update={"weight": weight}),
             "credit": credit.model_copy(update={"positive": positive}),
@@ -63,5 +60,5 @@ def at(settings: S, step: int, total: int, groups: Sequence[Group]) -> S:
     )
 
 
-def one_update(settings: S) -> S:
-    return settings.model_copy(update={"train": settings.train.model_copy(update={"updates": 1, "epochs": 1})})
+def one_update(rules: Rules) -> Rules:
+    return rules.model_copy(update={"train": rules.train.model_copy(update={"updates": 1, "epochs": 1})})

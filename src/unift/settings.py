@@ -207,11 +207,10 @@ class Train(Section):
     )
 
 
-class Phase(Section):
-    """One stretch of a run with its own method (SFT, then RFT). The optimizer and the KL reference start anew."""
+class Rules(Section):
+    """What a method says: everything between rows and an optimizer step."""
 
     method: str
-    share: float = Field(gt=0, le=1, description="of train.steps")
     show: Show = Show()
     sample: SampleFrom = SampleFrom()
     credit: Credit = Credit()
@@ -220,6 +219,12 @@ class Phase(Section):
     reference: Reference = Reference()
     inputs: Inputs = Inputs()
     train: Train = Train()
+
+
+class Phase(Rules):
+    """One stretch of a run with its own method (SFT, then RFT). The optimizer and the KL reference start anew."""
+
+    share: float = Field(gt=0, le=1, description="of train.steps")
 
 
 class Lora(Section):

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from unift import critic, inputs, objectives, processes, words
 from unift.batch import COMPLETION, Item, PackedBatch, cut, pack, weigh
-from unift.config import Config, Phase, Train
+from unift.config import Rules, Train
 from unift.policy import Policy, logprobs
 from unift.types import NonFiniteError
-
-Settings = Config | Phase
 
 
 def learning_rate(train: Train, step: int, steps: int) -> float:
@@ -47,42 +45,40 @@ def reference_logprobs(score: Callable[[PackedBatch], Tensor], packs: Sequence[P
 
 
 def prepare(
-    policy: Policy, items: Sequence[Item], settings: Settings, reference: Callable[[PackedBatch], Tensor] | None
+    policy: Policy, items: Sequence[Item], rules: Rules, reference: Callable[[PackedBatch], Tensor] | None
 ) -> list[list[PackedBatch]]:
     """Packs of every update of a step: this process's share of the items, weighed over all of them. Log-probs under
     the reference and, from the second update on, under the policy at the start of the step are attached here, without
     gradient and only where they are used."""
-    size = len(items) // settings.train.updates
+    size = len(items) // rules.train.updates
     updates: list[list[PackedBatch]] = []
     for first in range(0, len(items), size):
         part = items[first : first + size]
-        weights = weigh(part, settings)
+        weights = weigh(part, rules)
         own = processes.balanced_share([i.tokens_forwarded for i in part])
         packs = []
-        for which in cut([part[i] for i in own], settings.train.token_budget):
+        for which in cut([part[i] for i in own], rules.train.token_budget):
             items_of_pack = [own[i] for i in which]
-            packed = pack(part, items_of_pack, weights, settings)
+            packed = pack(part, items_of_pack, weights, rules)
             if packed is not None:
                 packs.append(packed.to(policy.device))
-                if inputs.active(settings):
-                    packs[-1:] = inputs.perturbed(policy, packs[-1], [part[i] for i in items_of_pack], settings)
+                if inputs.active(rules):
+                    packs[-1:] = inputs.perturbed(policy, packs[-1], [part[i] for i in items_of_pack], rules)
         updates.append(packs)
     for number, packs in enumerate(updates):
         with torch.no_grad():
-            if number > 0 or settings.train.epochs > 1:
-                packs[:] = [
-                    replace(p, old_S=logprobs(policy, p, settings.sample.temperature)[0].double()) for p in packs
-                ]
+            if number > 0 or rules.train.epochs > 1:
+                packs[:] = [replace(p, old_S=logprobs(policy, p, rules.sample.temperature)[0].double()) for p in packs]
             if reference is not None:
                 packs[:] = reference_logprobs(reference, packs)
-    return updates * settings.train.epochs
+    return updates * rules.train.epochs
 
 
 def apply(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     packs: Sequence[PackedBatch],
-    settings: Settings,
+    rules: Rules,
     lr: float,
     measure: bool,
     dump: Path,
@@ -101,15 +97,13 @@ def apply(
     worst_gap = 0.0
     for batch in packs:
         if policy.critic is None:
-            l_S, entropy_S = logprobs(policy, batch, settings.sample.temperature)
+            l_S, entropy_S = logprobs(policy, batch, rules.sample.temperature)
         else:
-            l_S, entropy_S, v_S = critic.logprobs_and_values(policy, batch, settings.sample.temperature)
-        with_entropy = entropy_S if settings.policy.entropy or settings.policy.off_policy_top < 1 else None
-        losses = objectives.losses(
-            l_S, with_entropy, batch, settings.policy, settings.reference.estimator, settings.likelihood
-        )
+            l_S, entropy_S, v_S = critic.logprobs_and_values(policy, batch, rules.sample.temperature)
+        with_entropy = entropy_S if rules.policy.entropy or rules.policy.off_policy_top < 1 else None
+        losses = objectives.losses(l_S, with_entropy, batch, rules.policy, rules.reference.estimator, rules.likelihood)
         if policy.critic is not None:
-            losses["value"] = settings.credit.value_weight * critic.value_loss(v_S, batch, settings.credit.value_clip)
+            losses["value"] = rules.credit.value_weight * critic.value_loss(v_S, batch, rules.credit.value_clip)
             losses["policy"] = losses["policy"] + losses["value"]
         loss = losses["policy"] + losses["likelihood"]
         if not torch.isfinite(loss):
@@ -136,8 +130,8 @@ def apply(
                     worst_gap = max(worst_gap, float(drift.max()))
                 else:
                     ratio, a = torch.exp(l_S[own] - batch.old_S[own]), batch.advantage_S[own]
-                    clipped_low += float(((ratio < 1 - settings.policy.low) & (a < 0)).sum())
-                    clipped_high += float(((ratio > 1 + settings.policy.high) & (a > 0)).sum())
+                    clipped_low += float(((ratio < 1 - rules.policy.low) & (a < 0)).sum())
+                    clipped_high += float(((ratio > 1 + rules.policy.high) & (a > 0)).sum())
     # First the numbers, over gloo, which has a deadline: whoever starts to sum gradients knows that all are there.
     what = "the losses of an update"
     forwarded, supervised = sum(policy.tokens_forwarded(b) for b in packs), sum(len(b.target_S) for b in packs)
@@ -157,7 +151,7 @@ def apply(
             p.grad = torch.zeros_like(p)
     if not measure:
         processes.add_up("the gradients", [p.grad for p in parameters if p.grad is not None])
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.train.clip_norm or math.inf))
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, rules.train.clip_norm or math.inf))
     if not math.isfinite(norm):
         bad = next(n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
         _stop(f"the gradient of {bad} is not finite", packs, dump)
@@ -174,13 +168,13 @@ def apply(
         "tokens/forwarded": float(forwarded),
         "tokens/supervised": float(supervised),
     }
-    if settings.sample.completions:
+    if rules.sample.completions:
         metrics["entropy"] = entropy / seen
         metrics["sampling/sampling_logp_difference/mean"] = gap / seen
         metrics["sampling/sampling_logp_difference/max"] = worst_gap
         metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"] = clipped_low / seen, clipped_high / seen
-        if settings.reference.kl and not words.INTOS[settings.reference.into].reward:
-            metrics["kl"] = totals["kl"] / settings.reference.kl
+        if rules.reference.kl and not words.INTOS[rules.reference.into].reward:
+            metrics["kl"] = totals["kl"] / rules.reference.kl
     if policy.critic is not None:
         metrics["loss/value"] = totals["value"]
     if measure:

@@ -97,7 +97,7 @@ def read_run(folder: Path, steps: int = 8, groups: int = 3, samples: int = 4) ->
         ) from None
     try:
         config = configuration.validate(settings)
-        configuration.plan(config)
+        configuration.stages(config)
     except ConfigError as error:
         config = None
         remarks.append(f"This version of unift does not accept the stored settings ({error}); advantages are left out.")

@@ -86,8 +86,7 @@ def _step(path: Path, step: int, config: Config | None, groups: int, samples: in
 def _credit(config: Config | None, step: int) -> Credit | None:
     if config is None:
         return None
-    spans = configuration.plan(config)
-    return next((settings.credit for start, stop, settings in spans if start <= step < stop), None)
+    return next((s.rules.credit for s in configuration.stages(config) if s.start <= step < s.stop), None)
 
 
 def _group(record: Mapping[str, Any], rule: Credit | None) -> Group:

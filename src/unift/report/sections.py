@@ -222,8 +222,7 @@ def _line(
 
 
 def _chart(run: RunData, title: str, lines: Sequence[Line], **options: Any) -> Html | None:
-    spans = configuration.plan(run.config) if run.config else []
-    marks = [start for start, _, _ in spans[1:]]
+    marks = [stage.start for stage in configuration.stages(run.config)[1:]] if run.config else []
     return chart(title, lines, total=run.total, marks=marks, **options)
 
 

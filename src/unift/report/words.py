@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unift import words as vocabulary
-from unift.config import Config, Phase
+from unift.config import Rules
 from unift.display import duration
 from unift.report.findings import percent
 from unift.report.gather import RunData
@@ -53,7 +53,7 @@ def _rows(settings: Mapping[str, Any]) -> str:
     return f"{count}rows of {data.get('train')}"
 
 
-def _stretch(s: Config | Phase) -> str:
+def _stretch(s: Rules) -> str:
     sample = s.sample
     parts = [
         f"{s.train.prompts} prompts" + (f" with {sample.completions} completions each" if sample.completions else "")
