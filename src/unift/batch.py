@@ -194,6 +194,11 @@ def _token_mean(counts: Counts) -> Callable[[int], float]:
     return lambda n: 1.0 / tokens
 
 
+def _token_sum(counts: Counts) -> Callable[[int], float]:
+    most = counts.max_tokens
+    return lambda n: 1.0 / most
+
+
 def _sequence_mean(of: Callable[[int, int], int]) -> Callable[[Counts], Callable[[int], float]]:
     """1 / (sequences * of(length, max_tokens))."""
 
@@ -211,6 +216,7 @@ NORMS: Mapping[words.NormName, Callable[[Counts], list[list[float]]]] = {
     "seq_mean_token_mean": _alike(_sequence_mean(lambda n, most: n)),
     "seq_mean_token_sum": _alike(_sequence_mean(lambda n, most: 1)),
     "seq_mean_token_sum_norm": _alike(_sequence_mean(lambda n, most: most)),
+    "token_sum_norm": _alike(_token_sum),
     "microbatch_token_mean": _by_microbatch,
 }
 
@@ -218,11 +224,12 @@ NORMS: Mapping[words.NormName, Callable[[Counts], list[list[float]]]] = {
 @dataclass(frozen=True)
 class Weights:
     """Per-token weights of every item: ``policy[i][j]`` for member j, ``likelihood[i]`` for hint and demonstration,
-    ``own[i][j]`` for a member that is supervised by itself."""
+    ``own[i][j]`` for a member that is supervised by itself, ``entropy[i]`` for the hint, then every member."""
 
     policy: list[list[float]]
     likelihood: list[float]
     own: list[list[float]]
+    entropy: list[list[float]]
 
 
 def _solution_pushes(rules: Rules) -> bool:
@@ -256,11 +263,37 @@ def weigh(items: Sequence[Item], rules: Rules) -> Weights:
     scaled = [
         [likelihood.weight * x if k else 0.0 for x, k in zip(w, n)] for w, n in zip(unit, supervised, strict=True)
     ]
-    return Weights(
-        policy if share == 1 else [[share * w for w in row] for row in policy],
-        [row[0] for row in scaled],
-        [row[1:] for row in scaled],
-    )
+    pushed = policy if share == 1 else [[share * w for w in row] for row in policy]
+    return Weights(pushed, [row[0] for row in scaled], [row[1:] for row in scaled], _entropy(items, pushed, rules))
+
+
+def _entropy(items: Sequence[Item], pushed: list[list[float]], rules: Rules) -> list[list[float]]:
+    """Weights of the entropy bonus: of an item's hint, then of its members; on completions they default to the policy's."""
+    p = rules.policy
+    if not p.entropy:
+        return [[0.0] * (1 + len(item.members)) for item in items]
+    if p.entropy_tokens == "completions" and p.entropy_norm is None:
+        return [[0.0, *(p.entropy * w for w in row)] for row in pushed]
+    lengths = [_with_loss(item, rules) if p.entropy_tokens == "all" else _sampled(item) for item in items]
+    counts = Counts(lengths, rules.sample.max_tokens, rules.train.micro_prompts)
+    return [[p.entropy * w for w in row] for row in NORMS[p.entropy_norm or p.norm](counts)]
+
+
+def _sampled(item: Item) -> list[int]:
+    """Sampled tokens: none of the hint, then of every member."""
+    return [0, *(len(m.tokens) - m.given if m.role == COMPLETION else 0 for m in item.members)]
+
+
+def _with_loss(item: Item, rules: Rules) -> list[int]:
+    """Tokens that any stream acts on: of the hint, then of every member."""
+    kind, pushes = words.TOKENS[rules.likelihood.tokens], _solution_pushes(rules)
+    supervised = item.supervised and rules.likelihood.weight > 0
+    of = {
+        COMPLETION: lambda m: len(m.tokens) - (0 if pushes or (kind.alone and supervised) else m.given),
+        DEMO: lambda m: len(m.tokens) if pushes or (kind.demo and supervised) else 0,
+        OWN: lambda m: len(m.tokens) if rules.likelihood.weight > 0 else 0,
+    }
+    return [len(item.hint) if kind.hint and supervised else 0, *(of[m.role](m) for m in item.members)]
 
 
 def policy_weight(rules: Rules) -> float:
@@ -329,7 +362,7 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, rules: R
         if item.hint and likelihood:
             first = start + len(item.prompt) - 1
             at = range(first, first + len(item.hint))
-            supervise(at, item.hint, HINT, b, -1, l=likelihood, q=solution)
+            supervise(at, item.hint, HINT, b, -1, l=likelihood, e=weights.entropy[i][0], q=solution)
         members.append([])
         copies = sum(1 for _, m in kept if m.given)
         for j, m in kept:
@@ -338,24 +371,28 @@ def pack(items: Sequence[Item], which: Sequence[int], weights: Weights, rules: R
             positions += range(len(prefix), len(prefix) + len(m.tokens) - 1)
             members[-1].append(range(begin, len(tokens)))
             at = [start + len(prefix) - 1, *range(begin, len(tokens))]
-            w = weights.policy[i][j]
+            w, h = weights.policy[i][j], weights.entropy[i][1 + j]
             pushed = {"p": w, "pair": m.pair, "y": m.label, "q": sequences}
             sequences += 1
             if m.role == DEMO:
                 own = pushed | {"a": m.advantage} if outside else {}
                 q = solution if likelihood else sequences - 1
-                supervise(at, m.tokens, DEMO, b, j, **own | {"l": likelihood, "q": q})
+                supervise(at, m.tokens, DEMO, b, j, **own | {"l": likelihood, "e": h, "q": q})
             elif m.role == OWN:
-                supervise(at, m.tokens, OWN, b, j, l=weights.own[i][j], q=sequences - 1)
+                supervise(at, m.tokens, OWN, b, j, l=weights.own[i][j], e=h, q=sequences - 1)
             else:
                 n = m.given
                 if n and (outside or (shown and likelihood)):  # a given token has one advantage: the member's first
                     a = m.advantage[0] if isinstance(m.advantage, list) else m.advantage
                     push = pushed | {"a": a} if outside else {"q": sequences - 1}
-                    supervise(at[:n], m.tokens[:n], HINT, b, j, **push | {"l": likelihood / copies if shown else 0.0})
+                    push |= {
+                        "l": likelihood / copies if shown else 0.0,
+                        "e": h if rules.policy.entropy_tokens == "all" else 0.0,
+                    }
+                    supervise(at[:n], m.tokens[:n], HINT, b, j, **push)
                 kl = rules.reference.kl * w if to_loss else 0.0
                 sampler = list(m.logps) if m.logps is not None else [math.nan] * (len(m.tokens) - n)
-                values = {"a": m.advantage, "k": kl, "e": rules.policy.entropy * w, "s": sampler}
+                values = {"a": m.advantage, "k": kl, "e": h, "s": sampler}
                 if m.returns is not None and m.values is not None:
                     values |= {"r": m.returns, "v": m.values}
                 supervise(at[n:], m.tokens[n:], COMPLETION, b, j, **pushed | values)

@@ -36,7 +36,7 @@ from unift.settings import (
     Train,
 )
 from unift.types import ConfigError
-from unift.words import ANNEALINGS, BASELINES, LOSSES, NORMS, SCHEDULES, SOURCES, TOKENS
+from unift.words import ANNEALINGS, BASELINES, INTOS, LOSSES, NORMS, SCHEDULES, SOURCES, TOKENS
 
 __all__ = [
     "Config", "Credit", "Inputs", "Likelihood", "Lora", "Model", "Moment", "Phase", "Policy", "Rules", "Show",
@@ -236,7 +236,8 @@ def check(config: Config) -> None:
                 f"train.prompts={train.prompts} does not divide into train.updates={train.updates} equal updates; "
                 f"use a multiple of {train.updates}"
             )
-        counted = [name for name in (phase.policy.norm, phase.likelihood.norm) if NORMS[name].micro]
+        norms = (phase.policy.norm, phase.likelihood.norm, phase.policy.entropy_norm or phase.policy.norm)
+        counted = [name for name in norms if NORMS[name].micro]
         if counted:
             if train.micro_prompts is None:
                 raise ConfigError(f"norm {counted[0]} needs train.micro_prompts (prompts of a micro-batch)")
@@ -291,6 +292,10 @@ def _check_together(phase: Rules) -> None:
         (
             likelihood.buffer > 0 and (likelihood.gate is None or not tokens.demo),
             "likelihood.buffer holds gated rows: it needs likelihood.gate and likelihood.tokens=demo",
+        ),
+        (
+            phase.reference.clamp is not None and INTOS[phase.reference.into].reward,
+            "reference.clamp limits the KL term of the loss; with reference.into=reward there is none",
         ),
         (
             ANNEALINGS[likelihood.schedule].hint and not schedule.falls,

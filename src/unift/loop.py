@@ -242,7 +242,7 @@ class Run:
         parts = [update.apply(self.policy, optimizer, packs, rules, lr, measure, dump) for packs in updates]
         clock.lap("update")
         metrics: dict[str, Any] = {k: float(np.mean([p[k] for p in parts if k in p])) for k in parts[0]}
-        for name in ("tokens/forwarded", "tokens/supervised"):
+        for name in {"tokens/forwarded", "tokens/supervised", "grad/skipped"} & metrics.keys():
             metrics[name] = sum(p[name] for p in parts)
         sampled = sum(s.sampled for g in groups for s in g.samples) + sum(g.discarded for g in groups)
         plain = sum(

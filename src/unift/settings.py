@@ -30,6 +30,10 @@ class Show(Section):
         default=0.6, ge=0, le=1, description="share of the steps with hints (cosine, staircase, window); then none"
     )
     draw: words.DrawName = Field(default="binomial", description="k ~ Binomial(cuts, p), or k = round(cuts * p)")
+    stages: Literal["equal", "floored"] = Field(
+        default="equal",
+        description="staircase: T_hint / (num + 1) steps each, or as floored by the official code of UFT",
+    )
     unit: Literal["cuts", "tokens"] = Field(
         default="cuts", description="a hint ends at a cut, or after any token of the steps"
     )
@@ -106,7 +110,14 @@ class Policy(Section):
     high: float = Field(default=0.2, ge=0, description="ratio is clipped above 1 + high")
     dual_clip: float | None = Field(default=None, gt=1, description="cap of the ratio where the advantage is negative")
     norm: words.NormName = "token_mean"
-    entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus on completions")
+    entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
+    entropy_tokens: Literal["completions", "all"] = Field(
+        default="completions",
+        description="where it acts: sampled tokens, or every token with a loss, the solution's too",
+    )
+    entropy_norm: words.NormName | None = Field(
+        default=None, description="its normaliser, over those tokens; null = that of the completions' policy stream"
+    )
     weight: float | Literal["complement"] = Field(
         default=1.0, description="of the stream; complement = 1 - likelihood.weight"
     )
@@ -163,6 +174,9 @@ class Reference(Section):
 
     kl: float = Field(default=0.0, ge=0)
     estimator: words.EstimatorName = Field(default="k3", description="of the loss term")
+    clamp: float | None = Field(
+        default=None, gt=0, description="most that one token's loss term can be; beyond it no gradient; null = no limit"
+    )
     into: words.IntoName = Field(
         default="loss", description="a term of the loss, or taken off each token's reward (k1, l - l_ref)"
     )
@@ -199,6 +213,9 @@ class Train(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0, description="of the whole gradient; null = no clipping")
+    skip_norm: float | None = Field(
+        default=None, gt=0, description="an update whose gradient, before clipping, is longer than this is left out"
+    )
     token_budget: int = Field(
         default=16384, ge=1, description="padded tokens of one forward; changes memory, not the update"
     )

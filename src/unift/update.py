@@ -83,7 +83,8 @@ def apply(
     measure: bool,
     dump: Path,
 ) -> dict[str, float]:
-    """One optimizer step. ``measure``: take both streams' gradients apart and log their norms and cosine.
+    """One optimizer step, or none where the gradient is longer than train.skip_norm. ``measure``: take both streams'
+    gradients apart and log their norms and cosine.
 
     Raises NonFiniteError, with the packs saved under ``dump``, before anything non-finite reaches the weights.
     """
@@ -101,7 +102,8 @@ def apply(
         else:
             l_S, entropy_S, v_S = critic.logprobs_and_values(policy, batch, rules.sample.temperature)
         with_entropy = entropy_S if rules.policy.entropy or rules.policy.off_policy_top < 1 else None
-        losses = objectives.losses(l_S, with_entropy, batch, rules.policy, rules.reference.estimator, rules.likelihood)
+        kl = rules.reference
+        losses = objectives.losses(l_S, with_entropy, batch, rules.policy, kl.estimator, rules.likelihood, kl.clamp)
         if policy.critic is not None:
             losses["value"] = rules.credit.value_weight * critic.value_loss(v_S, batch, rules.credit.value_clip)
             losses["policy"] = losses["policy"] + losses["value"]
@@ -157,7 +159,9 @@ def apply(
         _stop(f"the gradient of {bad} is not finite", packs, dump)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    skipped = rules.train.skip_norm is not None and norm > rules.train.skip_norm
+    if not skipped:
+        optimizer.step()
     seen = max(tokens, 1.0)
     metrics = {
         "loss": totals["policy"] + totals["likelihood"],
@@ -168,6 +172,8 @@ def apply(
         "tokens/forwarded": float(forwarded),
         "tokens/supervised": float(supervised),
     }
+    if rules.train.skip_norm is not None:
+        metrics["grad/skipped"] = float(skipped)
     if rules.sample.completions:
         metrics["entropy"] = entropy / seen
         metrics["sampling/sampling_logp_difference/mean"] = gap / seen

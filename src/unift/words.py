@@ -142,7 +142,7 @@ SEQUENCE_LOGPS: Mapping[SequenceLogpName, SequenceLogp] = {
 
 # ---------------------------------------------------------------------------------------------- policy
 
-LossName = Literal["clip", "reinforce", "cispo", "gspo", "dpo", "una", "none"]
+LossName = Literal["clip", "ratio", "reinforce", "cispo", "gspo", "dpo", "una", "none"]
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,7 @@ class Loss(Word):
 
 LOSSES: Mapping[LossName, Loss] = {
     "clip": Loss("clip {low:g}/{high:g}", "PPO, arXiv 1707.06347, eq. 7", ratio=True),
+    "ratio": Loss("ratio", "the official code of LUFFY, ReLIFT and HPT", ratio=True),
     "reinforce": Loss("reinforce", "Williams 1992"),
     "cispo": Loss("cispo {high:g}", "CISPO, arXiv 2506.13585", ratio=True),
     "gspo": Loss("gspo {low:g}/{high:g}", "GSPO, arXiv 2507.18071, eq. 5", ratio=True),
@@ -178,7 +179,12 @@ OFF_POLICY: Mapping[OffPolicyName, Word] = {
 # ---------------------------------------------------------------------------------------------- normalisers of both streams
 
 NormName = Literal[
-    "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "microbatch_token_mean"
+    "token_mean",
+    "seq_mean_token_mean",
+    "seq_mean_token_sum",
+    "seq_mean_token_sum_norm",
+    "token_sum_norm",
+    "microbatch_token_mean",
 ]
 
 
@@ -195,6 +201,7 @@ NORMS: Mapping[NormName, Norm] = {
     "seq_mean_token_sum_norm": Norm(
         "mean over sequences of the sum over tokens / max_tokens", "Dr.GRPO, arXiv 2503.20783"
     ),
+    "token_sum_norm": Norm("sum over all tokens / max_tokens", "the official code of LUFFY, ReLIFT and HPT"),
     "microbatch_token_mean": Norm(
         "mean over micro-batches of the mean over tokens", "the official code of UFT", micro=True
     ),
