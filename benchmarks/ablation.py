@@ -14,20 +14,21 @@ from unittest import mock
 import torch
 from common import SHAPES, Unift, clone, load, machine, prompts, save, spread
 
-from unift import attention, batch, matmul, policy
+from unift import attention, matmul, packs, policy
 from unift.engines import native
 
 
 def alone(items: Any, which: Any, weights: Any, settings: Any) -> Any:
     """``pack`` with every completion a group of its own: the prefix is forwarded once for each."""
-    split, policy_w, likelihood, own = [], [], [], []
+    split, own = [], []
     for i in which:
+        w, n = weights[i], len(items[i].members)
         for j, member in enumerate(items[i].members):
-            split.append(batch.Item(items[i].prompt, items[i].hint, [member]))
-            policy_w.append([weights.policy[i][j]])
-            own.append([weights.own[i][j]])
-            likelihood.append(weights.likelihood[i] / len(items[i].members))
-    return PACK(split, range(len(split)), batch.Weights(policy_w, likelihood, own), settings)
+            split.append(packs.Item(items[i].prompt, items[i].hint, [member]))
+            own.append(
+                packs.ItemWeights([w.policy[j]], w.likelihood / n, [w.own[j]], w.entropy_hint / n, [w.entropy[j]])
+            )
+    return PACK(split, range(len(split)), own, settings)
 
 
 def one_by_one(side: Unift, requests: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +48,7 @@ def everywhere(pol: Any, pack: Any, temperature: float = 1.0) -> Any:
     return picked.gather(1, pack.target_S[:, None])[:, 0], entropy.index_select(0, pack.at_S)
 
 
-PACK, GENERATE, ROUTE = batch.pack, native.generate, "oneDNN altogether"
+PACK, GENERATE, ROUTE = packs.pack, native.generate, "oneDNN altogether"
 
 
 class Stock:

@@ -218,7 +218,7 @@ class Unift:
     def _step(self, prefixes: list[list[int]]) -> dict[str, float]:
         from unift import assign, evaluate, rng, update
         from unift.engines.native import Request
-        from unift.memory import Memory
+        from unift.memory import RowMemory
         from unift.types import Group, Score
 
         s, began, cpu = self.shape, now(), time.process_time()
@@ -234,7 +234,7 @@ class Unift:
             group.samples = samples
             for j, sample in enumerate(samples):
                 sample.score = Score(float(j % 2))
-        items = assign.items(groups, [], [], self.config, self.policy, None, Memory(), (0, self.count))
+        items = assign.items(groups, [], [], self.config, self.policy, None, RowMemory(), (0, self.count))
         (packs,) = update.prepare(self.policy, items, self.config, None)
         metrics = update.apply(self.policy, self.optimizer, packs, self.config, 1e-6, False, Path("/tmp/unift-bad.pt"))
         done = now()

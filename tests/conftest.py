@@ -145,7 +145,7 @@ def random_tokens(rng, n):
 
 def make_items(members=(4, 4, 4), hints=(0, 1, 6), demo=False, seed=7):
     """Groups of ragged lengths. In each the first completion is one token; odd ones end with EOS, even ones do not."""
-    from unift.batch import COMPLETION, DEMO, Item, Member
+    from unift.packs import COMPLETION, DEMO, Item, Member
 
     rng = np.random.default_rng(seed)
     items = []
@@ -166,9 +166,10 @@ def packed_loss(policy, items, config, budget=10**6, reference=None, old=None):
     from dataclasses import replace
 
     from unift import objectives
-    from unift.batch import cut, pack, weigh
+    from unift.packs import cut, pack
     from unift.policy import logprobs
     from unift.update import reference_logprobs
+    from unift.weights import weigh
 
     policy.model.zero_grad()
     weights, total, t = weigh(items, config), 0.0, config.sample.temperature

@@ -13,9 +13,11 @@ from conftest import close, gradients, make_items, packed_loss, settings, tiny_p
 from plain import uft_loss
 
 from unift import attention
-from unift.batch import COMPLETION, Item, Member, make_layout, pack, weigh
+from unift.attention import make_layout
 from unift.engines.native import Request, generate, inverse_cdf
+from unift.packs import COMPLETION, Item, Member, pack
 from unift.policy import chunked_logprobs, logprobs
+from unift.weights import weigh
 
 RNG = np.random.default_rng(11)
 

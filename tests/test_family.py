@@ -14,7 +14,7 @@ from unift import assign, critic, family, needs, objectives, sampling, schedule,
 from unift.config import Moment, Stage, parse_overrides, preset_names, resolve, stages
 from unift.encode import Encoded
 from unift.loop import Run, train
-from unift.memory import Memory
+from unift.memory import RowMemory
 from unift.policy import logprobs
 from unift.types import Row, Score
 
@@ -55,7 +55,7 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
     rows = [Row(f"r{i}", "", ("",), "", None) for i in range(6)]
     encoded = [Encoded(random_tokens(gen, 3 + i), [*random_tokens(gen, 8), 1], [0, 2, 4, 6]) for i in range(6)]
     moment = Moment(0, step, Stage(0, 500, s))
-    groups = sampling.begin(range(6), rows, encoded, moment, Memory())
+    groups = sampling.begin(range(6), rows, encoded, moment, RowMemory())
     if s.sample.completions:
         sampling.complete(reference if s.sample.source == "reference" else policy, groups, range(len(groups)), moment)
         for g in groups:
@@ -63,7 +63,7 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
                 sample.score = Score(float((sample.tokens[-1] + n) % 2) if g.row else 0.0)  # the first row fails
     s = schedule.at(s, step, 500, groups)
     score = lambda b: logprobs(reference, b, s.sample.temperature)[0]  # noqa: E731
-    items = assign.items(groups, encoded, [None] * 6, s, policy, score, Memory(), (0, step))
+    items = assign.items(groups, encoded, [None] * 6, s, policy, score, RowMemory(), (0, step))
     one = schedule.one_update(s)
     one = one.model_copy(update={"train": one.train.model_copy(update={"token_budget": budget})})
     items = items if order is None else [items[i] for i in order]
@@ -234,7 +234,7 @@ def test_refill_and_buffer_happen(tmp_path):
         folder = tmp_path / f"refill{rounds}"
         train(resolve("dapo", recipe="lock", overrides=parse_overrides([*tiny, f"sample.refill={rounds}"])), folder)
         groups = checkpoint.read_rollouts(folder, 0)[1]
-        silent[rounds] = sum(map(sampling.without_signal, groups))
+        silent[rounds] = sum(map(sampling.equal_scores, groups))
         assert (sum(g.discarded for g in groups) > 0) == (rounds > 0)
     assert silent[3] < silent[0]
     train(

@@ -11,11 +11,13 @@ import torch
 from conftest import close, make_items, packed_loss, settings, tiny_policy
 
 from unift import credit, critic, hints, needs, objectives, returns, sampling, schedule
-from unift.batch import COMPLETION, DEMO, HINT, Item, Member, items_of, pack, weigh
 from unift.config import Credit, Moment, Show, Stage
 from unift.likelihood import sequence_mean
-from unift.memory import Memory
+from unift.members import items_of
+from unift.memory import RowMemory
+from unift.packs import COMPLETION, DEMO, HINT, Item, Member, pack
 from unift.types import Group, Sample, Score
+from unift.weights import weigh
 
 OLD = np.log(0.20)
 
@@ -175,7 +177,7 @@ def test_refill_rows_are_pure_and_their_own():
     assert first == hints.refill_rows(0, 3, 1, 4, 10) and len(set(first)) == 4
     assert len({tuple(hints.refill_rows(*a, 4, 10)) for a in ((0, 3, 1), (0, 3, 2), (0, 4, 1), (1, 3, 1))}) == 4
     assert len(hints.refill_rows(0, 0, 1, 7, 3)) == 7
-    assert sampling.without_signal(group(0, 0)) and not sampling.without_signal(group(0, 1))
+    assert sampling.equal_scores(group(0, 0)) and not sampling.equal_scores(group(0, 1))
 
 
 # ---------------------------------------------------------------------------------------------- token credit
@@ -390,11 +392,11 @@ def test_relift_buffer():
     config, groups, items = gated("relift", group(0, 0), group(1, 0), group(0, 0))
     assert all(m.role == COMPLETION for i in items for m in i.members) and not any(i.supervised for i in items[:2])
     small = config.likelihood.model_copy(update={"buffer": 3})
-    memory = Memory()
+    memory = RowMemory()
     assert memory.collect(groups, small) == [] and memory.waiting == [0, 2]
     unknown = replace(groups[0], samples=[Sample([5], [-1.0], True, error="timeout")])
     assert memory.collect([unknown], small) == [] and memory.waiting == [0, 2]  # nothing was learnt about the row
-    again = Memory.load(memory.dump())
+    again = RowMemory.load(memory.dump())
     assert again == memory and again.collect(groups, small) == [0, 2, 0] and again.waiting == [2]
     _, e = weights_of(items, config)
     assert e == pytest.approx([0, 0, 0, 0, 0.5 / 64, 0.5 / 64, -0.5 / 64, -0.5 / 64, 0, 0, 0, 0])
@@ -459,11 +461,11 @@ def test_adaptive_length_settles_where_the_target_succeeds():
 
 def test_memory_moves_only_the_rows_that_were_seen():
     show = settings("adaptive").show
-    memory = Memory()
+    memory = RowMemory()
     memory.see([group(1, 1, row_id="a"), group(0, 0, row_id="b"), group(1, 0, row_id="c")], show)
     assert memory.hints == {"a": (0.75, 0.75), "b": (1.0, 1.0), "c": (0.95, 0.95)}
     memory.see([replace(group(1, row_id="a"), samples=[Sample([5], [-1.0], True, error="timeout")])], show)
-    assert memory.hints["a"] == (0.75, 0.75) and Memory.load(memory.dump()) == memory
+    assert memory.hints["a"] == (0.75, 0.75) and RowMemory.load(memory.dump()) == memory
     memory.see([group(1, 1, row_id="a")], settings("uft").show)
     assert memory.hints["a"] == (0.75, 0.75)
 
@@ -484,11 +486,11 @@ def test_hints_in_tokens_never_reach_the_ending():
     e = Encoded([3], list(range(10, 20)), [0, 3, 7])
     rows = [type("R", (), {"id": f"r{i}"})() for i in range(50)]
     config = settings("prefix-rft")
-    groups = sampling.begin(range(50), rows, [e] * 50, Moment(0, 0, Stage(0, 1000, config)), Memory())
+    groups = sampling.begin(range(50), rows, [e] * 50, Moment(0, 0, Stage(0, 1000, config)), RowMemory())
     assert {g.cuts_total for g in groups} == {7} and {len(g.hint) for g in groups} == {
         6
     }  # floor(u * 7), u in [.95, .95]
-    later = sampling.begin(range(50), rows, [e] * 50, Moment(0, 999, Stage(0, 1000, config)), Memory())
+    later = sampling.begin(range(50), rows, [e] * 50, Moment(0, 999, Stage(0, 1000, config)), RowMemory())
     assert min(len(g.hint) for g in later) == 0 and max(len(g.hint) for g in later) == 6
 
 

@@ -13,11 +13,12 @@ from conftest import FakeTokenizer, close, gradients, packed_loss, random_tokens
 from plain import uft_loss
 
 from unift import attention, checkpoint, flex, forward, policy
-from unift.batch import COMPLETION, Item, Member, pack, weigh
 from unift.config import parse_overrides, resolve
 from unift.engines import graph
 from unift.engines.native import Request, generate
 from unift.loop import Run, train
+from unift.packs import COMPLETION, Item, Member, pack
+from unift.weights import weigh
 
 pytestmark = [
     pytest.mark.gpu,

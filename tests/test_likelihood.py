@@ -11,12 +11,14 @@ import torch
 from conftest import close, gradients, packed_loss, random_tokens, settings, tiny_policy
 
 from unift import inputs, likelihood, objectives, rng, sampling
-from unift.batch import DEMO, OWN, Item, Member, cut, items_of, kept, pack, weigh
 from unift.config import Moment, Stage
+from unift.members import chosen, items_of
+from unift.packs import DEMO, OWN, Item, Member, cut, pack
 from unift.policy import logprobs
 from unift.settings import Likelihood
 from unift.types import Group, Sample, Score
 from unift.update import prepare
+from unift.weights import weigh
 
 PI, OLD, REF = np.log(0.25), np.log(0.20), np.log(0.50)  # the golden token
 
@@ -348,7 +350,7 @@ def group(*samples, row_id="r"):
 
 def test_rollout_sft_keeps_one_right_completion():
     g = group(([5, 6, 1], 0.0), ([7, 1], 1.0), ([7, 1], 1.0), ([8, 1], 1.0))
-    assert kept(g, "one_right") == [[7, 1]] and kept(g, "right") == [[7, 1], [8, 1]] and len(kept(g, "all")) == 4
+    assert chosen(g, "one_right") == [[7, 1]] and chosen(g, "right") == [[7, 1], [8, 1]] and len(chosen(g, "all")) == 4
     config = settings("rollout-sft")
     items = items_of([g, group(([5, 1], 0.0))], [[0.0] * 4, [0.0]], None, config)
     batch = pack(items, [0, 1], weigh(items, config), config)

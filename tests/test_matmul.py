@@ -9,10 +9,11 @@ from conftest import settings, tiny_policy
 from torch import nn
 
 from unift import matmul
-from unift.batch import COMPLETION, Item, Member, pack, weigh
 from unift.engines.native import Request, generate
+from unift.packs import COMPLETION, Item, Member, pack
 from unift.policy import _adapt, logprobs
 from unift.settings import Lora
+from unift.weights import weigh
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,10 @@ from conftest import char_tokenizer, close, gradients, packed_loss, settings, ti
 from plain import token_logprobs
 
 from unift import encode, evaluate, hints, policy, rng
-from unift.batch import COMPLETION, HINT, Item, Member, pack, weigh
 from unift.config import Show, preset_names
+from unift.packs import COMPLETION, HINT, Item, Member, pack
 from unift.types import Row, Sample, Score
+from unift.weights import weigh
 
 COSINE = Show(schedule="cosine", high=0.95, low=0.05, until=0.6)
 
@@ -94,7 +95,7 @@ def test_normalisers():
     for norm, expected in (("microbatch_token_mean", 1.5), ("token_mean", 1.1), ("seq_mean_token_sum", 5.5)):
         more = ["train.micro_prompts=1"] if norm.startswith("micro") else []
         config = settings("uft", "likelihood.weight=1", f"likelihood.norm={norm}", *more)
-        w = weigh(items, config).likelihood
+        w = [weight.likelihood for weight in weigh(items, config)]
         assert sum(x * sum(c) for x, c in zip(w, ce, strict=True)) == pytest.approx(expected)
 
 

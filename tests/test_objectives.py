@@ -11,10 +11,12 @@ from conftest import close, gradients, make_items, packed_loss, settings, tiny_p
 from plain import token_logprobs
 
 from unift import credit, hints, objectives, rng
-from unift.batch import COMPLETION, DEMO, HINT, Item, Member, items_of, pack, weigh
 from unift.config import Credit
 from unift.engines.native import Request, generate
+from unift.members import items_of
+from unift.packs import COMPLETION, DEMO, HINT, Item, Member, pack
 from unift.types import Group, Score
+from unift.weights import weigh
 
 OLD, REF = np.log(0.20), np.log(0.50)  # the golden token: pi = .25, pi_old = .20, pi_ref = .50
 

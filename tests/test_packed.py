@@ -12,11 +12,12 @@ from plain import token_logprobs, uft_loss
 
 from unift import objectives
 from unift import policy as policies
-from unift.batch import COMPLETION, DEMO, Item, Member, cut, pack, weigh
 from unift.config import parse_overrides, resolve
 from unift.engines.native import Request, generate
+from unift.packs import COMPLETION, DEMO, Item, Member, cut, pack
 from unift.policy import Policy, chunked_logprobs, logprobs
 from unift.update import prepare, reference_logprobs
+from unift.weights import weigh
 
 RNG = np.random.default_rng(7)
 

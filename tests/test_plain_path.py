@@ -23,12 +23,13 @@ from test_packed import naive
 
 from unift import attention, checkpoint, forward, plain
 from unift import policy as policies
-from unift.batch import pack, weigh
 from unift.config import longest, parse_overrides, resolve
 from unift.engines.native import Request, generate
 from unift.loop import Run, train
+from unift.packs import pack
 from unift.policy import Policy, logprobs
 from unift.types import ConfigError
+from unift.weights import weigh
 
 CPU = torch.device("cpu")
 LONGEST = 60

@@ -12,13 +12,15 @@ from conftest import VOCAB, FakeTokenizer, char_tokenizer, close, gradients, set
 from plain import token_logprobs
 
 from unift import assign, dataset, objectives, partition, preference
-from unift.batch import COMPLETION, DEMO, Item, Member, items_of, pack, weigh
 from unift.encode import Encoded
-from unift.memory import Memory
+from unift.members import items_of
+from unift.memory import RowMemory
+from unift.packs import COMPLETION, DEMO, Item, Member, pack
 from unift.policy import logprobs
 from unift.schedule import one_update
 from unift.types import ConfigError, DataError, Group, Row, Sample, Score
 from unift.update import prepare
+from unift.weights import weigh
 
 
 def group(*scores, tokens=None):
@@ -269,7 +271,7 @@ def discriminated(method, policy, own, demo, logps, memory):
 def test_golden_discriminative_from_tokens(method, u, w):
     """Policy = reference, negatives of 20 and 35 tokens at 1 nat each: log P0 = -20 and -35 cancel the sums, so that u = 0
     and the weights are 1/2; the means are -1 whatever the lengths, u = log(.1 + .9 e^(-1/.3)) = -2.02, weights .135."""
-    memory = Memory()
+    memory = RowMemory()
     own, demo = [[5] * 20, [5] * 35], [6, 7, 1]
     e, _, _ = discriminated(method, one_nat_policy(), own, demo, [[-1.0] * 20, [-1.0] * 35], memory)
     mean = w is None
@@ -286,7 +288,7 @@ def test_discriminative_gradient_is_the_published_one(method):
     published form on plain log-probs. A token's weight under the policy counts once, its log P0 once or not at all."""
     policy, plain = tiny_policy(torch.float64)
     gen = np.random.default_rng(3)
-    memory, u = Memory(), torch.tensor(0.0, dtype=torch.float64)
+    memory, u = RowMemory(), torch.tensor(0.0, dtype=torch.float64)
     for _ in range(2):
         own = [[*gen.integers(2, VOCAB, n).tolist(), 1] for n in (4, 9)]
         demo = [*gen.integers(2, VOCAB, 5).tolist(), 1]
@@ -347,7 +349,7 @@ def test_without_negatives_it_is_sft():
 def test_partition_state_is_kept_by_row():
     config = settings("discriminative")
     item = Item([3], [], [Member([5, 1], COMPLETION, 0.0, [-1.0, -1.0]), Member([9, 1], DEMO)], address=(0, 0, "a"))
-    memory = Memory()
+    memory = RowMemory()
     partition.spread([item], config, [[[-0.5, -0.5], []]], memory.partition)
     assert memory.partition == {"a": pytest.approx(math.log(0.15 + 0.85 * math.exp(1)))}
-    assert Memory.load(memory.dump()).partition == memory.partition
+    assert RowMemory.load(memory.dump()).partition == memory.partition

@@ -12,13 +12,14 @@ from conftest import FakeTokenizer, settings, tiny_policy
 from plain import token_logprobs
 
 from unift import checkpoint, hints, objectives
-from unift.batch import COMPLETION, DEMO, HINT, Item, Member, pack, weigh
 from unift.config import parse_overrides, preset_names, resolve
 from unift.loop import train
+from unift.packs import COMPLETION, DEMO, HINT, Item, Member, pack
 from unift.policy import logprobs
 from unift.settings import Show
 from unift.types import ConfigError
 from unift.update import apply, make_optimizer, prepare
+from unift.weights import weigh
 
 
 def leaf(*values):

@@ -10,7 +10,20 @@ from typing import get_args
 
 import pytest
 
-from unift import batch, credit, hints, inputs, likelihood, objectives, partition, preference, schedule, update, words
+from unift import (
+    credit,
+    hints,
+    inputs,
+    likelihood,
+    members,
+    objectives,
+    partition,
+    preference,
+    schedule,
+    update,
+    weights,
+    words,
+)
 from unift.config import Config, preset_names, resolve
 from unift.settings import Show
 
@@ -34,8 +47,8 @@ KINDS = {
         words.OFF_POLICY,
         {"none": None, **objectives.OFF_POLICY},
     ),
-    "norm": (words.NormName, ("policy", "norm"), words.NORMS, batch.NORMS),
-    "keep": (words.KeepName, ("likelihood", "keep"), words.KEEPS, batch.KEEPS),
+    "norm": (words.NormName, ("policy", "norm"), words.NORMS, weights.NORMS),
+    "keep": (words.KeepName, ("likelihood", "keep"), words.KEEPS, members.KEEPS),
     "rule": (words.RuleName, ("likelihood", "rule"), words.RULES, likelihood.RULES),
     "annealing": (words.AnnealingName, ("likelihood", "schedule"), words.ANNEALINGS, schedule.ANNEALINGS),
     "estimator": (words.EstimatorName, ("reference", "estimator"), words.ESTIMATORS, objectives.ESTIMATORS),

@@ -13,10 +13,11 @@ from conftest import VOCAB, random_tokens, settings, tiny_policy
 from torch.utils.flop_counter import FlopCounterMode
 
 from unift import objectives
-from unift.batch import COMPLETION, Item, Member, pack, weigh
 from unift.engines import native
 from unift.engines.native import Request, generate
+from unift.packs import COMPLETION, Item, Member, pack
 from unift.policy import logprobs
+from unift.weights import weigh
 
 MATRICES = (torch.ops.aten.mm, torch.ops.aten.addmm)
 

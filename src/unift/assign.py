@@ -8,10 +8,11 @@ from torch import Tensor
 
 from unift import credit, critic, needs, partition, preference, returns
 from unift import policy as policies
-from unift.batch import Item, PackedBatch, items_of
 from unift.config import Rules
 from unift.encode import Encoded
-from unift.memory import Memory
+from unift.members import items_of
+from unift.memory import RowMemory
+from unift.packs import Item, PackedBatch
 from unift.policy import Policy
 from unift.types import Group
 from unift.words import BASELINES, LOSSES
@@ -26,7 +27,7 @@ def items(
     rules: Rules,
     policy: Policy,
     reference: Score | None,
-    memory: Memory,
+    memory: RowMemory,
     address: tuple[object, ...],
 ) -> list[Item]:
     """``encoded`` and ``rejected``: of the rows (``group.row`` is the index). ``address``: (seed, step).

@@ -10,6 +10,7 @@ D head width, N = B*G rows of a decode step, S cached member positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -162,6 +163,28 @@ class PackedLayout:
             return flex.attend(q_1HTD, k_1KTD, v_1KTD, self, scale).transpose(1, 2)
         path = _Flash.apply if q.device.type == "cpu" and q.shape[-1] == v.shape[-1] else _sdpa
         return path(q, k, v, self, scale)[None]  # type: ignore[index]
+
+
+def make_layout(prefixes: Sequence[range], members: Sequence[Sequence[range]], total: int) -> PackedLayout:
+    """Index tensors of a flat row: which slots are whose, and where each token's attention output will lie."""
+    b, p = len(prefixes), max(len(r) for r in prefixes)
+    g = max((len(m) for m in members), default=0)
+    r = max((len(x) for m in members for x in m), default=0)
+    prefix_BP = torch.zeros(b, p, dtype=torch.long)
+    member_BGR = torch.zeros(b, g, r, dtype=torch.long) if r else None
+    slot_T = torch.empty(total, dtype=torch.long)
+    for i, span in enumerate(prefixes):
+        prefix_BP[i, : len(span)] = torch.arange(span.start, span.stop)
+        slot_T[span.start : span.stop] = torch.arange(i * p, i * p + len(span))
+        for j, own in enumerate(members[i]):
+            if member_BGR is not None and len(own):
+                member_BGR[i, j, : len(own)] = torch.arange(own.start, own.stop)
+                first = b * p + (i * g + j) * r
+                slot_T[own.start : own.stop] = torch.arange(first, first + len(own))
+    lengths_B = torch.tensor([len(s) for s in prefixes])
+    return PackedLayout(
+        prefix_BP, member_BGR, slot_T, lengths_B, [(p, list(m)) for p, m in zip(prefixes, members, strict=True)]
+    )
 
 
 def _sdpa(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, at: PackedLayout, scale: float) -> Tensor:

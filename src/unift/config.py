@@ -28,7 +28,7 @@ from unift.settings import (
     Lora,
     Model,
     Phase,
-    Policy,
+    PolicyStream,
     Reward,
     Rules,
     Save,
@@ -39,7 +39,7 @@ from unift.types import ConfigError
 from unift.words import ANNEALINGS, BASELINES, INTOS, LOSSES, NORMS, SCHEDULES, SOURCES, TOKENS
 
 __all__ = [
-    "Config", "Credit", "Inputs", "Likelihood", "Lora", "Model", "Moment", "Phase", "Policy", "Rules", "Show",
+    "Config", "Credit", "Inputs", "Likelihood", "Lora", "Model", "Moment", "Phase", "PolicyStream", "Rules", "Show",
     "Stage", "Train", "check", "evaluation_tokens", "longest", "stages",
     "config_hash", "differences", "numeric_settings", "parse_overrides", "preset_names", "preset_text", "read_yaml",
     "recipe_names", "recipe_text", "resolve", "to_yaml", "validate",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from unift.batch import PackedBatch
+from unift.packs import PackedBatch
 from unift.policy import Policy, head_logprobs, scale_of
 
 

@@ -130,8 +130,7 @@ def difference(heads: int, kv: int, width: int, dtype: torch.dtype, device: torc
 
     Of two ragged rows of different lengths, since the second makes the compiler generalise over the length.
     """
-    from unift.attention import _sdpa
-    from unift.batch import make_layout
+    from unift.attention import _sdpa, make_layout
 
     worst, draw = 0.0, torch.Generator().manual_seed(0)
     for lengths in ((150, 70, 70), (90, 40, 300, 1)):

@@ -156,7 +156,7 @@ def _head(model: Any, device: torch.device) -> str:
 
 def _packed(model: Any, device: torch.device, longest: float) -> str:
     """Does every member of a pack get the logits of a sequence of its own?"""
-    from unift.batch import make_layout
+    from unift.attention import make_layout
 
     groups = _probe(model, device)
     expected = [[_own(model, torch.cat([prompt, m])) for m in members] for prompt, members in groups]

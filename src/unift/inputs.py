@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from unift import objectives, rng, words
-from unift.batch import Item, PackedBatch
 from unift.config import Rules
+from unift.packs import Item, PackedBatch
 from unift.policy import CHUNK, Policy, logprobs
 from unift.settings import Inputs
 
@@ -45,12 +45,10 @@ def perturbed(policy: Policy, batch: PackedBatch, items: Sequence[Item], rules: 
 
 def owner_T(batch: PackedBatch) -> Tensor:
     """Index of the item that each forwarded token belongs to."""
-    layout, out_T = batch.layout, torch.zeros_like(batch.tokens_T)
-    for b, n in enumerate(layout.prefix_len_B.tolist()):
-        out_T[layout.prefix_BP[b, :n]] = b
-        if layout.member_BGR is not None:
-            own = layout.member_BGR[b].flatten()
-            out_T[own[own != 0]] = b  # slot 0 is the first prefix token: padding of members points there
+    out_T = torch.empty_like(batch.tokens_T)
+    for b, (prefix, members) in enumerate(batch.layout.spans):
+        for span in (prefix, *members):
+            out_T[span.start : span.stop] = b
     return out_T
 
 

@@ -34,10 +34,10 @@ from unift import (
 )
 from unift import config as configuration
 from unift import policy as policies
-from unift.batch import DEMO, Item, Member
 from unift.config import Config, Moment, Rules, Stage
 from unift.encode import Encoded
-from unift.memory import Memory
+from unift.memory import RowMemory
+from unift.packs import DEMO, Item, Member
 from unift.policy import Policy
 from unift.reference import Reference
 from unift.rewards import Scorer, count_outcomes
@@ -119,7 +119,7 @@ class Run:
         self.rejected = dataset.encode_column(policy.tokenizer, data.train, columns, config.data.max_prompt)
         self.saving = 0.0  # seconds of the checkpoint after the last step, which the next step's metrics report
         self.metrics_file = folder / "metrics.jsonl"
-        self.memory = Memory()
+        self.memory = RowMemory()
 
     # ------------------------------------------------------------------------------------------ the whole run
 
@@ -136,7 +136,7 @@ class Run:
             self.policy.critic = critic.new_critic(self.policy) if needs.critic(stage.rules) else None
             optimizer = update.make_optimizer(self.policy, stage.rules.train)
             reference = self._reference(stage)
-            self.memory = Memory()
+            self.memory = RowMemory()
             if done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
                 self._restore(done, optimizer if done > start else None)
             for step in range(max(start, done), stop):
@@ -281,13 +281,13 @@ class Run:
         if rules.sample.completions == 0:
             return groups
         for attempt in range(1, rules.sample.refill + 1):
-            silent = [i for i, g in enumerate(groups) if sampling.without_signal(g)]
+            silent = [i for i, g in enumerate(groups) if sampling.equal_scores(g)]
             if not silent:
                 break
             others = hints.refill_rows(seed, step, attempt, len(silent), len(self.encoded))
             for i, fresh in zip(silent, self._sampled(others, attempt, moment, clock, reference), strict=True):
                 spent = groups[i].discarded
-                if sampling.without_signal(fresh):
+                if sampling.equal_scores(fresh):
                     groups[i].discarded = spent + sum(s.sampled for s in fresh.samples)
                 else:
                     fresh.discarded = spent + sum(s.sampled for s in groups[i].samples)
@@ -371,7 +371,7 @@ class Run:
         self.judged |= stored["scorer"]["eval"]
         recent = stored["scorer"]["recent"]
         if optimizer is not None:  # a phase begins without memory of its rows
-            self.memory = Memory.load(stored.get("memory"))
+            self.memory = RowMemory.load(stored.get("memory"))
         self.scorer.recall([recent[i] for i in processes.share(len(recent))])
 
     def _save(self, finished: int, optimizer: torch.optim.Optimizer) -> None:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unift import hints
-from unift.batch import fails, success_rate
+from unift.members import fails, success_rate
 from unift.settings import Likelihood, Show
 from unift.types import Group
 from unift.words import SCHEDULES
 
 
 @dataclass
-class Memory:
+class RowMemory:
     """``hints``: (low, high) of a row's hint length. ``waiting``: indices of gated rows, oldest first.
     ``partition``: u of a row (discriminative), log domain."""
 
@@ -34,7 +34,7 @@ class Memory:
         }
 
     @classmethod
-    def load(cls, stored: Mapping[str, Any] | None) -> Memory:
+    def load(cls, stored: Mapping[str, Any] | None) -> RowMemory:
         stored = stored or {}
         pairs = {k: (v[0], v[1]) for k, v in stored.get("hints", {}).items()}
         return cls(pairs, list(stored.get("waiting", [])), dict(stored.get("partition", {})))

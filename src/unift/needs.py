@@ -44,3 +44,8 @@ def hints(s: Rules) -> bool:
 
 def solutions(s: Rules) -> bool:
     return hints(s) or TOKENS[s.likelihood.tokens].alone or demonstrations(s)
+
+
+def solution_pushes(s: Rules) -> bool:
+    """Tokens of the solution inside a group push with the group's advantage, too."""
+    return s.policy.off_policy != "none" or LOSSES[s.policy.loss].sequences

@@ -22,8 +22,8 @@ from unift.likelihood import sequence_sum, shaped, terms
 from unift.settings import Likelihood
 
 if TYPE_CHECKING:
-    from unift.batch import PackedBatch
-    from unift.config import Policy
+    from unift.config import PolicyStream
+    from unift.packs import PackedBatch
 
 COMPLETION = 1
 
@@ -121,10 +121,10 @@ class Pushed:
     sequence: Tensor
 
 
-Function = Callable[[Pushed, "Policy"], Tensor]
+Function = Callable[[Pushed, "PolicyStream"], Tensor]
 
 
-def _clipped(t: Pushed, p: Policy) -> Tensor:
+def _clipped(t: Pushed, p: PolicyStream) -> Tensor:
     return clipped_surrogate(t.l, t.old, t.a, p.low, p.high, p.dual_clip)
 
 
@@ -147,7 +147,7 @@ OFF_POLICY: Mapping[words.OffPolicyName, Function] = {
 }
 
 
-def surrogate(l_S: Tensor, old_S: Tensor, entropy_S: Tensor | None, batch: PackedBatch, policy: Policy) -> Tensor:
+def surrogate(l_S: Tensor, old_S: Tensor, entropy_S: Tensor | None, batch: PackedBatch, policy: PolicyStream) -> Tensor:
     """What every token's policy weight multiplies."""
     own_S = batch.role_S == COMPLETION
     tokens = Pushed(l_S, old_S, batch.advantage_S, own_S, batch.sequence_S)
@@ -169,7 +169,7 @@ def losses(
     l_S: Tensor,
     entropy_S: Tensor | None,
     batch: PackedBatch,
-    policy: Policy,
+    policy: PolicyStream,
     estimator: words.EstimatorName,
     likelihood: Likelihood | None = None,
     clamp: float | None = None,

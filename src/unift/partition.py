@@ -16,8 +16,8 @@ from dataclasses import replace
 import numpy as np
 
 from unift import words
-from unift.batch import COMPLETION, DEMO, Item
 from unift.config import Rules
+from unift.packs import COMPLETION, DEMO, Item
 from unift.returns import Tokens
 
 SEQUENCE_LOGPS: Mapping[words.SequenceLogpName, Callable[[Sequence[float]], float]] = {

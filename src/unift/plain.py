@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from unift.batch import PackedBatch
+    from unift.packs import PackedBatch
 
 CACHES = ("past_key_values", "cache", "cache_params")  # names that models give the argument of their cache
 
@@ -55,35 +55,21 @@ class Rows:
     their group, so a hint counts once."""
 
     def __init__(self, batch: PackedBatch) -> None:
-        layout = batch.layout
-        groups, p = layout.prefix_BP.shape
-        slots, prefix_len = layout.slot_T.tolist(), layout.prefix_len_B.tolist()
-        g, r = layout.member_BGR.shape[1:] if layout.member_BGR is not None else (1, 1)
         flat = batch.tokens_T.tolist()
-        prefixes: list[list[int]] = [[] for _ in range(groups)]
-        members: list[dict[int, list[int]]] = [{} for _ in range(groups)]
-        place: list[tuple[int, int, int]] = []  # of each flat token: group, member (-1: prefix), column in its row
-        for token, slot in zip(flat, slots, strict=True):
-            if slot < groups * p:
-                b, column = divmod(slot, p)
-                prefixes[b].append(token)
-                place.append((b, -1, column))
-            else:
-                row, column = divmod(slot - groups * p, r)
-                b, j = divmod(row, g)
-                members[b].setdefault(j, []).append(token)
-                place.append((b, j, prefix_len[b] + column))
         self.tokens: list[list[int]] = []
-        of: dict[tuple[int, int], int] = {}
-        for b in range(groups):
-            of[b, -1] = len(self.tokens)
-            for j, own in members[b].items():
-                of[b, j] = len(self.tokens)
-                self.tokens.append(prefixes[b] + own)
-            if not members[b]:
-                self.tokens.append(prefixes[b])
-        self.row_S = [of[place[t][:2]] for t in batch.at_S.tolist()]
-        self.column_S = [place[t][2] for t in batch.at_S.tolist()]
+        place: list[tuple[int, int]] = [(0, 0)] * len(flat)  # of each flat token: its row, its column there
+        for prefix, members in batch.layout.spans:
+            first, head = len(self.tokens), flat[prefix.start : prefix.stop]
+            for column, t in enumerate(prefix):
+                place[t] = first, column
+            for own in (span for span in members if len(span)):
+                for column, t in enumerate(own, start=len(prefix)):
+                    place[t] = len(self.tokens), column
+                self.tokens.append(head + flat[own.start : own.stop])
+            if len(self.tokens) == first:
+                self.tokens.append(head)
+        self.row_S = [place[t][0] for t in batch.at_S.tolist()]
+        self.column_S = [place[t][1] for t in batch.at_S.tolist()]
 
     @property
     def total(self) -> int:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from unift.batch import COMPLETION, DEMO, Item, Member, PackedBatch
-from unift.config import Policy, Rules
+from unift.config import PolicyStream, Rules
+from unift.packs import COMPLETION, DEMO, Item, Member, PackedBatch
 from unift.types import ConfigError, Group, Score
 from unift.words import LossName
 
@@ -74,7 +74,7 @@ def _distinct(members: Sequence[Member]) -> list[Member]:
     return list(first.values())
 
 
-def loss(l_S: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
+def loss(l_S: Tensor, batch: PackedBatch, policy: PolicyStream) -> Tensor:
     """sum over pairs of (w + w') * -log sigmoid(r - r')   (DPO, arXiv 2305.18290, eq. 7; UNA on pairs)
     + sum over scored sequences of w * (sigmoid(r) - s)^2    (UNA, arXiv 2408.15339; UFT of 2410.21438 with s = 1).
 

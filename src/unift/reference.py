@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unift import checkpoint
 from unift import policy as policies
-from unift.batch import PackedBatch
+from unift.packs import PackedBatch
 from unift.policy import Policy
 
 

@@ -19,20 +19,21 @@ import torch
 from unift import checkpoint, dataset, evaluate
 from unift import config as configuration
 from unift import policy as policies
-from unift.batch import DEMO, Item, Member, cut, pack, weigh
 from unift.config import Config
 from unift.data import read_rows
 from unift.encode import Encoded, encode_rows
+from unift.packs import DEMO, Item, Member, cut, pack
 from unift.policy import Policy
 from unift.rewards import Scorer
 from unift.types import ConfigError, Row, UniftError
+from unift.weights import weigh
 from unift.words import TOKENS
 
 MAX_TARGETS = 2000  # training targets whose likelihood under the base is measured
 
 
 @dataclass(frozen=True)
-class Kept:
+class Retained:
     """One retention set. Accuracies are greedy and without hints; log-probs are means over the solutions' tokens (nats)."""
 
     name: str
@@ -101,7 +102,7 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
         after_model = config.model.model_copy(update={"path": str(folder / "model"), "gguf": None, "lora": None})
         before, nll = _one_model(config.model, tokenizer, scorer, sets, encoded, length, config, targets)
         after, _ = _one_model(after_model, tokenizer, scorer, sets, encoded, length, config, [])
-    kept = [Kept(f, b[0], a[0], b[1], a[1]) for (f, _), b, a in zip(sets, before, after, strict=True)]
+    kept = [Retained(f, b[0], a[0], b[1], a[1]) for (f, _), b, a in zip(sets, before, after, strict=True)]
     result = {
         "method": config.method,
         "targets": kind,

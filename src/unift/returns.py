@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from unift import credit
-from unift.batch import COMPLETION, Item, PackedBatch, cut, pack, weigh
 from unift.config import Rules
+from unift.packs import COMPLETION, Item, PackedBatch, cut, pack
 from unift.words import BASELINES, INTOS
 
 Tokens = list[list[list[float]]]  # item, member, sampled token
@@ -54,14 +54,9 @@ def whitened(values: Sequence[np.ndarray], epsilon: float) -> list[np.ndarray]:
 
 def measured(of: Callable[[PackedBatch], Tensor], items: Sequence[Item], rules: Rules) -> Tokens:
     """``of`` (log-probs, values: one number a loss position) at every sampled token of every completion, no gradient."""
-    probe = [
-        replace(item, members=[replace(m, advantage=1.0) if m.role == COMPLETION else m for m in item.members])
-        for item in items
-    ]
     out: Tokens = [[[] for _ in item.members] for item in items]
-    weights = weigh(probe, rules)
-    for which in cut(probe, rules.train.token_budget):
-        batch = pack(probe, which, weights, rules)
+    for which in cut(items, rules.train.token_budget):
+        batch = pack(items, which, None, rules)
         if batch is None:
             continue
         with torch.no_grad():

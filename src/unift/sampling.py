@@ -12,14 +12,14 @@ from unift import evaluate, hints, needs, rng
 from unift.config import Moment, Rules
 from unift.encode import Encoded
 from unift.engines.native import Request
-from unift.memory import Memory
+from unift.memory import RowMemory
 from unift.policy import Policy
 from unift.rewards import Scorer, score_groups
 from unift.types import Group, Row, Score
 
 
 def begin(
-    indices: Sequence[int], rows: Sequence[Row], encoded: Sequence[Encoded], moment: Moment, memory: Memory
+    indices: Sequence[int], rows: Sequence[Row], encoded: Sequence[Encoded], moment: Moment, memory: RowMemory
 ) -> list[Group]:
     """Groups with their prompts and hints, without completions."""
     show, groups = moment.rules.show, []
@@ -98,6 +98,6 @@ def score(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: R
     score_groups(scorer, rows, views, texts)
 
 
-def without_signal(group: Group) -> bool:
+def equal_scores(group: Group) -> bool:
     """All scores equal: nothing to tell its completions apart."""
     return len({s.score.value for s in group.samples if s.score is not None}) <= 1

@@ -102,7 +102,7 @@ class Credit(Section):
     )
 
 
-class Policy(Section):
+class PolicyStream(Section):
     """How the completions push their log-probs."""
 
     loss: words.LossName = "clip"
@@ -169,7 +169,7 @@ class Likelihood(Section):
     gamma: float = Field(default=0.95, ge=0, le=1, description="discount of later tokens' losses in tail")
 
 
-class Reference(Section):
+class Pull(Section):
     """The pull towards the model that the phase began with, on completions only."""
 
     kl: float = Field(default=0.0, ge=0)
@@ -231,9 +231,9 @@ class Rules(Section):
     show: Show = Show()
     sample: SampleFrom = SampleFrom()
     credit: Credit = Credit()
-    policy: Policy = Policy()
+    policy: PolicyStream = PolicyStream()
     likelihood: Likelihood = Likelihood()
-    reference: Reference = Reference()
+    reference: Pull = Pull()
     inputs: Inputs = Inputs()
     train: Train = Train()
 

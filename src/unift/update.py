@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from unift import critic, inputs, objectives, processes, words
-from unift.batch import COMPLETION, Item, PackedBatch, cut, pack, weigh
 from unift.config import Rules, Train
+from unift.packs import COMPLETION, Item, PackedBatch, cut, pack
 from unift.policy import Policy, logprobs
 from unift.types import NonFiniteError
+from unift.weights import weigh
 
 
 def learning_rate(train: Train, step: int, steps: int) -> float:

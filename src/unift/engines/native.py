@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unift.attention import DecodeLayout, PackedLayout
-from unift.batch import make_layout
+from unift.attention import DecodeLayout, PackedLayout, make_layout
 from unift.engines import graph
 from unift.plain import Decoder
 from unift.policy import Policy

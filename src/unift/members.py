@@ -1,0 +1,71 @@
+"""Who takes part in an update: scored groups -> items with their members."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from unift import words
+from unift.config import Rules
+from unift.packs import COMPLETION, DEMO, OWN, Item, Member
+from unift.types import Group
+
+
+def items_of(
+    groups: Sequence[Group],
+    advantages: Sequence[Sequence[float]],
+    demos: Sequence[list[int]] | None,
+    rules: Rules | None = None,
+    address: tuple[object, ...] = (),
+) -> list[Item]:
+    """Groups with their advantages (aligned with ``group.samples``, then the demonstration where it is a member).
+
+    ``demos``: whole solutions, where they carry a loss. ``rules``: who takes part (gate, own completions); None: all.
+    """
+    items = []
+    for i, group in enumerate(groups):
+        own_a = advantages[i][: len(group.samples)]
+        samples = [(s, a) for s, a in zip(group.samples, own_a, strict=True) if s.tokens and s.score is not None]
+        gate, own, push, as_member = None, None, True, False
+        waits = False
+        if rules is not None:
+            gate, waits = rules.likelihood.gate, rules.likelihood.buffer > 0
+            own = rules.likelihood.keep if words.TOKENS[rules.likelihood.tokens].own else None
+            push, as_member = words.LOSSES[rules.policy.loss].pushes, rules.sample.demonstration
+        failed = gate is not None and fails(group, gate)
+        supervised = gate is None or (failed and not waits)
+        members = []
+        if push and (not failed or waits):
+            members = [Member(s.tokens, COMPLETION, a, s.logps, s.given) for s, a in samples]
+        if own is not None:
+            members += [Member(tokens, OWN) for tokens in chosen(group, own)]
+        if demos is not None and (supervised or as_member):
+            a = advantages[i][len(group.samples)] if as_member else 0.0
+            members.append(Member(demos[i][len(group.hint) :], DEMO, a))
+        items.append(Item(group.prompt, group.hint, members, supervised, (*address, group.row_id)))
+    return items
+
+
+def success_rate(group: Group) -> float:
+    """Share of right completions among the scored ones; 0 without any."""
+    right = [s.score.right for s in group.samples if s.score is not None]
+    return sum(right) / len(right) if right else 0.0
+
+
+def fails(group: Group, gate: float) -> bool:
+    """At most the share ``gate`` of its completions is right. A group of which nothing could be scored is not known to."""
+    return any(s.score is not None for s in group.samples) and success_rate(group) <= gate
+
+
+def chosen(group: Group, which: words.KeepName) -> list[list[int]]:
+    """Own completions that are supervised: ``all``, the ``right`` ones without repeats, or the first of those."""
+    scored = [s for s in group.samples if s.tokens and s.score is not None]
+    right = list(dict.fromkeys(tuple(s.tokens) for s in scored if s.score is not None and s.score.right))
+    return [list(tokens) for tokens in KEEPS[which]([tuple(s.tokens) for s in scored], right)]
+
+
+Texts = list[tuple[int, ...]]
+KEEPS: Mapping[words.KeepName, Callable[[Texts, Texts], Texts]] = {  # (all, right ones without repeats) -> those kept
+    "all": lambda everything, right: everything,
+    "right": lambda everything, right: right,
+    "one_right": lambda everything, right: right[:1],
+}
