@@ -8,16 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import FakeTokenizer, settings, tiny_policy
+from conftest import FakeTokenizer, char_tokenizer, settings, tiny_policy
 from plain import token_logprobs
 
-from unift import checkpoint, hints, objectives
+from unift import assign, checkpoint, encode, hints, objectives
 from unift.config import parse_overrides, preset_names, resolve
+from unift.encode import Encoded
 from unift.loop import train
-from unift.packs import COMPLETION, DEMO, HINT, Item, Member, pack
+from unift.members import cut_short
+from unift.memory import RowMemory
+from unift.packs import COMPLETION, DEMO, HINT, OWN, Item, Member, pack
 from unift.policy import logprobs
 from unift.settings import Show
-from unift.types import ConfigError
+from unift.types import ConfigError, Group, Row, Sample, Score
 from unift.update import apply, make_optimizer, prepare
 from unift.weights import weigh
 
@@ -285,3 +288,52 @@ def test_log_probs_at_the_start_of_the_step_are_attached_from_the_second_update_
     config = settings("luffy", "train.prompts=2")
     first, second = prepare(policy, [MIXED, MIXED], config, None)
     assert first[0].old_S is None and torch.equal(second[0].old_S, logprobs(policy, second[0], 1.0)[0].detach())
+
+
+# ---------------------------------------------------------------------------------------------- UPFT's first steps
+
+
+def test_upft_trains_first_steps_with_an_end_under_an_instruction():
+    """A completion that was cut after t tokens is followed by a trained EOS and stands under the instructed prompt; one that
+    ended by itself gets no second EOS; a prompt of the whole tenth keeps its own prompt and all tokens. Every completion
+    weighs the same: e = 1/(2 n) on each of its n tokens."""
+    config = settings("upft", "sample.full=0.5", "train.prompts=2")
+    policy, _ = tiny_policy(torch.float64)
+    policy.tokenizer = FakeTokenizer()
+    short = {n: cut_short(config.sample, 0, 0, n) for n in ("r0", "r1", "r2", "r3", "r4", "r5", "r6", "r7")}
+    cut_row, whole_row = next(n for n in short if short[n]), next(n for n in short if not short[n])
+    rows = [Encoded([3, 4], [1], [0], instructed=[3, 4, 30, 31])] * 2
+    for own, ends in (([5, 6, 7], [5, 6, 7, 1]), ([5, 6, 1], [5, 6, 1])):
+        samples = [Sample(t, [-1.0] * len(t), t[-1] == 1, score=Score(0.0, None)) for t in (own, [8, 9])]
+        groups = [Group(i, n, [3, 4], [], 0, 1, [s]) for i, (n, s) in enumerate(zip((cut_row, whole_row), samples))]
+        items = assign.items(groups, rows, [None] * 2, config, policy, None, RowMemory(), (0, 0))
+        assert [i.prompt for i in items] == [[3, 4, 30, 31], [3, 4]]
+        assert [m.tokens for i in items for m in i.members] == [ends, [8, 9]]
+        role, e, _ = pushed(items, config, -1.0, None)
+        assert role == [OWN] * (len(ends) + 2) and e == pytest.approx([1 / (2 * len(ends))] * len(ends) + [1 / 4] * 2)
+
+
+def test_the_instruction_ends_the_prompt_or_its_last_user_message():
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer = char_tokenizer(template=template)
+    turns = (
+        {"role": "user", "content": "6*7?"},
+        {"role": "assistant", "content": "42."},
+        {"role": "user", "content": "7*7?"},
+    )
+    rows = [Row("a", "6*7?", ("42",), ".", "42"), Row("b", turns, ("49",), ".", "49")]
+    encoded = encode.encode_rows(tokenizer, rows, 500, " Be brief.")
+    assert [tokenizer.decode(e.instructed) for e in encoded] == [
+        "6*7? Be brief.", "[user]6*7?[assistant]42.[user]7*7? Be brief.[assistant]",
+    ]  # fmt: skip
+    plain = encode.encode_rows(tokenizer, rows, 500)
+    assert [e.instructed for e in plain] == [None, None]
+    assert [(e.prompt, e.solution, e.step_ends) for e in plain] == [
+        (e.prompt, e.solution, e.step_ends) for e in encoded
+    ]
+
+
+@pytest.mark.parametrize("item", ["sample.first_eos=true", "sample.instruction=Please"])
+def test_first_step_settings_need_first_tokens(item):
+    with pytest.raises(ConfigError, match=r"need sample\.first and likelihood\.tokens=own"):
+        settings("rollout-sft", item)

@@ -10,7 +10,7 @@ from unift import credit, critic, needs, partition, preference, returns
 from unift import policy as policies
 from unift.config import Rules
 from unift.encode import Encoded
-from unift.members import items_of
+from unift.members import first_steps, items_of
 from unift.memory import RowMemory
 from unift.packs import Item, PackedBatch
 from unift.policy import Policy
@@ -28,7 +28,7 @@ def items(
     policy: Policy,
     reference: Score | None,
     memory: RowMemory,
-    address: tuple[object, ...],
+    address: tuple[int, int],
 ) -> list[Item]:
     """``encoded`` and ``rejected``: of the rows (``group.row`` is the index). ``address``: (seed, step).
 
@@ -37,6 +37,9 @@ def items(
     """
     demos = [encoded[g.row].solution for g in groups] if needs.demonstrations(rules) else None
     made = items_of(groups, [credit.group_advantages(g, rules) for g in groups], demos, rules, address)
+    if rules.sample.first is not None:
+        instructed = [encoded[g.row].instructed for g in groups]
+        made = first_steps(made, groups, instructed, rules, policy.tokenizer.eos_token_id, address)
     if LOSSES[rules.policy.loss].sequences:
         return preference.label(made, groups, rules, [rejected[g.row] for g in groups])
     if not returns.active(rules):

@@ -294,6 +294,11 @@ def _check_together(phase: Rules) -> None:
             "likelihood.buffer holds gated rows: it needs likelihood.gate and likelihood.tokens=demo",
         ),
         (
+            (sample.first_eos or sample.instruction is not None) and not (sample.first and tokens.own),
+            "sample.first_eos and sample.instruction are of supervised first tokens: they need sample.first and "
+            "likelihood.tokens=own",
+        ),
+        (
             phase.reference.clamp is not None and INTOS[phase.reference.into].reward,
             "reference.clamp limits the KL term of the loss; with reference.into=reward there is none",
         ),

@@ -11,7 +11,7 @@ from typing import Any
 from unift import needs
 from unift.config import Config, evaluation_tokens, stages
 from unift.encode import Encoded, encode_row, encode_rows
-from unift.types import DataError, Row
+from unift.types import ConfigError, DataError, Row
 from unift.words import SCHEDULES
 
 
@@ -67,8 +67,13 @@ def load(config: Config) -> Dataset:
 
 
 def encode(tokenizer: Any, dataset: Dataset, config: Config) -> tuple[list[Encoded], list[Encoded]]:
-    limit = config.data.max_prompt
-    train, test = encode_rows(tokenizer, dataset.train, limit), encode_rows(tokenizer, dataset.test, limit)
+    limit, texts = config.data.max_prompt, {s.rules.sample.instruction for s in stages(config)} - {None}
+    if len(texts) > 1:
+        raise ConfigError(
+            f"sample.instruction has {len(texts)} values over the phases: {sorted(map(str, texts))}; use one"
+        )
+    train = encode_rows(tokenizer, dataset.train, limit, next(iter(texts), None))
+    test = encode_rows(tokenizer, dataset.test, limit)
     check_positions(config, train, test)
     return train, test
 
@@ -89,11 +94,12 @@ def check_positions(config: Config, train: list[Encoded], test: list[Encoded]) -
     for name, rows, most in (("data.train", train, sampled), ("data.test", test, evaluated)):
         for number, e in enumerate(rows, start=1):
             hint = e.step_ends[-1] if hinted and name == "data.train" else 0
-            if len(e.prompt) + hint + most > positions:
+            prompt = max(len(e.prompt), len(e.instructed or []))
+            if prompt + hint + most > positions:
                 raise DataError(
-                    f"{name}, row {number}: the prompt ({len(e.prompt)} tokens), its longest hint ({hint}) and a completion "
+                    f"{name}, row {number}: the prompt ({prompt} tokens), its longest hint ({hint}) and a completion "
                     f"({most}) take more than the {positions} positions of the model. Lower sample.max_tokens to "
-                    f"{max(positions - len(e.prompt) - hint, 0)} or less, or drop the row"
+                    f"{max(positions - prompt - hint, 0)} or less, or drop the row"
                 )
 
 

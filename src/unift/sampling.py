@@ -12,6 +12,7 @@ from unift import evaluate, hints, needs, rng
 from unift.config import Moment, Rules
 from unift.encode import Encoded
 from unift.engines.native import Request
+from unift.members import cut_short
 from unift.memory import RowMemory
 from unift.policy import Policy
 from unift.rewards import Scorer, score_groups
@@ -62,11 +63,7 @@ def complete(policy: Policy, groups: Sequence[Group], places: Sequence[int], mom
     for i, group in zip(places, groups, strict=True):
         place = ("sample", seed, step, i, group.row_id, *([attempt] if attempt else []))
         uniforms = rng.uniforms(*place, shape=(sample.completions, sample.max_tokens))
-        cut = (
-            sample.first is not None
-            and float(rng.uniforms("full", seed, step, group.row_id, shape=1)[0]) >= sample.full
-        )
-        wanted = short if cut else whole
+        wanted = short if cut_short(sample, seed, step, group.row_id) else whole
         if members is None:
             wanted.add(group, [], uniforms)
             continue

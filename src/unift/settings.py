@@ -71,6 +71,10 @@ class SampleFrom(Section):
     full: float = Field(
         default=0.0, ge=0, le=1, description="share of the prompts that are sampled to the end in spite of first"
     )
+    first_eos: bool = Field(default=False, description="the first tokens are supervised with an EOS after them")
+    instruction: str | None = Field(
+        default=None, description="text after the prompt under which the first tokens are supervised, not sampled"
+    )
 
 
 class Credit(Section):
