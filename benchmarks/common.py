@@ -172,7 +172,7 @@ def now() -> float:
 
 
 class Unift:
-    """One GRPO step as ``loop.Run.step`` makes it, without files: sample, score, advantages, pack, update."""
+    """One GRPO step as ``step.one_step`` makes it, without files: sample, score, advantages, pack, update."""
 
     def __init__(self, model: Any, tokenizer: Any, shape: Shape, settings: tuple[str, ...] = ()) -> None:
         self.route: bool | None = None
@@ -216,9 +216,10 @@ class Unift:
             matmul.route(False)
 
     def _step(self, prefixes: list[list[int]]) -> dict[str, float]:
-        from unift import assign, evaluate, rng, update
+        from unift import assign, rng, update
+        from unift.dataset import Split
         from unift.engines.native import Request
-        from unift.memory import RowMemory
+        from unift.sampling import completed
         from unift.types import Group, Score
 
         s, began, cpu = self.shape, now(), time.process_time()
@@ -228,15 +229,19 @@ class Unift:
             Request(g.prompt + g.hint, rng.uniforms("sample", 0, self.count, i, g.row_id, shape=(s.g, s.completion)))
             for i, g in enumerate(groups)
         ]
-        sampled = evaluate.complete(self.policy, asked, s.completion, self.config.sample.temperature)
+        sampled = completed(self.policy, asked, s.completion, self.config.sample.temperature)
         generated = now()
         for group, samples in zip(groups, sampled, strict=True):
             group.samples = samples
             for j, sample in enumerate(samples):
                 sample.score = Score(float(j % 2))
-        items = assign.items(groups, [], [], self.config, self.policy, None, RowMemory(), (0, self.count))
+        items = assign.credited(
+            groups, Split([], []), self.config, assign.Models(self.policy, None, {}), (0, self.count)
+        )
         (packs,) = update.prepare(self.policy, items, self.config, None)
-        metrics = update.apply(self.policy, self.optimizer, packs, self.config, 1e-6, False, Path("/tmp/unift-bad.pt"))
+        metrics = update.apply(
+            self.policy, self.optimizer, packs, self.config, update.Order(1e-6, False, Path("/tmp/unift-bad.pt"))
+        )
         done = now()
         self.count += 1
         return {

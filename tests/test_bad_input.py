@@ -18,6 +18,7 @@ import torch
 from unift import checkpoint, cli
 from unift import policy as policies
 from unift.data import read_rows, write_rows
+from unift.metrics import append_metrics, read_metrics
 from unift.tasks import make_rows
 from unift.types import UniftError
 
@@ -434,7 +435,7 @@ def test_rewards_that_fail_sometimes_and_too_often(unift, tmp_path, capsys, func
     words += ["train.prompts=8", "sample.max_tokens=12"]
     code, said = unift(*words, "reward.error_rate=1", "--run", "run", "--quiet")
     assert code == 0, said
-    last = checkpoint.read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     failed = json.loads((tmp_path / "run" / "result.json").read_text())["scorer"]
     assert last[f"reward/{kind}"] > 0 and failed["train"][kind] == last[f"reward/{kind}"]
     shown = cli._summary({"scorer": failed})
@@ -564,7 +565,7 @@ def test_checkpoint_that_cannot_be_written(unift, tmp_path, kilobytes):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_device():
     with pytest.raises(UniftError, match="could not write full in /dev: .*No space left on device"):
-        checkpoint.append_metrics(Path("/dev/full"), {"step": 1})
+        append_metrics(Path("/dev/full"), {"step": 1})
 
 
 def test_atomic_files_keep_their_old_content(tmp_path):

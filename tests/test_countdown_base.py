@@ -13,7 +13,7 @@ from unift import policy as policies
 from unift import rng
 from unift.config import Model, resolve
 from unift.engines.native import Request
-from unift.evaluate import complete
+from unift.sampling import completed
 from unift.tasks import get_task, make_rows
 from unift.types import Row
 
@@ -47,7 +47,7 @@ def sampled(base, rows, completions, limit=28):
         Request(p, rng.uniforms("base", 0, row.id, shape=(completions, limit)))
         for p, row in zip(ids, rows, strict=True)
     ]
-    return [[s.text for s in group] for group in complete(base, requests, limit)]
+    return [[s.text for s in group] for group in completed(base, requests, limit)]
 
 
 def test_size_and_tokenizer(base, tool):
@@ -95,7 +95,7 @@ def test_knows_two_numbers_and_not_three(base, tool):
         answer = {"numbers": [int(a), int(b)], "target": int(target)}
         rows.append(Row(id=prompt, prompt=prompt, steps=(), ending=solution, answer=answer))
     ids = base.tokenizer([row.prompt for row in rows])["input_ids"]
-    groups = complete(base, [Request(p, None) for p in ids], 28)
+    groups = completed(base, [Request(p, None) for p in ids], 28)
     right = sum(score(g[0].text, row).right for g, row in zip(groups, rows, strict=True))
     assert right >= 0.9 * len(rows)
 

@@ -10,11 +10,12 @@ import torch
 from conftest import close, gradients, random_tokens, settings, tiny_policy
 from test_resume import outcome
 
-from unift import assign, critic, family, needs, objectives, sampling, schedule, update
+from unift import assign, critic, family, loop, needs, objectives, sampling, schedule, step, update
 from unift.config import Moment, Stage, parse_overrides, preset_names, resolve, stages
+from unift.dataset import Split
 from unift.encode import Encoded
-from unift.loop import Run, train
-from unift.memory import RowMemory
+from unift.loop import train
+from unift.metrics import read_metrics
 from unift.policy import logprobs
 from unift.types import Row, Score
 
@@ -55,7 +56,8 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
     rows = [Row(f"r{i}", "", ("",), "", None) for i in range(6)]
     encoded = [Encoded(random_tokens(gen, 3 + i), [*random_tokens(gen, 8), 1], [0, 2, 4, 6]) for i in range(6)]
     moment = Moment(0, step, Stage(0, 500, s))
-    groups = sampling.begin(range(6), rows, encoded, moment, RowMemory())
+    split = Split(rows, encoded, [None] * 6)
+    groups = sampling.begin(range(6), split, moment, {})
     if s.sample.completions:
         sampling.complete(reference if s.sample.source == "reference" else policy, groups, range(len(groups)), moment)
         for g in groups:
@@ -63,7 +65,7 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
                 sample.score = Score(float((sample.tokens[-1] + n) % 2) if g.row else 0.0)  # the first row fails
     s = schedule.at(s, step, 500, groups)
     score = lambda b: logprobs(reference, b, s.sample.temperature)[0]  # noqa: E731
-    items = assign.items(groups, encoded, [None] * 6, s, policy, score, RowMemory(), (0, step))
+    items = assign.credited(groups, split, s, assign.Models(policy, score, {}), (0, step))
     one = schedule.one_update(s)
     one = one.model_copy(update={"train": one.train.model_copy(update={"token_budget": budget})})
     items = items if order is None else [items[i] for i in order]
@@ -165,15 +167,15 @@ def test_runs_and_resumes_bitwise(name, tmp_path, monkeypatch):
     expected = outcome(tmp_path / "whole", steps)
     assert result["steps"] == steps and all(np.isfinite(m["loss"]) for m in expected[1][1:])
     assert any(m["grad/norm"] > 0 for m in expected[1][1:])
-    real = Run.step
+    real = loop.one_step
 
-    def stop(self, moment, *args):
+    def stop(run, moment, *args):
         if moment.step == steps - 1:
             raise Killed
-        return real(self, moment, *args)
+        return real(run, moment, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "step", stop)
+        patch.setattr(loop, "one_step", stop)
         with pytest.raises(Killed):
             train(config, tmp_path / "cut")
     train(config, tmp_path / "cut")
@@ -193,16 +195,16 @@ def test_a_kill_between_sampling_and_training_counts_nothing_twice(name, tmp_pat
     tiny += ["likelihood.buffer=2"] if name == "relift" else []
     config = resolve(name, recipe="lock", overrides=parse_overrides(tiny))
     train(config, tmp_path / "whole")
-    real = Run._groups
+    real = step.groups_of_step
 
-    def stop(self, moment, *args):
-        groups = real(self, moment, *args)
+    def stop(run, moment, *args):
+        groups = real(run, moment, *args)
         if moment.step == 1:
             raise Killed
         return groups
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_groups", stop)
+        patch.setattr(step, "groups_of_step", stop)
         with pytest.raises(Killed):
             train(config, tmp_path / "cut")
     train(config, tmp_path / "cut")
@@ -240,7 +242,7 @@ def test_refill_and_buffer_happen(tmp_path):
     train(
         resolve("relift", recipe="lock", overrides=parse_overrides([*tiny, "likelihood.buffer=3"])), tmp_path / "relift"
     )
-    last = checkpoint.read_metrics(tmp_path / "relift" / "metrics.jsonl")[1:]
+    last = read_metrics(tmp_path / "relift" / "metrics.jsonl")[1:]
     assert any(m["loss/hint"] > 0 for m in last)
 
 

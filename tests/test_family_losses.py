@@ -12,6 +12,7 @@ from conftest import close, make_items, packed_loss, settings, tiny_policy
 
 from unift import credit, critic, hints, needs, objectives, returns, sampling, schedule
 from unift.config import Credit, Moment, Show, Stage
+from unift.dataset import Split
 from unift.likelihood import sequence_mean
 from unift.members import items_of
 from unift.memory import RowMemory
@@ -486,11 +487,11 @@ def test_hints_in_tokens_never_reach_the_ending():
     e = Encoded([3], list(range(10, 20)), [0, 3, 7])
     rows = [type("R", (), {"id": f"r{i}"})() for i in range(50)]
     config = settings("prefix-rft")
-    groups = sampling.begin(range(50), rows, [e] * 50, Moment(0, 0, Stage(0, 1000, config)), RowMemory())
+    groups = sampling.begin(range(50), Split(rows, [e] * 50), Moment(0, 0, Stage(0, 1000, config)), {})
     assert {g.cuts_total for g in groups} == {7} and {len(g.hint) for g in groups} == {
         6
     }  # floor(u * 7), u in [.95, .95]
-    later = sampling.begin(range(50), rows, [e] * 50, Moment(0, 999, Stage(0, 1000, config)), RowMemory())
+    later = sampling.begin(range(50), Split(rows, [e] * 50), Moment(0, 999, Stage(0, 1000, config)), {})
     assert min(len(g.hint) for g in later) == 0 and max(len(g.hint) for g in later) == 6
 
 

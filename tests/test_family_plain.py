@@ -8,7 +8,7 @@ from conftest import tiny_policy
 from test_family import loss_of, prepared
 
 from unift.config import stages
-from unift.loop import check_forward
+from unift.loop import check_path
 from unift.types import ConfigError
 
 
@@ -20,8 +20,8 @@ def test_methods_that_open_the_trunk_are_refused(name):
     policy.model, policy.why_plain = plain, "its attention window is short"
     with pytest.raises(ConfigError, match="needs (a critic|changed input embeddings).*window is short"):
         for phase in (stage.rules for stage in stages(settings(name))):
-            check_forward(policy, phase)
-    check_forward(policy, settings("luffy"))
+            check_path(policy, phase)
+    check_path(policy, settings("luffy"))
 
 
 @pytest.mark.parametrize("name", ["prefix-rft", "srft", "iw-sft", "gspo", "una", "discriminative"])

@@ -12,11 +12,12 @@ import torch
 from conftest import FakeTokenizer, close, gradients, packed_loss, random_tokens, settings
 from plain import uft_loss
 
-from unift import attention, checkpoint, flex, forward, policy
+from unift import attention, flex, forward, loop, policy
 from unift.config import parse_overrides, resolve
 from unift.engines import graph
 from unift.engines.native import Request, generate
-from unift.loop import Run, train
+from unift.loop import train
+from unift.metrics import read_metrics
 from unift.packs import COMPLETION, Item, Member, pack
 from unift.weights import weigh
 
@@ -121,19 +122,19 @@ def test_a_run_that_is_stopped_and_goes_on(tmp_path, monkeypatch, more):
         "model.device=cuda",
         more,
     ]
-    config, step = resolve("uft", recipe="lock", overrides=parse_overrides(chosen)), Run.step
+    config, step = resolve("uft", recipe="lock", overrides=parse_overrides(chosen)), loop.one_step
 
-    def stop_at(self, moment, *args):
+    def stop_at(run, moment, *args):
         if moment.step == 2:
             raise KeyboardInterrupt
-        return step(self, moment, *args)
+        return step(run, moment, *args)
 
-    monkeypatch.setattr(Run, "step", stop_at)
+    monkeypatch.setattr(loop, "one_step", stop_at)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path)
-    monkeypatch.setattr(Run, "step", step)
+    monkeypatch.setattr(loop, "one_step", step)
     train(config, tmp_path)
-    steps = [m for m in checkpoint.read_metrics(tmp_path / "metrics.jsonl") if "loss" in m]
+    steps = [m for m in read_metrics(tmp_path / "metrics.jsonl") if "loss" in m]
     assert len(steps) == 4 and all(np.isfinite(m["loss"]) for m in steps)
     worst = max(m["sampling/sampling_logp_difference/max"] for m in steps)
     assert worst < (1 if "all" in more else 1e-4)

@@ -25,7 +25,7 @@ def test_smollm2_end_to_end(tmp_path, data_folder, smollm, name):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from unift.loop import Run
+    from unift import loop
 
     settings = [
         f"model.path={smollm}",
@@ -43,18 +43,18 @@ def test_smollm2_end_to_end(tmp_path, data_folder, smollm, name):
         "eval.every=0",
     ]
     config = resolve("uft", overrides=parse_overrides(settings))
-    real = Run.step
+    real = loop.one_step
 
     class Stop(Exception):
         pass
 
-    def stop(self, moment, *rest):
+    def stop(run, moment, *rest):
         if moment.step == 2:
             raise Stop
-        return real(self, moment, *rest)
+        return real(run, moment, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "step", stop)
+        patch.setattr(loop, "one_step", stop)
         with pytest.raises(Stop):
             train(config, tmp_path)
     result = train(config, tmp_path)

@@ -14,6 +14,7 @@ from unift import checkpoint, update
 from unift import policy as policies
 from unift.config import parse_overrides, resolve
 from unift.loop import train
+from unift.metrics import read_metrics
 from unift.run import claim
 from unift.types import ConfigError, DataError, NonFiniteError, UniftError
 
@@ -45,7 +46,7 @@ def no_model(monkeypatch):
 def test_every_preset_runs(tmp_path, method):
     result = train(tiny(method), tmp_path)
     assert result["test"]["n"] == 6 and result["steps"] == 4
-    metrics = checkpoint.read_metrics(tmp_path / "metrics.jsonl")
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
     assert all(math.isfinite(m["loss"]) for m in metrics[1:])
 
@@ -57,7 +58,7 @@ def test_several_updates_a_step(tmp_path):
         "uft-paper", recipe="lock", overrides=parse_overrides([*TINY, *settings, "train.lr=0.01", "reward.rule=unift"])
     )
     train(config, tmp_path)
-    last = checkpoint.read_metrics(tmp_path / "metrics.jsonl")[-1]
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert last["clip_ratio/low_mean"] >= 0 and "kl" in last
 
 
@@ -167,7 +168,7 @@ def test_gradients_of_both_streams_are_logged_and_change_nothing(tmp_path):
     """Measuring the streams apart gives the gradient of the sum: same norm as in one backward pass."""
     train(tiny("uft", "log.gradients_every=1"), tmp_path / "a")
     train(tiny("uft", "log.gradients_every=0"), tmp_path / "b")
-    a, b = (checkpoint.read_metrics(tmp_path / x / "metrics.jsonl")[1] for x in "ab")
+    a, b = (read_metrics(tmp_path / x / "metrics.jsonl")[1] for x in "ab")
     assert -1 <= a["grad/cosine"] <= 1 and a["grad/hint_norm"] > 0
     assert a["grad/norm"] == pytest.approx(b["grad/norm"], rel=1e-5)
 

@@ -21,11 +21,12 @@ from conftest import (
 from plain import uft_loss
 from test_packed import naive
 
-from unift import attention, checkpoint, forward, plain
+from unift import attention, forward, loop, plain
 from unift import policy as policies
 from unift.config import longest, parse_overrides, resolve
 from unift.engines.native import Request, generate
-from unift.loop import Run, train
+from unift.loop import train
+from unift.metrics import read_metrics
 from unift.packs import pack
 from unift.policy import Policy, logprobs
 from unift.types import ConfigError
@@ -318,7 +319,7 @@ def outcome(folder):
     state = torch.load(folder / "checkpoints" / "step_000004" / "state.pt", weights_only=True)["weights"]
     metrics = [
         {k: v for k, v in m.items() if not k.startswith("time/") and k != "tokens/per_second"}
-        for m in checkpoint.read_metrics(folder / "metrics.jsonl")
+        for m in read_metrics(folder / "metrics.jsonl")
     ]
     return {n: p.numpy().tobytes() for n, p in state.items()}, metrics
 
@@ -336,15 +337,15 @@ def test_run_and_resume(saved, tmp_path, monkeypatch, kind):
     assert metrics[1]["kl"] < 1e-9 < metrics[-1]["kl"]
     assert max(m["sampling/sampling_logp_difference/max"] for m in metrics[1:]) < 1e-4
     assert all(m["tokens/shared_ratio"] < 0.2 for m in metrics[1:])
-    real = Run.step
+    real = loop.one_step
 
-    def stop(self, moment, *rest):
+    def stop(run, moment, *rest):
         if moment.step == 2:
             raise KeyboardInterrupt
-        return real(self, moment, *rest)
+        return real(run, moment, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "step", stop)
+        patch.setattr(loop, "one_step", stop)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "cut")
     train(config, tmp_path / "cut")
@@ -356,7 +357,7 @@ def test_run_and_resume(saved, tmp_path, monkeypatch, kind):
 def test_run_with_adapters(saved, tmp_path):
     """LoRA: the reference is the model with its adapters off, so the first step's KL is exactly 0."""
     train(run_of(saved["mistral"], "model.lora={rank: 4}", "train.lr=0.01"), tmp_path)
-    metrics = checkpoint.read_metrics(tmp_path / "metrics.jsonl")
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
     assert metrics[1]["kl"] == 0 and metrics[-1]["kl"] > 0
 
 
@@ -373,7 +374,7 @@ def test_plain_and_shared_runs_agree(tmp_path):
     for path in ("shared", "plain"):
         config = resolve("uft", recipe="lock", overrides=parse_overrides([*RUN, f"model.forward={path}"]))
         train(config, tmp_path / path)
-        found[path] = checkpoint.read_metrics(tmp_path / path / "metrics.jsonl")
+        found[path] = read_metrics(tmp_path / path / "metrics.jsonl")
     for a, b in zip(found["shared"][1:], found["plain"][1:], strict=True):
         assert a["tokens/sampled"] == b["tokens/sampled"] and a["reward"] == b["reward"]
         for name in ("loss", "kl", "grad/norm", "grad/cosine", "entropy"):

@@ -12,9 +12,11 @@ from conftest import VOCAB, FakeTokenizer, char_tokenizer, close, gradients, set
 from plain import token_logprobs
 
 from unift import assign, dataset, objectives, partition, preference
+from unift.dataset import Split
 from unift.encode import Encoded
 from unift.members import items_of
 from unift.memory import RowMemory
+from unift.metrics import read_metrics
 from unift.packs import COMPLETION, DEMO, Item, Member, pack
 from unift.policy import logprobs
 from unift.schedule import one_update
@@ -188,7 +190,6 @@ def test_rejected_answers_of_a_file(method, tmp_path):
     """Off-line pairs, end to end: every second row has a rejected answer, and the loss of the pairs falls."""
     import json
 
-    from unift import checkpoint
     from unift.config import parse_overrides, resolve
     from unift.data import write_rows
     from unift.loop import train
@@ -203,7 +204,7 @@ def test_rejected_answers_of_a_file(method, tmp_path):
     more = ["sample.completions=0", "sample.demonstration=true", "sample.rejected=bad", "train.lr=1e-3", "threads=1"]
     more += [f"data.train={path}", "model.path=embedded:lock", "train.steps=4", "train.prompts=8", "train.warmup=0"]
     train(resolve(method, overrides=parse_overrides([*more, "policy.beta=0.1"])), tmp_path / "run")
-    loss = [m["loss"] for m in checkpoint.read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
+    loss = [m["loss"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
     first = math.log(2) if method == "dpo" else (4 * 2 * math.log(2) + 4 * 0.25) / 12
     assert loss[0] == pytest.approx(first, rel=1e-6) and loss == sorted(loss, reverse=True)
 
@@ -254,7 +255,9 @@ def discriminated(method, policy, own, demo, logps, memory):
     samples = [Sample(t, list(p), t[-1] == 1, score=Score(0.0, None)) for t, p in zip(own, logps, strict=True)]
     row = Encoded([3, 4], demo, [0, len(demo) - 1])
     groups = [Group(0, "r", row.prompt, [], 0, 1, samples)]
-    items = assign.items(groups, [row], [None], config, policy, None, memory, (0, 0))
+    items = assign.credited(
+        groups, Split([], [row], [None]), config, assign.Models(policy, None, memory.partition), (0, 0)
+    )
     (packs,) = prepare(policy, items, one_update(config), None)
     (batch,) = packs
     l = logprobs(policy, batch, 1.0)[0].detach().requires_grad_()

@@ -19,6 +19,7 @@ import torch
 from unift import checkpoint, processes
 from unift.config import parse_overrides, resolve
 from unift.loop import train
+from unift.metrics import read_metrics
 
 REWARD = '''
 import os
@@ -85,7 +86,7 @@ def assert_same_run(folder, expected, bound, drawn):
     assert any((b[name] - start[name]).abs().max() > 100 * bound * b[name].abs().max() for name in b), (
         "nothing was learned"
     )
-    left, right = (checkpoint.read_metrics(x / "metrics.jsonl") for x in (folder, expected))
+    left, right = (read_metrics(x / "metrics.jsonl") for x in (folder, expected))
     assert [m["step"] for m in left] == [m["step"] for m in right] == list(range(7))
     for x, y in zip(left, right, strict=True):
         x, y = ({k: v for k, v in m.items() if not k.startswith(NOISE)} for m in (x, y))
@@ -209,7 +210,7 @@ def test_a_process_that_hangs_is_not_waited_for_forever(tmp_path, reward):
     both = [started(tmp_path / "run", items, rank, port, UNIFT_WAIT_SECONDS="15") for rank in (0, 1)]
     try:
         until = time.monotonic() + 100
-        while len(checkpoint.read_metrics(tmp_path / "run" / "metrics.jsonl")) < 2:
+        while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 2:
             assert time.monotonic() < until and both[0].poll() is None
             time.sleep(0.1)
         both[1].send_signal(signal.SIGSTOP)

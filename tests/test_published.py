@@ -11,17 +11,17 @@ import torch
 from conftest import FakeTokenizer, char_tokenizer, settings, tiny_policy
 from plain import token_logprobs
 
-from unift import assign, checkpoint, encode, hints, objectives
+from unift import assign, encode, hints, metrics, objectives
 from unift.config import parse_overrides, preset_names, resolve
+from unift.dataset import Split
 from unift.encode import Encoded
 from unift.loop import train
 from unift.members import cut_short
-from unift.memory import RowMemory
 from unift.packs import COMPLETION, DEMO, HINT, OWN, Item, Member, pack
 from unift.policy import logprobs
 from unift.settings import Show
 from unift.types import ConfigError, Group, Row, Sample, Score
-from unift.update import apply, make_optimizer, prepare
+from unift.update import Order, apply, make_optimizer, prepare
 from unift.weights import weigh
 
 
@@ -80,7 +80,7 @@ def test_a_drifted_step_through_the_update(clamp, tmp_path):
     l = torch.cat([x[1:] for x in l])
     d = fixed(3.0, 0.5, 2.7, -1.0, 4.0, 2.5)
     (packs,) = prepare(policy, items, rules, lambda batch: l.detach() + d)
-    made = apply(policy, make_optimizer(policy, rules.train), packs, rules, 0.0, False, tmp_path / "x.pt")
+    made = apply(policy, make_optimizer(policy, rules.train), packs, rules, Order(0.0, False, tmp_path / "x.pt"))
     k3 = torch.exp(l.detach() + d - l) - (l.detach() + d - l) - 1
     (k3 if clamp is None else k3.clamp(max=clamp)).mean().backward()
     expected = math.sqrt(sum(float(p.grad.square().sum()) for p in plain.parameters() if p.grad is not None))
@@ -113,7 +113,7 @@ def test_a_long_gradient_is_no_update(tmp_path):
         one = rules.model_copy(update={"train": rules.train.model_copy(update={"skip_norm": limit, "clip_norm": 1e-3})})
         optimizer = make_optimizer(policy, one.train)
         (packs,) = prepare(policy, items, one, None)
-        made = apply(policy, optimizer, packs, one, 1e-2, False, tmp_path / "x.pt")
+        made = apply(policy, optimizer, packs, one, Order(1e-2, False, tmp_path / "x.pt"))
         norm = made["grad/norm"]
         moved = any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
         states.append((made.get("grad/skipped"), moved, bool(optimizer.state)))
@@ -125,7 +125,7 @@ def test_skipped_updates_are_counted_in_the_metrics(tmp_path):
     tiny = ["train.steps=2", "train.prompts=4", "data.train_rows=8", "data.test_rows=2", "eval.every=0", "save.every=0"]
     config = resolve("hpt", recipe="lock", overrides=parse_overrides([*tiny, "threads=1", "train.skip_norm=1e-9"]))
     train(config, tmp_path / "run")
-    steps = checkpoint.read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]
+    steps = metrics.read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]
     assert [m["grad/skipped"] for m in steps] == [config.train.updates] * 2 == [2, 2]
 
 
@@ -306,7 +306,7 @@ def test_upft_trains_first_steps_with_an_end_under_an_instruction():
     for own, ends in (([5, 6, 7], [5, 6, 7, 1]), ([5, 6, 1], [5, 6, 1])):
         samples = [Sample(t, [-1.0] * len(t), t[-1] == 1, score=Score(0.0, None)) for t in (own, [8, 9])]
         groups = [Group(i, n, [3, 4], [], 0, 1, [s]) for i, (n, s) in enumerate(zip((cut_row, whole_row), samples))]
-        items = assign.items(groups, rows, [None] * 2, config, policy, None, RowMemory(), (0, 0))
+        items = assign.credited(groups, Split([], rows, [None] * 2), config, assign.Models(policy, None, {}), (0, 0))
         assert [i.prompt for i in items] == [[3, 4, 30, 31], [3, 4]]
         assert [m.tokens for i in items for m in i.members] == [ends, [8, 9]]
         role, e, _ = pushed(items, config, -1.0, None)

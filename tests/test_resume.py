@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from unift import checkpoint
+from unift import checkpoint, loop, step
 from unift.config import parse_overrides, resolve
-from unift.loop import Run, train
+from unift.loop import train
+from unift.metrics import read_metrics
 
 STEPS = 12
 TINY = [
@@ -51,7 +52,7 @@ def outcome(folder: Path, steps: int = STEPS) -> tuple[bytes, list[dict], dict[s
     weights = b"".join(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in flat)
     metrics = [
         {k: v for k, v in m.items() if not k.startswith("time/") and k != "tokens/per_second"}
-        for m in checkpoint.read_metrics(folder / "metrics.jsonl")
+        for m in read_metrics(folder / "metrics.jsonl")
     ]
     rollouts = {p.name: p.read_bytes() for p in sorted((folder / "rollouts").glob("*"))}
     return weights, metrics, rollouts
@@ -69,22 +70,22 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("untrained", [False, True], ids=["trained", "sampled-only"])
 def test_every_step(whole, tmp_path, monkeypatch, k, untrained):
     """Stop after step k, or inside step k+1 when its completions are sampled and scored but not trained on."""
-    real, sampled = Run.step, Run._groups
+    real, sampled = loop.one_step, step.groups_of_step
 
-    def stop_at(self, moment, *args):
+    def stop_at(run, moment, *args):
         if moment.step == k and not untrained:
             raise Killed
-        return real(self, moment, *args)
+        return real(run, moment, *args)
 
-    def stop_after_sampling(self, moment, *args):
-        groups = sampled(self, moment, *args)
+    def stop_after_sampling(run, moment, *args):
+        groups = sampled(run, moment, *args)
         if moment.step == k and untrained:
             raise Killed
         return groups
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "step", stop_at)
-        patch.setattr(Run, "_groups", stop_after_sampling)
+        patch.setattr(loop, "one_step", stop_at)
+        patch.setattr(step, "groups_of_step", stop_after_sampling)
         with pytest.raises(Killed):
             train(tiny(), tmp_path)
     assert checkpoint.steps_saved(tmp_path)[-1] == k
@@ -95,19 +96,20 @@ def test_every_step(whole, tmp_path, monkeypatch, k, untrained):
 
 def test_stored_rollouts_are_not_sampled_again(tmp_path, monkeypatch):
     """Completions that were paid for are read back, not drawn anew, when the same weights sampled them."""
-    from unift import evaluate, loop
+    from unift import evaluate, sampling
 
-    monkeypatch.setattr(Run, "_save", lambda *a: None)
-    monkeypatch.setattr(Run, "_finish", lambda self, base: {})
+    monkeypatch.setattr(loop, "save", lambda *a: None)
+    monkeypatch.setattr(loop, "finish", lambda run, base: {})
     train(tiny(), tmp_path)  # no checkpoint: the next attempt begins at step 0 again
     drawn = []
-    real = evaluate.complete
+    real = sampling.completed
 
     def counting(policy, requests, *args):
         drawn.extend(r for r in requests if r.uniforms_GL is not None)
         return real(policy, requests, *args)
 
-    monkeypatch.setattr(loop.evaluate, "complete", counting)
+    for module in (sampling, evaluate):
+        monkeypatch.setattr(module, "completed", counting)
     train(tiny(), tmp_path)
     assert drawn == []
 
@@ -118,16 +120,16 @@ def test_phases_and_sparse_checkpoints(tmp_path, monkeypatch, method):
     settings = tiny(method, "save.every=5", *(["reference.kl=0.01"] if method == "stage" else []))
     train(settings, tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
-    real = Run.step
+    real = loop.one_step
     for k in (3, 7, 11):
 
-        def stop_at(self, moment, *args, k=k):
+        def stop_at(run, moment, *args, k=k):
             if moment.step == k:
                 raise Killed
-            return real(self, moment, *args)
+            return real(run, moment, *args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "step", stop_at)
+            patch.setattr(loop, "one_step", stop_at)
             with pytest.raises(Killed):
                 train(settings, tmp_path / "cut")
     train(settings, tmp_path / "cut")

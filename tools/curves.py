@@ -56,12 +56,13 @@ def record(method: str, steps: int = STEPS) -> dict[str, Any]:
     from unift import checkpoint
     from unift.config import parse_overrides, resolve
     from unift.loop import train
+    from unift.metrics import read_metrics
 
     sampled = [f"sample.completions={0 if method == 'sft' else 4}"]
     config = resolve(method, recipe="lock", overrides=parse_overrides(SETTINGS + sampled))
     with tempfile.TemporaryDirectory() as folder:
         train(config, Path(folder))
-        metrics = checkpoint.read_metrics(Path(folder) / "metrics.jsonl")[1 : steps + 1]
+        metrics = read_metrics(Path(folder) / "metrics.jsonl")[1 : steps + 1]
         stored = checkpoint.read_rollouts(Path(folder), 0)
     tokens = [[s.tokens for s in group.samples] for group in stored[1]] if stored else []
     return {"steps": [{k: m[k] for k in KEYS if k in m} for m in metrics], "tokens": tokens}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from unift import budget, plots
-from unift.checkpoint import read_metrics
+from unift.metrics import read_metrics
 from unift.summary import Result, by_method, table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

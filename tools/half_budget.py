@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from unift.checkpoint import read_metrics
 from unift.compare import Job, run_many, train_job
 from unift.config import resolve
+from unift.metrics import read_metrics
 from unift.summary import interval
 
 Run = tuple[dict[str, Any], list[dict[str, Any]]]  # result, metrics

@@ -242,33 +242,3 @@ def read_rollouts(folder: Path, step: int) -> tuple[str, list[Group]] | None:
         place = (r["row"], r["row_id"], r["prompt_tokens"], r["hint_tokens"], r["cuts"], r["cuts_total"])
         groups.append(Group(*place, samples, r.get("discarded", 0)))
     return json.loads(head)["weights"], groups
-
-
-# ---------------------------------------------------------------------------------------------- metrics
-
-
-def append_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    with writing(path.name, path.parent), open(path, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(metrics) + "\n")
-
-
-def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
-    """Complete lines with step <= ``up_to``; a line torn by a kill is left out."""
-    if not path.is_file():
-        return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if up_to is None or record["step"] <= up_to:
-            kept.append(record)
-    return kept
-
-
-def rewind_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Forget what was logged after ``step``: those steps run again."""
-    kept = read_metrics(path, step)
-    write_atomic(path, "".join(json.dumps(r) + "\n" for r in kept))
-    return kept

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from unift.types import ConfigError, UniftError
+from unift.types import ConfigError, Stopped, UniftError
 
 if TYPE_CHECKING:
     from unift.config import Config
@@ -365,6 +365,9 @@ def main() -> None:
     """Entry point: errors a person can mend are printed alone, without a traceback. Exit code 2."""
     try:
         app()
+    except Stopped as stop:
+        print(f"{stop}; the same command continues", file=sys.stderr)
+        sys.exit(130)
     except UniftError as error:
         from unift.processes import label
 

@@ -276,7 +276,8 @@ def write_report(folder: Path, results: Sequence[Result], notes: Sequence[str] =
 
     Curves come from ``metrics.jsonl`` of ``<method>-seed<seed>``; a run without one is in the table only.
     """
-    from unift.checkpoint import read_metrics, write_atomic
+    from unift.checkpoint import write_atomic
+    from unift.metrics import read_metrics
     from unift.plots import curves
 
     folder.mkdir(parents=True, exist_ok=True)

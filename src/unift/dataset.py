@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unift import needs
@@ -66,7 +66,29 @@ def load(config: Config) -> Dataset:
     return Dataset(train, test[: config.eval.rows] if config.eval.rows else test)
 
 
-def encode(tokenizer: Any, dataset: Dataset, config: Config) -> tuple[list[Encoded], list[Encoded]]:
+@dataclass(frozen=True)
+class Split:
+    """Rows with their tokens. ``rejected``: tokens of the answer that each row's solution is preferred to, where it has one."""
+
+    rows: list[Row]
+    encoded: list[Encoded]
+    rejected: list[list[int] | None] = field(default_factory=list[list[int] | None])
+
+    def first(self, n: int) -> Split:
+        return Split(self.rows[:n], self.encoded[:n], self.rejected[:n])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both splits of a run, and the fingerprint of the training rows."""
+
+    train: Split
+    test: Split
+    fingerprint: str
+
+
+def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
+    """Tokenise both splits. DataError for a row that does not fit."""
     limit, texts = config.data.max_prompt, {s.rules.sample.instruction for s in stages(config)} - {None}
     if len(texts) > 1:
         raise ConfigError(
@@ -75,7 +97,9 @@ def encode(tokenizer: Any, dataset: Dataset, config: Config) -> tuple[list[Encod
     train = encode_rows(tokenizer, dataset.train, limit, next(iter(texts), None))
     test = encode_rows(tokenizer, dataset.test, limit)
     check_positions(config, train, test)
-    return train, test
+    columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
+    rejected = encode_column(tokenizer, dataset.train, columns, limit)
+    return Data(Split(dataset.train, train, rejected), Split(dataset.test, test), dataset.fingerprint)
 
 
 def check_positions(config: Config, train: list[Encoded], test: list[Encoded]) -> None:

@@ -248,12 +248,11 @@ def room(config: Config, folder: Path, encoded: Sequence[Encoded]) -> Check:
 
 def try_reward(config: Config, rows: Sequence[Row]) -> tuple[Check, Any]:
     """The reward must load, give the demonstrations full marks and an empty text less."""
-    from unift.rewards import Scorer
+    from unift.rewards import open_scorer
     from unift.types import Score
 
     r = config.reward
-    options: dict[str, Any] = {"format_score": r.format_score, "rule": r.rule, "memory_mb": r.memory_mb}
-    with Scorer(r.function, workers=r.workers, timeout=r.timeout, error_rate=r.error_rate, **options) as scorer:
+    with open_scorer(r) as scorer:
         found = scorer.check(rows[0])
         some = [row for row in rows[:DEMONSTRATIONS] if row.solution.strip()]
         outcomes = scorer.score(some, [row.solution for row in some])

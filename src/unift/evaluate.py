@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from unift import processes, rng
-from unift.encode import Encoded
-from unift.engines.native import Request, generate
+from unift.dataset import Split
+from unift.engines.native import Request
 from unift.policy import Policy
 from unift.rewards import Scorer
+from unift.sampling import completed
 from unift.summary import wilson
 from unift.types import Row, Sample
 
@@ -34,15 +35,22 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - float(np.prod(1.0 - k / np.arange(n - right + 1, n + 1)))
 
 
-def complete(
-    policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float = 1.0
-) -> list[list[Sample]]:
-    groups = generate(policy, requests, max_tokens, temperature)
-    flat = [s for g in groups for s in g]
-    texts = policy.tokenizer.batch_decode([s.tokens for s in flat], skip_special_tokens=True)
-    for sample, text in zip(flat, texts, strict=True):
-        sample.text = text
-    return groups
+@dataclass(frozen=True)
+class Judge:
+    """Who answers, who judges, and the length limit of an answer in tokens."""
+
+    policy: Policy
+    scorer: Scorer
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Sampled answers a row."""
+
+    samples: int
+    seed: int
+    temperature: float = 1.0
 
 
 def verdicts(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Sequence[Sample]]) -> list[list[bool]]:
@@ -54,50 +62,34 @@ def verdicts(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Sequence[Samp
     return [[next(right) for _ in group] for group in groups]
 
 
-def _judged(
-    policy: Policy,
-    scorer: Scorer,
-    rows: Sequence[Row],
-    requests: Sequence[Request],
-    max_tokens: int,
-    temperature: float = 1.0,
-) -> list[list[bool]]:
+def _judged(judge: Judge, split: Split, requests: Sequence[Request], temperature: float = 1.0) -> list[list[bool]]:
     """Sample and judge: right or not, per row and sample. Each process takes its share of the rows; all get the whole."""
-    own = processes.share(len(rows))
-    groups = complete(policy, [requests[i] for i in own], max_tokens, temperature)
-    right = verdicts(scorer, [rows[i] for i in own], groups)
+    own = processes.share(len(split.rows))
+    groups = completed(judge.policy, [requests[i] for i in own], judge.max_tokens, temperature)
+    right = verdicts(judge.scorer, [split.rows[i] for i in own], groups)
     return processes.interleave(processes.gather("an evaluation", right))
 
 
-def greedy(
-    policy: Policy, scorer: Scorer, rows: Sequence[Row], encoded: Sequence[Encoded], max_tokens: int
-) -> Accuracy:
+def greedy(judge: Judge, split: Split) -> Accuracy:
     """Greedy accuracy without a hint."""
-    right = sum(v[0] for v in _judged(policy, scorer, rows, [Request(e.prompt, None) for e in encoded], max_tokens))
-    return Accuracy(right / max(len(rows), 1), *wilson(right, len(rows)), len(rows))
+    right = sum(v[0] for v in _judged(judge, split, [Request(e.prompt, None) for e in split.encoded]))
+    n = len(split.rows)
+    return Accuracy(right / max(n, 1), *wilson(right, n), n)
 
 
-def pass_curve(
-    policy: Policy,
-    scorer: Scorer,
-    rows: Sequence[Row],
-    encoded: Sequence[Encoded],
-    max_tokens: int,
-    samples: int,
-    seed: int,
-    temperature: float = 1.0,
-) -> dict[str, dict[str, float]]:
-    """pass@1, 2, 4, ... ``samples``: mean over rows with a bootstrap interval (95 %, over rows)."""
+def pass_curve(judge: Judge, split: Split, draws: Draws) -> dict[str, dict[str, float]]:
+    """pass@1, 2, 4, ... ``draws.samples``: mean over rows with a bootstrap interval (95 %, over rows)."""
+    samples, n = draws.samples, len(split.rows)
     requests = [
-        Request(e.prompt, rng.uniforms("eval", seed, row.id, shape=(samples, max_tokens)))
-        for row, e in zip(rows, encoded, strict=True)
+        Request(e.prompt, rng.uniforms("eval", draws.seed, row.id, shape=(samples, judge.max_tokens)))
+        for row, e in zip(split.rows, split.encoded, strict=True)
     ]
-    counts = [sum(v) for v in _judged(policy, scorer, rows, requests, max_tokens, temperature)]
+    counts = [sum(v) for v in _judged(judge, split, requests, draws.temperature)]
     ks = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
-    draws = rng.generator("bootstrap", seed).integers(0, len(rows), (1000, len(rows)))
+    picks = rng.generator("bootstrap", draws.seed).integers(0, n, (1000, n))
     curve = {}
     for k in ks:
         values = np.array([pass_at_k(samples, c, k) for c in counts])
-        low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+        low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
         curve[f"pass@{k}"] = {"accuracy": float(values.mean()), "low": float(low), "high": float(high)}
     return curve

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
+
 from unift import dataset, evaluate, processes
 from unift import policy as policies
 from unift.config import Config, evaluation_tokens, longest
-from unift.rewards import Scorer
+from unift.evaluate import Draws, Judge
+from unift.rewards import open_scorer
 from unift.types import ConfigError
 
 
@@ -19,26 +23,22 @@ def evaluate_split(config: Config, split: str, samples: int) -> str:
 
 def _evaluate(config: Config, split: str, samples: int) -> str:
     tokenizer = policies.load_tokenizer(config.model)
-    data = dataset.load(config)
-    rows = data.test if split == "test" else data.train
-    if not rows:
+    data = dataset.encode(tokenizer, dataset.load(config), config)
+    asked = data.test if split == "test" else data.train
+    if not asked.rows:
         raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")
-    encoded = dataset.encode(tokenizer, data, config)[1 if split == "test" else 0]
-    r = config.reward
-    max_tokens = evaluation_tokens(config)
-    limits = {"workers": r.workers, "timeout": r.timeout, "error_rate": r.error_rate, "memory_mb": r.memory_mb}
-    with Scorer(r.function, rule=r.rule, **limits) as scorer:
+    with open_scorer(config.reward) as scorer:
         policy = policies.load(config.model, tokenizer, longest(config))
-        a = evaluate.greedy(policy, scorer, rows, encoded, max_tokens)
-        lines = [
-            f"{split}, greedy, no hint: {100 * a.accuracy:.2f} % [{100 * a.low:.2f}, {100 * a.high:.2f}] of {a.n} rows"
-        ]
+        judge = Judge(policy, scorer, evaluation_tokens(config))
+        a = evaluate.greedy(judge, asked)
+        lines = [f"{split}, greedy, no hint: {_percent(asdict(a))} of {a.n} rows"]
         if not policy.shared:
             lines.insert(0, f"forward: {policy.path}")
         if samples:
-            curve = evaluate.pass_curve(policy, scorer, rows, encoded, max_tokens, samples, config.seed)
-            lines += [
-                f"{name}: {100 * v['accuracy']:.2f} % [{100 * v['low']:.2f}, {100 * v['high']:.2f}]"
-                for name, v in curve.items()
-            ]
+            curve = evaluate.pass_curve(judge, asked, Draws(samples, config.seed))
+            lines += [f"{name}: {_percent(v)}" for name, v in curve.items()]
     return "\n".join(lines)
+
+
+def _percent(a: Mapping[str, float]) -> str:
+    return f"{100 * a['accuracy']:.2f} % [{100 * a['low']:.2f}, {100 * a['high']:.2f}]"

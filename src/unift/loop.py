@@ -1,403 +1,187 @@
-"""The loop, top to bottom:
+"""The loop: rows -> hints -> groups of completions -> scores -> credit -> packs -> loss -> one optimizer step.
 
-    rows -> prompts with hints -> groups of completions -> scores -> advantages -> packs -> optimizer steps
-
-Which rows, hints and tokens are functions of (seed, step, row, sample), so continuing a run needs weights, optimizer
-state and a step number, and nothing else. Groups that were sampled and scored are on disk before they train.
+Which rows, hints and tokens are functions of (seed, step, row, sample); weights, optimizer and row memory are the whole
+state, and what was sampled is on disk before it trains. ``step.py`` is what happens in a step.
 """
 
 from __future__ import annotations
 
-import json
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from unift import (
-    assign,
-    checkpoint,
-    critic,
-    dataset,
-    evaluate,
-    hints,
-    inputs,
-    needs,
-    processes,
-    sampling,
-    schedule,
-    update,
-)
+from unift import checkpoint, critic, dataset, evaluate, inputs, needs, processes, update
 from unift import config as configuration
 from unift import policy as policies
 from unift.config import Config, Moment, Rules, Stage
-from unift.encode import Encoded
+from unift.evaluate import Draws, Judge
 from unift.memory import RowMemory
-from unift.packs import DEMO, Item, Member
+from unift.metrics import append_metrics, rewind_metrics
 from unift.policy import Policy
+from unift.progress import Metrics, Report, Run, State, silent
 from unift.reference import Reference
-from unift.rewards import Scorer, count_outcomes
+from unift.rewards import open_scorer
 from unift.run import check_trackers, claim, open_run, trackers, write_result
-from unift.types import ConfigError, Group, Row, UniftError
-from unift.words import SCHEDULES, SOURCES
+from unift.step import one_step
+from unift.types import ConfigError, Stopped
 
 T = TypeVar("T")
-Report = Callable[[dict[str, Any], int], None]
+FIRST = 500  # training rows whose accuracy the end of a run measures
 
 
-def train(config: Config, folder: Path, report: Report = lambda metrics, total: None) -> dict[str, Any]:
+def train(config: Config, folder: Path, report: Report = silent) -> dict[str, Any]:
     """Run, or continue, the run in ``folder``; returns its result (also written to ``result.json``).
 
     Under torchrun or accelerate launch every process calls this; they share the work and all return the result.
+    Raises Stopped once a signal, or a true answer of ``report``, asked for it and the run was saved.
     """
     check_trackers(config)
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    with processes.joined(policies.pick_device(config.model.device).type == "cuda"):
-        return _train(config, folder, report)
+    with processes.joined(policies.pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
+        tokenizer = policies.load_tokenizer(config.model)
+        data = dataset.encode(tokenizer, dataset.load(config), config)
+        processes.agree("settings and rows", (configuration.config_hash(config), data.fingerprint))
+        with claim(folder):
+            finished = processes.lead("the run folder", lambda: open_run(folder, config, data.fingerprint))
+            if finished is not None:
+                return finished
+            with open_scorer(config.reward) as scorer, trackers(config, folder) as track:
+                scorer.check(data.train.rows[0])
+                torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
+                policy = policies.load(config.model, tokenizer, configuration.longest(config))
+                return run_to_end(Run(config, folder, policy, scorer, data, report, track), asked)
 
 
-def _train(config: Config, folder: Path, report: Report) -> dict[str, Any]:
-    tokenizer = policies.load_tokenizer(config.model)
-    data = dataset.load(config)
-    train_rows, test_rows = dataset.encode(tokenizer, data, config)
-    processes.agree("settings and rows", (configuration.config_hash(config), data.fingerprint))
-    with claim(folder):
-        finished = processes.lead("the run folder", lambda: open_run(folder, config, data.fingerprint))
-        if finished is not None:
-            return finished
-        reward = config.reward
-        with (
-            Scorer(
-                reward.function,
-                workers=reward.workers,
-                timeout=reward.timeout,
-                error_rate=reward.error_rate,
-                format_score=reward.format_score,
-                rule=reward.rule,
-                memory_mb=reward.memory_mb,
-            ) as scorer,
-            trackers(config, folder) as track,
-        ):
-            scorer.check(data.train[0])
-            torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
-            policy = policies.load(config.model, tokenizer, configuration.longest(config))
-            run = Run(config, folder, policy, scorer, data, train_rows, test_rows, report, track)
-            return run.go()
+def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
+    """All steps that are left, then the result."""
+    base = begin(run)
+    for stage in run.left():
+        state = begin_stage(run, stage)
+        for step in range(max(stage.start, run.done), stage.stop):
+            began = time.perf_counter()
+            metrics = one_step(run, Moment(run.config.seed, step, stage), state)
+            if due(run.config.eval.every, step + 1, stage):
+                metrics |= evaluated(run, step + 1)
+            wanted = log_step(run, step + 1, metrics, time.perf_counter() - began)
+            stop = any(processes.gather("whether to stop", bool(wanted or asked.is_set())))
+            saving = time.perf_counter()
+            if stop or due(run.config.save.every, step + 1, stage):
+                save(run, step + 1, state)
+            run.saving = time.perf_counter() - saving
+            if stop:
+                raise Stopped(f"stopped after step {step + 1} of {run.total}, which is saved in {run.folder}")
+        run.done = max(run.done, stage.stop)
+    return finish(run, base)
 
 
-class Run:
-    """State of a run between steps: what a checkpoint holds, and what was loaded once."""
+def due(every: int, finished: int, stage: Stage) -> bool:
+    return finished == stage.stop or (every > 0 and finished % every == 0)
 
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        policy: Policy,
-        scorer: Scorer,
-        data: dataset.Dataset,
-        train_rows: list[Encoded],
-        test_rows: list[Encoded],
-        report: Report,
-        track: Callable[[dict[str, Any], int], None],
-    ) -> None:
-        self.config, self.folder, self.policy, self.scorer = config, folder, policy, scorer
-        self.data, self.encoded, self.test_encoded = data, train_rows, test_rows
-        self.report, self.track = report, track
-        self.stages = configuration.stages(config)
-        self.total = self.stages[-1].stop
-        self.eval_tokens = configuration.evaluation_tokens(config)
-        self.counters = {
-            "tokens_sampled": 0, "tokens_trained": 0, "seconds": 0.0, "training": 0.0, "best": -1.0, "best_step": 0, "seen": 0
-        }  # fmt: skip
-        self.scored = dict.fromkeys(scorer.counts, 0)  # outcomes of training completions
-        self.judged = dict.fromkeys(scorer.counts, 0)  # outcomes in evaluations
-        columns = {name for stage in self.stages if (name := stage.rules.sample.rejected)}
-        self.rejected = dataset.encode_column(policy.tokenizer, data.train, columns, config.data.max_prompt)
-        self.saving = 0.0  # seconds of the checkpoint after the last step, which the next step's metrics report
-        self.metrics_file = folder / "metrics.jsonl"
-        self.memory = RowMemory()
 
-    # ------------------------------------------------------------------------------------------ the whole run
+@contextmanager
+def asked_to_stop() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets, so that a run can be saved first. The second signal ends it at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield event
+        return
 
-    def go(self) -> dict[str, Any]:
-        for stage in self.stages:
-            check_forward(self.policy, stage.rules)
-        saved = processes.lead("the list of checkpoints", lambda: checkpoint.steps_saved(self.folder))
-        done = saved[-1] if saved else 0
-        base = self._begin(done)
-        for stage in self.stages:
-            start, stop = stage.start, stage.stop
-            if stop <= done:
-                continue
-            self.policy.critic = critic.new_critic(self.policy) if needs.critic(stage.rules) else None
-            optimizer = update.make_optimizer(self.policy, stage.rules.train)
-            reference = self._reference(stage)
-            self.memory = RowMemory()
-            if done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
-                self._restore(done, optimizer if done > start else None)
-            for step in range(max(start, done), stop):
-                began = time.perf_counter()
-                metrics = self.step(configuration.Moment(self.config.seed, step, stage), optimizer, reference)
-                finished = step + 1
-                self.counters["training"] += metrics["time/step"]
-                if self._due(self.config.eval.every, finished, stop):
-                    metrics["eval/test/accuracy"] = self._accuracy()
-                    if metrics["eval/test/accuracy"] > self.counters["best"]:
-                        self.counters |= {"best": metrics["eval/test/accuracy"], "best_step": finished}
-                self.counters["seconds"] += time.perf_counter() - began
-                self._log(finished, metrics | {"time/elapsed": self.counters["seconds"]})
-                saving = time.perf_counter()
-                if self._due(self.config.save.every, finished, stop):
-                    self._save(finished, optimizer)
-                self.saving = time.perf_counter() - saving
-            done = max(done, stop)
-        return self._finish(base)
+    def ask(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        print("\nunift: stopping after this step, which is saved; once more to stop at once", flush=True)
 
-    def _begin(self, done: int) -> dict[str, Any]:
-        """Evaluate the untouched model, or read what an earlier attempt measured."""
-        earlier = processes.lead("the metrics so far", lambda: checkpoint.rewind_metrics(self.metrics_file, done))
-        if earlier and earlier[0]["step"] == 0:
-            for record in earlier if processes.first() else ():
-                self.report(record, self.total)
-            self.judged |= earlier[0].get("judged", {})  # a checkpoint, if there is one, knows more
-            return earlier[0]["base"]
-        base = asdict(self._greedy(self.data.test, self.test_encoded)) if self.data.test else {}
-        first_line = {"forward": self.policy.path, "base": base, "judged": dict(self.judged)}
-        self._log(0, first_line | ({"eval/test/accuracy": base["accuracy"]} if base else {}))
-        return base
+    names = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]  # as under nohup
+    before = {n: signal.signal(n, ask) for n in names}
+    try:
+        yield event
+    finally:
+        for n, old in before.items():
+            signal.signal(n, old)
 
-    def _finish(self, base: dict[str, Any]) -> dict[str, Any]:
-        result: dict[str, Any] = {
-            "method": self.config.method,
-            "seed": self.config.seed,
-            "steps": self.total,
-            "seconds": self.counters["seconds"],  # evaluations included
-            "seconds_training": self.counters["training"],
-            "tokens_sampled": self.counters["tokens_sampled"],
-            "tokens_trained": self.counters["tokens_trained"],
-            "reward_seen": self.counters["seen"],
-            "base": base,
-        }
-        if self.data.test:
-            result["test"] = asdict(self._greedy(self.data.test, self.test_encoded))
-            if self.config.eval.samples:
-                s = self.config.eval.samples
-                args = (
-                    self.policy,
-                    self.scorer,
-                    self.data.test,
-                    self.test_encoded,
-                    self.eval_tokens,
-                    s,
-                )
-                result["test"]["pass@k"] = self._judge(lambda: evaluate.pass_curve(*args, self.config.seed))
-        first = slice(0, 500)
-        result["train"] = asdict(self._greedy(self.data.train[first], self.encoded[first]))
-        self.track(
-            {f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, self.total
-        )
-        result["scorer"] = {"train": self.scored, "eval": self.judged}
 
-        def write() -> None:
-            with checkpoint.writing("the final model", self.folder):
-                policies.save_pretrained(self.policy, self.folder / "model")
-            write_result(self.folder, result)
+# ---------------------------------------------------------------------------------------------- beginnings and ends
 
-        processes.lead("the final model", write)
-        return result
 
-    # ------------------------------------------------------------------------------------------ one step
+def begin(run: Run) -> dict[str, Any]:
+    """Find the last checkpoint; evaluate the untouched model, or read what an earlier attempt measured. Returns that."""
+    for stage in run.stages:
+        check_path(run.policy, stage.rules)
+    saved = processes.lead("the list of checkpoints", lambda: checkpoint.steps_saved(run.folder))
+    run.done = saved[-1] if saved else 0
+    earlier = processes.lead("the metrics so far", lambda: rewind_metrics(run.folder / "metrics.jsonl", run.done))
+    if earlier and earlier[0]["step"] == 0:
+        for record in earlier if processes.first() else ():
+            run.report(record, run.total)
+        run.progress.judged |= earlier[0].get("judged", {})  # a checkpoint, if there is one, knows more
+        return earlier[0]["base"]
+    base = asdict(greedy(run, run.data.test)) if run.data.test.rows else {}
+    first = {"forward": run.policy.path, "base": base, "judged": dict(run.progress.judged)}
+    log(run, 0, first | ({"eval/test/accuracy": base["accuracy"]} if base else {}))
+    return base
 
-    def step(self, moment: Moment, optimizer: torch.optim.Optimizer, reference: Reference | None) -> dict[str, Any]:
-        """Everything between two optimizer states."""
-        step, total, rules = moment.step, moment.stage.total, moment.rules
-        clock = Clock()
-        groups = self._groups(moment, clock, reference)
-        for name, n in count_outcomes(groups).items():
-            self.scored[name] += n
-        for group in groups:  # a sample whose scorer failed takes no part
-            group.samples = [s for s in group.samples if s.score is not None]
-        scores = [[s.score.value for s in g.samples if s.score is not None] for g in groups]
-        rules = schedule.at(rules, moment.within, total, groups)
-        place = (self.config.seed, step)
-        items = assign.items(groups, self.encoded, self.rejected, rules, self.policy, reference, self.memory, place)
-        updates = update.prepare(self.policy, items, rules, reference)
-        waited = self.memory.collect(groups, rules.likelihood)
-        if waited:  # an update of the likelihood alone
-            alone = [Item(self.encoded[r].prompt, [], [Member(self.encoded[r].solution, DEMO)]) for r in waited]
-            updates += update.prepare(self.policy, alone, schedule.one_update(rules), reference)
-        own_length = SCHEDULES[rules.show.schedule].follows
-        shown = self.memory.mean_share(groups, rules.show) if own_length else None
-        self.memory.see(groups, rules.show)
-        clock.lap("reference")
-        lr = update.learning_rate(rules.train, moment.within, total)
-        every = self.config.log.gradients_every
-        measure = bool(every) and step % every == 0
-        own = "" if processes.first() else f"-process{processes.rank()}"
-        dump = self.folder / "nonfinite" / f"{checkpoint.step_name(step)}{own}.pt"
-        parts = [update.apply(self.policy, optimizer, packs, rules, lr, measure, dump) for packs in updates]
-        clock.lap("update")
-        metrics: dict[str, Any] = {k: float(np.mean([p[k] for p in parts if k in p])) for k in parts[0]}
-        for name in {"tokens/forwarded", "tokens/supervised", "grad/skipped"} & metrics.keys():
-            metrics[name] = sum(p[name] for p in parts)
-        sampled = sum(s.sampled for g in groups for s in g.samples) + sum(g.discarded for g in groups)
-        plain = sum(
-            len(i.prompt + i.hint) * max(len(i.members), 1) + sum(len(m.tokens) for m in i.members) for i in items
-        )
-        self.counters["tokens_sampled"] += sampled
-        self.counters["tokens_trained"] += int(metrics["tokens/supervised"])
-        self.counters["seen"] += sum(r >= 1 for group in scores for r in group)
-        metrics |= group_metrics(groups, scores, rules)
-        metrics |= {
-            "hint/prob": hints.probability(rules.show, moment.within, total) if shown is None else shown,
-            "tokens/sampled": self.counters["tokens_sampled"],
-            "tokens/trained": self.counters["tokens_trained"],
-            "tokens/shared_ratio": 1 - metrics["tokens/forwarded"] / max(plain, 1),
-            "tokens/per_second": (sampled or metrics["tokens/supervised"]) / clock.total(),
-            **clock.laps,
-            "time/checkpoint": self.saving,
-            "time/step": clock.total(),
-        }
-        if rules.sample.completions:
-            metrics |= {f"reward/{k}": v for k, v in self.scored.items() if k != "total"}
-        return metrics
 
-    def _groups(self, moment: Moment, clock: Clock, reference: Reference | None = None) -> list[Group]:
-        """The step's groups with scores: from disk if these very weights sampled them before a kill, else sampled now."""
-        seed, step, rules, n = moment.seed, moment.step, moment.rules, moment.rules.train.prompts
-        keep = self.config.save.rollouts and rules.sample.completions > 0
-        weights = ""
-        if keep:
-            weights, stored = processes.lead("stored rollouts", lambda: self._stored(step))
-            clock.lap("save")
-            if stored is not None:
-                clock.lap("generate")
-                return stored
-        groups = self._sampled(hints.rows_of_step(seed, step, n, len(self.encoded)), 0, moment, clock, reference)
-        if rules.sample.completions == 0:
-            return groups
-        for attempt in range(1, rules.sample.refill + 1):
-            silent = [i for i, g in enumerate(groups) if sampling.equal_scores(g)]
-            if not silent:
-                break
-            others = hints.refill_rows(seed, step, attempt, len(silent), len(self.encoded))
-            for i, fresh in zip(silent, self._sampled(others, attempt, moment, clock, reference), strict=True):
-                spent = groups[i].discarded
-                if sampling.equal_scores(fresh):
-                    groups[i].discarded = spent + sum(s.sampled for s in fresh.samples)
-                else:
-                    fresh.discarded = spent + sum(s.sampled for s in groups[i].samples)
-                    groups[i] = fresh
-        hint_texts = self.policy.tokenizer.batch_decode([g.hint for g in groups], skip_special_tokens=True)
-        if keep and processes.first():
-            prompts = self.policy.tokenizer.batch_decode([g.prompt for g in groups], skip_special_tokens=True)
-            texts = list(zip(prompts, hint_texts, strict=True))
-            checkpoint.write_rollouts(self.folder, step, weights, groups, texts)
-            clock.lap("save")
-        return groups
-
-    # ------------------------------------------------------------------------------------------ pieces
-
-    def _stored(self, step: int) -> tuple[str, list[Group] | None]:
-        """The fingerprint of the weights, and the groups of the step if they were sampled by these weights."""
-        weights, stored = checkpoint.fingerprint(self.policy), checkpoint.read_rollouts(self.folder, step)
-        return weights, stored[1] if stored is not None and stored[0] == weights else None
-
-    def _sampled(
-        self, rows: Sequence[int], attempt: int, moment: Moment, clock: Clock, reference: Reference | None
-    ) -> list[Group]:
-        """Groups of these rows with completions and scores.
-
-        Every process draws all rows and hints, samples and scores its share of the groups, and gets those of the others.
-        """
-        groups = sampling.begin(rows, self.data.train, self.encoded, moment, self.memory)
-        if moment.rules.sample.completions == 0:
-            return groups
-        places = processes.share(len(groups))
-        own = [groups[i] for i in places]
-        if SOURCES[moment.rules.sample.source].reference:
-            assert reference is not None
-            with reference.policy() as frozen:
-                sampling.complete(frozen, own, places, moment, attempt)
-        else:
-            sampling.complete(self.policy, own, places, moment, attempt)
-        clock.lap("generate")
-        sampling.score(self.scorer, self.data.train, own, moment.rules, self.policy)
-        clock.lap("score")
-        if processes.size() > 1:
-            groups = processes.interleave(processes.gather("the groups of a step", own))
-            clock.lap("wait")
-        return groups
-
-    def _reference(self, stage: Stage) -> Reference | None:
-        if not needs.reference(stage.rules):
-            return None
-        return Reference(self.policy, self.folder, stage.start, stage.rules.sample.temperature)
-
-    def _due(self, every: int, finished: int, stop: int) -> bool:
-        return finished == stop or (every > 0 and finished % every == 0)
-
-    def _greedy(self, rows: Sequence[Row], encoded: Sequence[Encoded]) -> evaluate.Accuracy:
-        return self._judge(lambda: evaluate.greedy(self.policy, self.scorer, rows, encoded, self.eval_tokens))
-
-    def _judge(self, evaluation: Callable[[], T]) -> T:
-        """The evaluation's result; what became of its completions, in all processes, is added to ``judged``."""
-        before = list(self.scorer.counts.values())
-        result = evaluation()
-        new = [n - old for n, old in zip(self.scorer.counts.values(), before, strict=True)]
-        for name, n in zip(self.scorer.counts, processes.sums("an evaluation", new), strict=True):
-            self.judged[name] += int(n)
-        return result
-
-    def _accuracy(self) -> float:
-        return self._greedy(self.data.test, self.test_encoded).accuracy if self.data.test else 0.0
-
-    def _log(self, step: int, metrics: dict[str, Any]) -> None:
-        if not processes.first():
-            return
-        record = {"step": step, **metrics}
-        checkpoint.append_metrics(self.metrics_file, record)
-        self.track(record, step)
-        self.report(record, self.total)
-
-    def _restore(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        stored = checkpoint.restore(self.folder, step, self.policy, optimizer)
-        self.counters |= stored["counters"]
-        self.scored |= stored["scorer"]["train"]
-        self.judged |= stored["scorer"]["eval"]
+def begin_stage(run: Run, stage: Stage) -> State:
+    """A new optimizer and reference, and no memory of rows; or those of the checkpoint in the middle of the stage."""
+    rules = stage.rules
+    run.policy.critic = critic.new_critic(run.policy) if needs.critic(rules) else None
+    optimizer = update.make_optimizer(run.policy, rules.train)
+    reference = None
+    if needs.reference(rules):
+        reference = Reference(run.policy, run.folder, stage.start, rules.sample.temperature)
+    state = State(optimizer, reference)
+    if run.done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
+        within = run.done > stage.start
+        stored = checkpoint.restore(run.folder, run.done, run.policy, optimizer if within else None)
+        run.progress.recall(stored["counters"], stored["scorer"]["train"], stored["scorer"]["eval"])
         recent = stored["scorer"]["recent"]
-        if optimizer is not None:  # a phase begins without memory of its rows
-            self.memory = RowMemory.load(stored.get("memory"))
-        self.scorer.recall([recent[i] for i in processes.share(len(recent))])
-
-    def _save(self, finished: int, optimizer: torch.optim.Optimizer) -> None:
-        if processes.size() > 1:
-            processes.agree(f"weights after step {finished} (checksum)", checkpoint.fingerprint(self.policy))
-        recent = processes.interleave(processes.gather("a checkpoint", self.scorer.recent))
-        processes.lead("a checkpoint", lambda: self._write(finished, optimizer, recent))
-
-    def _write(self, finished: int, optimizer: torch.optim.Optimizer, recent: list[Any]) -> None:
-        state = {
-            "counters": self.counters,
-            "scorer": {"train": self.scored, "eval": self.judged, "recent": recent},
-            "memory": self.memory.dump(),
-            "data": self.data.fingerprint,
-            "config": configuration.config_hash(self.config),
-            "seed": self.config.seed,
-        }
-        checkpoint.save(self.folder, finished, self.policy, optimizer, state)
-        starts = [stage.start for stage in self.stages]
-        best = self.counters["best_step"]
-        if best == finished:
-            checkpoint.write_atomic(self.folder / "checkpoints" / "best", checkpoint.step_name(best))
-        checkpoint.prune(self.folder, self.config.save.keep, [*starts, best])
+        run.scorer.recall([recent[i] for i in processes.share(len(recent))])
+        if within:
+            state.memory = RowMemory.load(stored.get("memory"))
+    return state
 
 
-def check_forward(policy: Policy, rules: Rules) -> None:
+def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate, save the final model, write the result."""
+    config, progress = run.config, run.progress
+    result: dict[str, Any] = {
+        "method": config.method,
+        "seed": config.seed,
+        "steps": run.total,
+        "seconds": progress.seconds,
+        "seconds_training": progress.training,
+        "tokens_sampled": progress.tokens_sampled,
+        "tokens_trained": progress.tokens_trained,
+        "reward_seen": progress.seen,
+        "base": base,
+    }
+    if run.data.test.rows:
+        result["test"] = asdict(greedy(run, run.data.test))
+        if config.eval.samples:
+            draws = Draws(config.eval.samples, config.seed)
+            result["test"]["pass@k"] = judged(run, lambda judge: evaluate.pass_curve(judge, run.data.test, draws))
+    result["train"] = asdict(greedy(run, run.data.train.first(FIRST)))
+    run.track({f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, run.total)
+    result["scorer"] = {"train": progress.scored, "eval": progress.judged}
+
+    def write() -> None:
+        with checkpoint.writing("the final model", run.folder):
+            policies.save_pretrained(run.policy, run.folder / "model")
+        write_result(run.folder, result)
+
+    processes.lead("the final model", write)
+    return result
+
+
+def check_path(policy: Policy, rules: Rules) -> None:
     """A critic and changed inputs read and write inside the trunk, which the plain path leaves to the model."""
     wants = "a critic" if needs.critic(rules) else "changed input embeddings" if inputs.active(rules) else ""
     if wants and not policy.shared:
@@ -407,54 +191,72 @@ def check_forward(policy: Policy, rules: Rules) -> None:
         )
 
 
-class Clock:
-    """Seconds of the parts of a step, as ``time/<name>``."""
-
-    def __init__(self) -> None:
-        self.began = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + now - self.last
-        self.last = now
-
-    def total(self) -> float:
-        return time.perf_counter() - self.began
+# ---------------------------------------------------------------------------------------------- evaluation
 
 
-def group_metrics(groups: Sequence[Group], scores: Sequence[Sequence[float]], rules: Rules) -> dict[str, Any]:
-    """What the groups show: reward, groups without signal by cause, hints, lengths."""
-    shown = [g.cuts / g.cuts_total if g.cuts_total else 0.0 for g in groups]
-    metrics: dict[str, Any] = {
-        "hint/fraction": float(np.mean(shown)),
-        "hint/tokens": float(np.mean([len(g.hint) for g in groups])),
+def evaluated(run: Run, finished: int) -> Metrics:
+    """Accuracy on the test rows, as a metric; remembers the best. Nothing without test rows."""
+    if not run.data.test.rows:
+        return {}
+    accuracy = greedy(run, run.data.test).accuracy
+    if accuracy > run.progress.best:
+        run.progress.best, run.progress.best_step = accuracy, finished
+    return {"eval/test/accuracy": accuracy}
+
+
+def greedy(run: Run, split: dataset.Split) -> evaluate.Accuracy:
+    return judged(run, lambda judge: evaluate.greedy(judge, split))
+
+
+def judged(run: Run, evaluation: Callable[[Judge], T]) -> T:
+    """The evaluation's result; what became of its completions, in all processes, is added to ``progress.judged``."""
+    before = list(run.scorer.counts.values())
+    result = evaluation(Judge(run.policy, run.scorer, run.eval_tokens))
+    new = [n - old for n, old in zip(run.scorer.counts.values(), before, strict=True)]
+    for name, n in zip(run.scorer.counts, processes.sums("an evaluation", new), strict=True):
+        run.progress.judged[name] += int(n)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def log_step(run: Run, finished: int, metrics: Metrics, seconds: float) -> Any:
+    """Metrics of a step to file, trackers and people; returns what the report says."""
+    run.progress.training += metrics["time/step"]
+    run.progress.seconds += seconds
+    return log(run, finished, metrics | {"time/elapsed": run.progress.seconds})
+
+
+def log(run: Run, step: int, metrics: Metrics) -> Any:
+    if not processes.first():
+        return None
+    record = {"step": step, **metrics}
+    append_metrics(run.folder / "metrics.jsonl", record)
+    run.track(record, step)
+    return run.report(record, run.total)
+
+
+def save(run: Run, finished: int, state: State) -> None:
+    """A checkpoint, by the first process."""
+    if processes.size() > 1:
+        processes.agree(f"weights after step {finished} (checksum)", checkpoint.fingerprint(run.policy))
+    recent = processes.interleave(processes.gather("a checkpoint", run.scorer.recent))
+    progress = run.progress
+    stored = {
+        "counters": progress.counters(),
+        "scorer": {"train": progress.scored, "eval": progress.judged, "recent": recent},
+        "memory": state.memory.dump(),
+        "data": run.data.fingerprint,
+        "config": configuration.config_hash(run.config),
+        "seed": run.config.seed,
     }
-    if rules.sample.completions == 0:
-        return metrics
-    rewards = [r for group in scores for r in group]
-    flat = [len(set(group)) <= 1 for group in scores]
-    samples = [s for g in groups for s in g.samples]
-    ended = [len(s.tokens) for s in samples if s.finished]
-    metrics |= {
-        "reward": float(np.mean(rewards)) if rewards else 0.0,
-        "reward_std": float(np.mean([np.std(g) for g in scores if g])) if rewards else 0.0,
-        "frac_reward_zero_std": float(np.mean(flat)),
-        "groups/all_right": float(np.mean([bool(g) and min(g) >= 1 for g in scores])),
-        "groups/all_wrong": float(np.mean([bool(g) and max(g) < 1 for g in scores])),
-        "completions/mean_length": float(np.mean([len(s.tokens) for s in samples])) if samples else 0.0,
-        "completions/clipped_ratio": float(np.mean([not s.finished for s in samples])) if samples else 0.0,
-        "completions/mean_terminated_length": float(np.mean(ended)) if ended else 0.0,
-    }
-    by_hint: dict[int, list[float]] = {}
-    for group, values in zip(groups, scores, strict=True):
-        if rules.show.unit == "cuts":
-            by_hint.setdefault(group.cuts, []).extend(values)
-    return metrics | {f"reward/by_hint/{k}": float(np.mean(v)) for k, v in sorted(by_hint.items()) if v}
 
+    def write() -> None:
+        checkpoint.save(run.folder, finished, run.policy, state.optimizer, stored)
+        if progress.best_step == finished:
+            checkpoint.write_atomic(run.folder / "checkpoints" / "best", checkpoint.step_name(finished))
+        starts = [stage.start for stage in run.stages]
+        checkpoint.prune(run.folder, run.config.save.keep, [*starts, progress.best_step])
 
-def read_result(folder: Path) -> dict[str, Any]:
-    path = folder / "result.json"
-    if not path.is_file():
-        raise UniftError(f"{folder} has no result.json: the run is not finished. Continue it with the same command")
-    return json.loads(path.read_text())
+    processes.lead("a checkpoint", write)

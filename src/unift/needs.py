@@ -19,6 +19,10 @@ def old(s: Rules) -> bool:
     return s.train.updates * s.train.epochs > 1 and (ratio or pushes)
 
 
+def completions(s: Rules) -> bool:
+    return s.sample.completions > 0
+
+
 def critic(s: Rules) -> bool:
     return s.sample.completions > 0 and BASELINES[s.credit.baseline].critic
 

@@ -21,11 +21,13 @@ from unift import config as configuration
 from unift import policy as policies
 from unift.config import Config
 from unift.data import read_rows
+from unift.dataset import Split
 from unift.encode import Encoded, encode_rows
+from unift.evaluate import Judge
 from unift.packs import DEMO, Item, Member, cut, pack
 from unift.policy import Policy
-from unift.rewards import Scorer
-from unift.types import ConfigError, Row, UniftError
+from unift.rewards import open_scorer
+from unift.types import ConfigError, UniftError
 from unift.weights import weigh
 from unift.words import TOKENS
 
@@ -91,18 +93,26 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
     if not (folder / "model").is_dir():
         raise ConfigError(f"{folder} holds no finished run (no model/). Continue it first")
     tokenizer = policies.load_tokenizer(config.model)
-    sets = [(f, read_rows(f, need_steps=False)) for f in files]
-    encoded = [encode_rows(tokenizer, rows, config.data.max_prompt) for _, rows in sets]
-    data = dataset.load(config)
-    kind, targets = training_targets(folder, config, dataset.encode(tokenizer, data, config)[0])
+    sets: list[Split] = []
+    for file in files:
+        rows = read_rows(file, need_steps=False)
+        sets.append(Split(rows, encode_rows(tokenizer, rows, config.data.max_prompt)))
+    data = dataset.encode(tokenizer, dataset.load(config), config)
+    kind, targets = training_targets(folder, config, data.train.encoded)
     length = max_tokens or configuration.evaluation_tokens(config)
-    r = config.reward
-    limits = {"workers": r.workers, "timeout": r.timeout, "error_rate": r.error_rate, "memory_mb": r.memory_mb}
-    with Scorer("auto", rule=r.rule, **limits) as scorer:
+
+    def under(model: configuration.Model) -> tuple[Policy, Judge]:
+        policy = policies.load(model, tokenizer)
+        return policy, Judge(policy, scorer, length)
+
+    with open_scorer(config.reward.model_copy(update={"function": "auto"})) as scorer:
         after_model = config.model.model_copy(update={"path": str(folder / "model"), "gguf": None, "lora": None})
-        before, nll = _one_model(config.model, tokenizer, scorer, sets, encoded, length, config, targets)
-        after, _ = _one_model(after_model, tokenizer, scorer, sets, encoded, length, config, [])
-    kept = [Retained(f, b[0], a[0], b[1], a[1]) for (f, _), b, a in zip(sets, before, after, strict=True)]
+        policy, judge = under(config.model)
+        before = _measured(judge, sets, config.train.token_budget)
+        nll = -mean_logprob(policy, targets, config.train.token_budget) if targets else None
+        del policy, judge  # one model at a time
+        after = _measured(under(after_model)[1], sets, config.train.token_budget)
+    kept = [Retained(f, b[0], a[0], b[1], a[1]) for f, b, a in zip(files, before, after, strict=True)]
     result = {
         "method": config.method,
         "targets": kind,
@@ -115,24 +125,14 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
     return result
 
 
-def _one_model(
-    model: configuration.Model,
-    tokenizer: Any,
-    scorer: Scorer,
-    sets: Sequence[tuple[str, list[Row]]],
-    encoded: Sequence[list[Encoded]],
-    length: int,
-    config: Config,
-    targets: Sequence[tuple[list[int], list[int]]],
-) -> tuple[list[tuple[evaluate.Accuracy, float]], float | None]:
-    """(accuracy and mean log-prob of every set, mean NLL of the targets) under one model, loaded and dropped here."""
-    policy = policies.load(model, tokenizer)
-    budget = config.train.token_budget
-    found = []
-    for (_, rows), own in zip(sets, encoded, strict=True):
-        accuracy = evaluate.greedy(policy, scorer, rows, own, length)
-        found.append((accuracy, mean_logprob(policy, [(e.prompt, e.solution) for e in own], budget)))
-    return found, -mean_logprob(policy, targets, budget) if targets else None
+def _measured(judge: Judge, sets: Sequence[Split], budget: int) -> list[tuple[evaluate.Accuracy, float]]:
+    """Accuracy and mean log-prob of the solutions of every set."""
+    found: list[tuple[evaluate.Accuracy, float]] = []
+    for split in sets:
+        accuracy = evaluate.greedy(judge, split)
+        pairs = [(e.prompt, e.solution) for e in split.encoded]
+        found.append((accuracy, mean_logprob(judge.policy, pairs, budget)))
+    return found
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from unift import evaluate, hints, needs, rng
+from unift import hints, needs, rng
 from unift.config import Moment, Rules
-from unift.encode import Encoded
-from unift.engines.native import Request
+from unift.dataset import Split
+from unift.engines.native import Request, generate
 from unift.members import cut_short
-from unift.memory import RowMemory
 from unift.policy import Policy
 from unift.rewards import Scorer, score_groups
-from unift.types import Group, Row, Score
+from unift.types import Group, Row, Sample, Score
 
 
-def begin(
-    indices: Sequence[int], rows: Sequence[Row], encoded: Sequence[Encoded], moment: Moment, memory: RowMemory
-) -> list[Group]:
-    """Groups with their prompts and hints, without completions."""
+def completed(
+    policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float = 1.0
+) -> list[list[Sample]]:
+    """Samples of every request, with their texts."""
+    groups = generate(policy, requests, max_tokens, temperature)
+    flat = [s for g in groups for s in g]
+    texts = policy.tokenizer.batch_decode([s.tokens for s in flat], skip_special_tokens=True)
+    for sample, text in zip(flat, texts, strict=True):
+        sample.text = text
+    return groups
+
+
+def begin(indices: Sequence[int], split: Split, moment: Moment, known: Mapping[str, hints.Span]) -> list[Group]:
+    """Groups with their prompts and hints, without completions. ``known``: what was learnt about rows, by id."""
     show, groups = moment.rules.show, []
     for index in indices:
-        row, e = rows[index], encoded[index]
-        at, known = hints.At(moment.seed, moment.within, moment.stage.total, row.id), memory.hints.get(row.id)
+        row, e = split.rows[index], split.encoded[index]
+        at, span = hints.At(moment.seed, moment.within, moment.stage.total, row.id), known.get(row.id)
         if show.unit == "tokens":
             most = e.steps_tokens
-            k = math.floor(hints.share(show, at, known) * most + 1e-9)
+            k = math.floor(hints.share(show, at, span) * most + 1e-9)
             groups.append(Group(index, row.id, e.prompt, e.solution[:k], k, most))
         else:
-            k = hints.draw(show, at, e.n_steps, known)
+            k = hints.draw(show, at, e.n_steps, span)
             groups.append(Group(index, row.id, e.prompt, e.hint(k, show.cuts), k, min(show.cuts, e.n_steps)))
     return groups
 
@@ -74,14 +84,14 @@ def complete(policy: Policy, groups: Sequence[Group], places: Sequence[int], mom
     for wanted in (whole, short):
         if not wanted.requests:
             continue
-        sampled = evaluate.complete(policy, wanted.requests, wanted.max_tokens, sample.temperature)
+        sampled = completed(policy, wanted.requests, wanted.max_tokens, sample.temperature)
         for (group, given), samples in zip(wanted.owners, sampled, strict=True):
             if given:
                 samples = [replace(s, tokens=given + s.tokens, given=len(given)) for s in samples]
             group.samples += samples
 
 
-def score(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: Rules, policy: Policy) -> None:
+def judge(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: Rules, tokenizer: Any) -> None:
     """Scores of all samples; a hint that one sample alone has seen is told to the scorer for that sample only."""
     if not needs.verifier(rules):
         for s in (s for g in groups for s in g.samples):
@@ -91,7 +101,7 @@ def score(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: R
     for g in groups:
         views += [replace(g, hint=s.tokens[: s.given], samples=[s]) for s in g.samples if s.given]
         views.append(replace(g, samples=[s for s in g.samples if not s.given]))
-    texts = policy.tokenizer.batch_decode([v.hint for v in views], skip_special_tokens=True)
+    texts = tokenizer.batch_decode([v.hint for v in views], skip_special_tokens=True)
     score_groups(scorer, rows, views, texts)
 
 

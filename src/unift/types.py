@@ -26,6 +26,10 @@ class RewardError(UniftError):
     """The scorer failed too often, or cannot be loaded."""
 
 
+class Stopped(UniftError):
+    """The run was asked to stop, and was saved first. The same command continues it."""
+
+
 class NonFiniteError(UniftError):
     """A loss or gradient is NaN or infinite. The batch is on disk; the message names it."""
 

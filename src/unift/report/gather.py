@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from unift import checkpoint
 from unift import config as configuration
 from unift.config import Config, Phase
+from unift.metrics import read_metrics
 from unift.report import rollouts
 from unift.types import ConfigError, UniftError
 
@@ -133,7 +133,7 @@ def _json(path: Path, remarks: list[str]) -> dict[str, Any] | None:
 
 def _metrics(path: Path, remarks: list[str]) -> list[dict[str, Any]]:
     try:
-        records = checkpoint.read_metrics(path)
+        records = read_metrics(path)
         written = sum(bool(line.strip()) for line in path.read_bytes().splitlines()) if path.is_file() else 0
     except (OSError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UniftError(

@@ -9,6 +9,7 @@ from unift.rewards.adapters import (
     load_reward,
 )
 from unift.rewards.pool import Check, ScoreError, Scorer, count_outcomes, score_groups
+from unift.settings import Reward as RewardSettings
 
 __all__ = [
     "ACCEPTED",
@@ -21,5 +22,19 @@ __all__ = [
     "as_score",
     "count_outcomes",
     "load_reward",
+    "open_scorer",
     "score_groups",
 ]
+
+
+def open_scorer(reward: RewardSettings) -> Scorer:
+    """The scorer that the settings describe."""
+    return Scorer(
+        reward.function,
+        workers=reward.workers,
+        timeout=reward.timeout,
+        error_rate=reward.error_rate,
+        format_score=reward.format_score,
+        rule=reward.rule,
+        memory_mb=reward.memory_mb,
+    )
