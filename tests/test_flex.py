@@ -145,7 +145,7 @@ def test_compiled_once_for_all_lengths():
         at, total = layout_of(*ROWS[case])
         q, k, v = (torch.randn(1, h, total, 16) for h in (4, 2, 2))
         with torch.no_grad():
-            out = run(q, k, v, block_mask=at.block_mask(q.device), scale=0.3, enable_gqa=True)
+            out = run(q, k, v, block_mask=flex.block_mask(at, q.device), scale=0.3, enable_gqa=True)
         assert (out - copied(q, k, v, at, 0.3)).abs().max() < 1e-5
         graphs.append(counters["unique_graphs"])
     assert graphs[1:] == [graphs[1]] * 3

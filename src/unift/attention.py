@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,18 +37,11 @@ NEUTRAL = {
 }
 
 
-class Layout(Protocol):
-    @property
-    def longest(self) -> float: ...  # tokens of the longest sequence, which an attention window must not cut
-
-    def attend(self, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, scale: float) -> Tensor: ...
-
-
-_layout: ContextVar[Layout | None] = ContextVar("unift_layout", default=None)
+_layout: ContextVar[PackedLayout | DecodeLayout | None] = ContextVar("unift_layout", default=None)
 
 
 @contextmanager
-def layout(value: Layout):
+def layout(value: PackedLayout | DecodeLayout):
     """Attention inside the block follows this layout."""
     token = _layout.set(value)
     try:
@@ -70,10 +63,22 @@ def _forward(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_m
             continue
         raise NotImplementedError(f"its attention uses {name}")
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    if query.device.type != "cpu":
-        return active.attend(module.layer_idx, query, key, value, scale), None
-    with matmul.small():
-        return active.attend(module.layer_idx, query, key, value, scale), None
+    with matmul.small(query.device.type == "cpu"):
+        if isinstance(active, DecodeLayout):
+            return active.attend(module.layer_idx, query, key, value, scale), None
+        return attend(active, module.layer_idx, query, key, value, scale), None
+
+
+def attend(at: PackedLayout, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, scale: float) -> Tensor:
+    """Attention of a packed row, [1, T, H, D], by the quickest way that its device and heads allow."""
+    q, k, v = (x[0].transpose(0, 1) for x in (q_1HTD, k_1KTD, v_1KTD))
+    if at.keep:
+        k_BKPD, v_BKPD = (at.rows(x.to(v.dtype), at.prefix_BP) for x in (k, v))
+        at.cache[layer] = k_BKPD.transpose(2, 3).contiguous(), v_BKPD.contiguous()
+    if at.member_BGR is not None and flex.fits(q_1HTD, k_1KTD, v_1KTD):
+        return flex.attend(q_1HTD, k_1KTD, v_1KTD, at, scale).transpose(1, 2)
+    path = _Flash.apply if q.device.type == "cpu" and q.shape[-1] == v.shape[-1] else _sdpa
+    return path(q, k, v, at, scale)[None]  # type: ignore[index]
 
 
 def register() -> None:
@@ -108,7 +113,7 @@ class PackedLayout:
     cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[torch.dtype, Tensor | None] = field(default_factory=dict)  # what every layer shares, made once
     _filled: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _blocks: Any = None
+    blocks: Any = None  # flex_attention's mask; the same for every layer, made by the first
 
     def __post_init__(self) -> None:
         if not self.longest:
@@ -136,12 +141,6 @@ class PackedLayout:
             self._masks[like.dtype] = mask_BP[:, None, None] if bool(hidden_BP.any()) else None
         return self._masks[like.dtype]
 
-    def block_mask(self, device: torch.device) -> Any:
-        """What flex_attention asks for; the same for every layer."""
-        if self._blocks is None:
-            self._blocks = flex.block_mask(self, device)
-        return self._blocks
-
     def rows_or_zero(self, x_THD: Tensor, index: Tensor, first: int) -> Tensor:
         """As ``rows``, with zeros in padded slots. ``first``: number of the slot index[0, 0] in ``slot_T``'s counting."""
         n = index.numel()
@@ -153,16 +152,6 @@ class PackedLayout:
             return self.rows(x_THD, index)
         block = x_THD.new_zeros(n, *x_THD.shape[1:]).index_copy_(0, slots, x_THD.index_select(0, at))
         return block.view(*index.shape, *x_THD.shape[1:]).transpose(1, 2)
-
-    def attend(self, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, scale: float) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (q_1HTD, k_1KTD, v_1KTD))
-        if self.keep:
-            k_BKPD, v_BKPD = (self.rows(x.to(v.dtype), self.prefix_BP) for x in (k, v))
-            self.cache[layer] = k_BKPD.transpose(2, 3).contiguous(), v_BKPD.contiguous()
-        if self.member_BGR is not None and flex.fits(q_1HTD, k_1KTD, v_1KTD):
-            return flex.attend(q_1HTD, k_1KTD, v_1KTD, self, scale).transpose(1, 2)
-        path = _Flash.apply if q.device.type == "cpu" and q.shape[-1] == v.shape[-1] else _sdpa
-        return path(q, k, v, self, scale)[None]  # type: ignore[index]
 
 
 def make_layout(prefixes: Sequence[range], members: Sequence[Sequence[range]], total: int) -> PackedLayout:

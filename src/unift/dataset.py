@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unift import needs
-from unift.config import Config, evaluation_tokens, stages
+from unift.config import Config, stages
 from unift.encode import Encoded, encode_row, encode_rows
 from unift.types import ConfigError, DataError, Row
 from unift.words import SCHEDULES
@@ -96,35 +96,9 @@ def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
         )
     train = encode_rows(tokenizer, dataset.train, limit, next(iter(texts), None))
     test = encode_rows(tokenizer, dataset.test, limit)
-    check_positions(config, train, test)
     columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
     rejected = encode_column(tokenizer, dataset.train, columns, limit)
     return Data(Split(dataset.train, train, rejected), Split(dataset.test, test), dataset.fingerprint)
-
-
-def check_positions(config: Config, train: list[Encoded], test: list[Encoded]) -> None:
-    """DataError where prompt, hint and completion can take more tokens than the model has positions (its config.json;
-    a GGUF file has none). Beyond them a model with learned positions fails, and one with rotary ones turns to noise."""
-    from unift.policy import locate
-
-    path = locate(config.model.path) / "config.json"
-    positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
-    if not isinstance(positions, int):
-        return
-    found = [stage.rules for stage in stages(config)]
-    hinted = any(needs.hints(s) for s in found)
-    sampled = max([s.sample.max_tokens for s in found if s.sample.completions], default=0)
-    evaluated = evaluation_tokens(config)
-    for name, rows, most in (("data.train", train, sampled), ("data.test", test, evaluated)):
-        for number, e in enumerate(rows, start=1):
-            hint = e.step_ends[-1] if hinted and name == "data.train" else 0
-            prompt = max(len(e.prompt), len(e.instructed or []))
-            if prompt + hint + most > positions:
-                raise DataError(
-                    f"{name}, row {number}: the prompt ({prompt} tokens), its longest hint ({hint}) and a completion "
-                    f"({most}) take more than the {positions} positions of the model. Lower sample.max_tokens to "
-                    f"{max(positions - prompt - hint, 0)} or less, or drop the row"
-                )
 
 
 def encode_column(tokenizer: Any, rows: Sequence[Row], columns: Iterable[str], limit: int) -> list[list[int] | None]:

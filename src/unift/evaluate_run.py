@@ -9,6 +9,7 @@ from unift import dataset, evaluate, processes
 from unift import policy as policies
 from unift.config import Config, evaluation_tokens, longest
 from unift.evaluate import Draws, Judge
+from unift.limits import check_positions
 from unift.rewards import open_scorer
 from unift.types import ConfigError
 
@@ -24,6 +25,7 @@ def evaluate_split(config: Config, split: str, samples: int) -> str:
 def _evaluate(config: Config, split: str, samples: int) -> str:
     tokenizer = policies.load_tokenizer(config.model)
     data = dataset.encode(tokenizer, dataset.load(config), config)
+    check_positions(config, data)
     asked = data.test if split == "test" else data.train
     if not asked.rows:
         raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")

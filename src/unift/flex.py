@@ -84,9 +84,11 @@ def block_mask(at: PackedLayout, device: torch.device) -> Any:
 def attend(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, at: PackedLayout, scale: float) -> Tensor:
     """[1, H, T, D], differentiable. All three in the precision of the values: rotary embeddings promote q and k."""
     q_1HTD, k_1KTD = q_1HTD.to(v_1KTD.dtype), k_1KTD.to(v_1KTD.dtype)
-    mask, gqa = at.block_mask(q_1HTD.device), q_1HTD.shape[1] != k_1KTD.shape[1]
+    if at.blocks is None:
+        at.blocks = block_mask(at, q_1HTD.device)
+    gqa = q_1HTD.shape[1] != k_1KTD.shape[1]
     run = _compiled() if q_1HTD.device.type == "cuda" else _eager()
-    return run(q_1HTD, k_1KTD, v_1KTD, block_mask=mask, scale=scale, enable_gqa=gqa)
+    return run(q_1HTD, k_1KTD, v_1KTD, block_mask=at.blocks, scale=scale, enable_gqa=gqa)
 
 
 def _eager() -> Callable:

@@ -22,6 +22,7 @@ from unift import config as configuration
 from unift import policy as policies
 from unift.config import Config, Moment, Rules, Stage
 from unift.evaluate import Draws, Judge
+from unift.limits import check_positions
 from unift.memory import RowMemory
 from unift.metrics import append_metrics, rewind_metrics
 from unift.policy import Policy
@@ -47,6 +48,7 @@ def train(config: Config, folder: Path, report: Report = silent) -> dict[str, An
     with processes.joined(policies.pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
         tokenizer = policies.load_tokenizer(config.model)
         data = dataset.encode(tokenizer, dataset.load(config), config)
+        check_positions(config, data)
         processes.agree("settings and rows", (configuration.config_hash(config), data.fingerprint))
         with claim(folder):
             finished = processes.lead("the run folder", lambda: open_run(folder, config, data.fingerprint))

@@ -19,13 +19,11 @@ from torch import Tensor
 
 from unift import words
 from unift.likelihood import sequence_sum, shaped, terms
+from unift.packs import COMPLETION, PackedBatch
 from unift.settings import Likelihood
 
 if TYPE_CHECKING:
     from unift.config import PolicyStream
-    from unift.packs import PackedBatch
-
-COMPLETION = 1
 
 
 def clipped_surrogate(l_S: Tensor, old_S: Tensor, a_S: Tensor, low: float, high: float, dual: float | None) -> Tensor:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from unift import attention, forward, matmul, plain, processes
+from unift.packs import COMPLETION, PackedBatch
 from unift.types import ConfigError
 
 if TYPE_CHECKING:
     from unift.config import Lora
     from unift.config import Model as ModelConfig
-    from unift.packs import PackedBatch
 
 CHUNK = 1024  # loss positions whose logits exist at one time,
 LOGITS = 2**25  # or fewer, so that these are no more than so many numbers (128 MiB)
@@ -225,8 +225,6 @@ def head_logprobs(policy: Policy, hidden_SD: Tensor, target_S: Tensor, scale_S: 
 
 def scale_of(batch: PackedBatch, temperature: float) -> Tensor:
     """Factor of the logits: 1/T at sampled tokens, 1 at tokens of the data."""
-    from unift.packs import COMPLETION
-
     return torch.where(batch.role_S == COMPLETION, 1.0 / temperature, 1.0)
 
 

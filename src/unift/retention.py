@@ -24,6 +24,7 @@ from unift.data import read_rows
 from unift.dataset import Split
 from unift.encode import Encoded, encode_rows
 from unift.evaluate import Judge
+from unift.limits import check_positions
 from unift.packs import DEMO, Item, Member, cut, pack
 from unift.policy import Policy
 from unift.rewards import open_scorer
@@ -98,6 +99,7 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
         rows = read_rows(file, need_steps=False)
         sets.append(Split(rows, encode_rows(tokenizer, rows, config.data.max_prompt)))
     data = dataset.encode(tokenizer, dataset.load(config), config)
+    check_positions(config, data)
     kind, targets = training_targets(folder, config, data.train.encoded)
     length = max_tokens or configuration.evaluation_tokens(config)
 

@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from unift import __version__, processes
 from unift import config as configuration
+from unift import processes
+from unift._version import __version__
 from unift.checkpoint import clean_temporary, write_atomic
 from unift.config import Config
 from unift.types import ConfigError, DataError, UniftError

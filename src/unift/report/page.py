@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unift import __version__
+from unift._version import __version__
 from unift.report import browser, sections, words
 from unift.report.gather import RunData
 from unift.report.markup import Content, Html, document, tag
