@@ -1,7 +1,7 @@
 """Score completions in worker processes that are never trusted.
 
-A worker holds one item at a time and the trainer decides what is next, so that a hang, a crash or a forged record costs
-the item that was at work and nothing else. What is defended against, each at the price of one counted error:
+A worker says what became of an item before it begins the next, so that a hang, a crash or a forged record costs the item
+that was at work and nothing else. What is defended against, each at the price of one counted error:
 
 - a function that never returns, in Python, in C or asleep: time is limited (below); only SIGKILL is used, so what it
   does about other signals does not matter, nor how it ends its process;
@@ -53,6 +53,7 @@ START_WALL = 3.0  # times START_SECONDS: wall clock to import the reward
 WALL = 10.0  # times the limit of CPU time, unless wall_timeout says otherwise
 ATTEMPTS = 3  # to start a worker, or the process that starts them
 POLL_SECONDS = 0.05
+TOGETHER_SECONDS = 0.005  # of work are sent to a worker at once
 EXIT_SECONDS = 1.0  # between the end of a worker's link and word of how it ended
 OUTSIDE = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)  # ends that come from outside more often than from a reward
 
@@ -214,42 +215,40 @@ class Scorer:
     def _hand_out(self, call: _Call) -> None:
         """Give every idle worker its next item; start workers that are missing."""
         keeper = self._keeper_now()
-        if call.doubtful and not call.todo and all(worker.item is None for worker in keeper.workers):
+        if call.doubtful and not call.todo and not any(worker.pending for worker in keeper.workers):
             for worker in [worker for worker in keeper.workers if worker.scored or worker.littered]:
                 keeper.drop(worker)  # it is tried again in a new worker, while nothing else runs
             call.todo.append(call.doubtful.popleft())
-        wanted = min(self.workers, len(call.todo) + sum(worker.item is not None for worker in keeper.workers))
+        wanted = min(self.workers, len(call.todo) + sum(bool(worker.pending) for worker in keeper.workers))
         while len(keeper.workers) < wanted:
             keeper.start(self._setup, self.start_seconds)
         for worker in keeper.workers:
-            if worker.idle and call.todo:
-                worker.send(call.payload(call.todo[0]), call.todo.popleft())
+            if worker.idle and call.todo:  # quick ones together, so that the way there and back counts for little
+                share = -(-len(call.todo) // self.workers)
+                number = max(1, min(share, int(TOGETHER_SECONDS / worker.pace)))
+                indices = [call.todo.popleft() for _ in range(number)]
+                worker.hand([(index, call.payload(index)) for index in indices])
 
     def _hear(self, call: _Call) -> None:
         keeper = self._keeper_now()
         for worker in list(keeper.workers):
             try:
-                said = worker.hear()
+                while (said := worker.hear()) is not None:
+                    if isinstance(said, Unloadable):
+                        raise RewardError(said.message)
+                    if isinstance(said, Ready):
+                        worker.ready, self._kind, call.failed_starts = True, said.kind, 0
+                        continue
+                    index, scored = said
+                    worker.littered = worker.littered or scored.state == LITTERED
+                    if scored.state == SPOILED:
+                        self._give_up(call, worker)
+                    call.settle(index, scored.outcome)
+                    if scored.state == SPOILED:
+                        break
             except BadRecord as error:
                 # Not its fault if something was left in the worker, or if an earlier item answers twice.
                 self._fail(call, worker, "crash", f"the worker sent {error}", again=worker.scored > 0)
-                continue
-            if said is None:
-                continue
-            if isinstance(said, Unloadable):
-                raise RewardError(said.message)
-            if isinstance(said, Ready) is worker.ready:
-                self._fail(call, worker, "crash", "the worker sent a record out of turn", again=worker.scored > 0)
-            elif isinstance(said, Ready):
-                worker.ready, self._kind, call.failed_starts = True, said.kind, 0
-            else:
-                index, worker.item = worker.item, None
-                worker.scored += 1
-                worker.littered = worker.littered or said.state == LITTERED
-                if said.state == SPOILED:
-                    keeper.drop(worker)
-                if index is not None:
-                    call.settle(index, said.outcome)
 
     def _judge(self, call: _Call) -> None:
         """What becomes of workers that ended, closed their link or are over their time."""
@@ -263,7 +262,7 @@ class Scorer:
                 self._fail(call, worker, "crash", f"the worker died ({_exit_text(code)})", again)
             elif worker.closed_at is not None and now - worker.closed_at > EXIT_SECONDS:
                 self._fail(call, worker, "crash", "the worker closed its link to the trainer", worker.littered)
-            elif now - worker.since >= POLL_SECONDS and (worker.item is not None or not worker.ready):
+            elif now - worker.since >= POLL_SECONDS and (worker.pending or not worker.ready):
                 self._time(call, worker)
 
     def _time(self, call: _Call, worker: Worker) -> None:
@@ -280,9 +279,10 @@ class Scorer:
 
     def _fail(self, call: _Call, worker: Worker, kind: str, message: str, again: bool) -> None:
         """Give up a worker. Its item is an error, or is tried once more where the fault may be another's."""
-        self._keeper_now().drop(worker)
-        if worker.item is not None:
-            call.fail(worker.item, ScoreError(kind, message), again)
+        guilty = worker.pending.popleft()[1] if worker.pending else None
+        self._give_up(call, worker)
+        if guilty is not None:
+            call.fail(guilty, ScoreError(kind, message), again)
         elif not worker.ready:
             call.failed_starts += 1
             if call.failed_starts >= ATTEMPTS:
@@ -290,12 +290,20 @@ class Scorer:
                     f"{message} while importing reward {self.spec!r}, {ATTEMPTS} times; run the import by hand to see why"
                 )
 
+    def _give_up(self, call: _Call, worker: Worker) -> None:
+        """End a worker; the items that it has yet to begin go to others."""
+        self._keeper_now().drop(worker)
+        call.todo.extendleft(index for _, index in reversed(worker.pending))
+        worker.pending.clear()
+
     def _bury(self, call: _Call) -> None:
         """The keeper is gone, and its workers with it. Whose fault it was shows when the items are tried one by one."""
         keeper, self._keeper = self._keeper, None
         if keeper is None:
             return
-        busy = [worker.item for worker in keeper.workers if worker.item is not None]
+        busy = [worker.pending.popleft()[1] for worker in keeper.workers if worker.pending]
+        for worker in keeper.workers:
+            call.todo.extendleft(index for _, index in reversed(worker.pending))
         keeper.close()
         call.failed_starts = 0 if busy else call.failed_starts + 1
         if call.failed_starts >= ATTEMPTS:

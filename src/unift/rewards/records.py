@@ -1,7 +1,7 @@
 """What a worker reports, and how the trainer reads it: untrusted bytes in, a checked value or BadRecord out.
 
-A record is one line of JSON, ``[nonce, what, ...]``. The nonce is drawn by the trainer for every item and is not told
-before it, so a record can speak for the one item that the worker holds at the moment and for no other.
+A record is one line of JSON, ``[nonce, what, ...]``. The nonce is drawn by the trainer for every item and is known to the
+worker alone, so a record is for an item that the worker holds or it is none.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from unift.types import Score
 
-NONCE_BYTES = 32  # hexadecimal digits
 LINE_BYTES = 1 << 20  # no honest record is longer
 NOTE_CHARS, MESSAGE_CHARS, NAME_CHARS, PARTS = 1000, 2000, 200, 100
 COUNT_OF = {"timeout": "timeouts", "crash": "crashes", "exception": "exceptions", "bad value": "bad_values"}
@@ -58,8 +57,19 @@ class Scored:
     state: int  # CLEAN, LITTERED or SPOILED
 
 
-def read_record(line: bytes, nonce: str) -> Ready | Unloadable | Scored:
-    """One line, without its end. Raises BadRecord unless it is a record for ``nonce`` with every field as it must be."""
+R = TypeVar("R", Ready, Unloadable, Scored)
+
+
+def read_record(line: bytes, nonce: str, *due: type[R]) -> R:
+    """One line, without its end. Raises BadRecord unless it is a record of a kind that is due, for ``nonce``, with every
+    field as it must be."""
+    record = _read(line, nonce)
+    if isinstance(record, due):
+        return record
+    raise BadRecord("a record out of turn")
+
+
+def _read(line: bytes, nonce: str) -> Ready | Unloadable | Scored:
     try:
         record = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError, MemoryError):

@@ -1,4 +1,4 @@
-"""The worker's side of scoring: load the reward, then one item in, one record out. Imports must stay light.
+"""The worker's side of scoring: load the reward, then a record for each item. Imports must stay light.
 
 A worker is a fork of the keeper (``keeper.py``), alone in its session, with its standard streams, one socket to the
 trainer and nothing else that is open. Everything that it says is checked in ``records.py``.
@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import signal
 import socket
 import struct
@@ -21,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from unift.rewards.adapters import BadValue, Reward, described
-from unift.rewards.records import CLEAN, LITTERED, NONCE_BYTES, SPOILED
+from unift.rewards.records import CLEAN, LITTERED, SPOILED
 from unift.rewards.spec import Part, load_parts
 from unift.types import RewardError, Row
 
 Item = tuple[str, Row, str]  # completion, row, hint
-HEAD = struct.Struct(">Q")  # length of what follows: nonce, then a pickle
+_LIMITS = tuple(getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_"))
+HEAD = struct.Struct(">Q")  # length of what follows, the pickle of a Batch
+Batch = list[tuple[str, bytes]]  # nonces and pickles
 
 
 @dataclass(frozen=True)
@@ -39,39 +42,40 @@ class Setup:
     memory_mb: int | None
 
 
-def frame(nonce: str, payload: bytes) -> bytes:
-    """What the trainer sends: a Setup first, then an Item at a time."""
-    return HEAD.pack(len(nonce) + len(payload)) + nonce.encode() + payload
+def frame(batch: Batch) -> bytes:
+    """What the trainer sends: first a Setup alone, then Items."""
+    body = pickle.dumps(batch, protocol=5)
+    return HEAD.pack(len(body)) + body
 
 
 def serve(link: socket.socket) -> None:
-    """Answer every frame with one record, until the trainer closes the link."""
+    """Answer everything in its order with one record, which is out before the next one begins."""
     _begin_streams()
     reward: Reward | None = None
     before = _State.now()
-    while (received := _receive(link)) is not None:
-        nonce, payload = received
-        if reward is None:
-            reward, record = _load(payload)
-            before = _State.now()
-        else:
-            record = _score(reward, payload, before)
-            if os.getpid() != before.pid:
-                os._exit(0)  # a copy that the reward made of this process and that came back from the reward
-        text = json.dumps([nonce, *record], allow_nan=False).encode() + b"\n"
-        try:
-            link.sendall(text)
-        except OSError:
-            os._exit(1)  # the reward closed the link, or the trainer did
-        if reward is None:
-            return
+    while (batch := _receive(link)) is not None:
+        for nonce, payload in batch:
+            if reward is None:
+                reward, record = _load(payload)
+                before = _State.now()
+            else:
+                record = _score(reward, payload, before)
+                if os.getpid() != before.pid:
+                    os._exit(0)  # a copy that the reward made of this process and that came back from the reward
+            text = json.dumps([nonce, *record], allow_nan=False).encode() + b"\n"
+            try:
+                link.sendall(text)
+            except OSError:
+                os._exit(1)  # the reward closed the link, or the trainer did
+            if reward is None or record[-1] == SPOILED:
+                return
 
 
-def _receive(link: socket.socket) -> tuple[str, bytes] | None:
-    """(nonce, payload), or None at the end."""
+def _receive(link: socket.socket) -> Batch | None:
+    """None at the end."""
     data = _exactly(link, HEAD.size)
     body = data and _exactly(link, *HEAD.unpack(data))
-    return (body[:NONCE_BYTES].decode(), bytes(body[NONCE_BYTES:])) if body else None
+    return pickle.loads(body) if body else None
 
 
 def _exactly(link: socket.socket, size: int) -> bytearray | None:
@@ -188,10 +192,7 @@ def _files() -> tuple[Any, ...]:
 
 
 def _limits() -> tuple[Any, ...]:
-    import resource
-
-    names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
-    return tuple(resource.getrlimit(getattr(resource, name)) for name in names)
+    return tuple(map(resource.getrlimit, _LIMITS))
 
 
 def _has_children() -> bool:
@@ -217,8 +218,6 @@ def _begin_streams() -> None:
 
 
 def _limit_memory(mebibytes: int) -> None:
-    import resource
-
     held = 0
     with contextlib.suppress(OSError):
         held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

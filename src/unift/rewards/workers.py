@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from unift.rewards.keeper import ANSWER, REQUEST
-from unift.rewards.records import LINE_BYTES, NONCE_BYTES, BadRecord, Ready, Scored, Unloadable, read_record
+from unift.rewards.records import LINE_BYTES, BadRecord, Ready, Scored, Unloadable, read_record
 from unift.rewards.usage import Usage, usage_of
-from unift.rewards.worker import frame
+from unift.rewards.worker import Batch, frame
 from unift.types import RewardError
 
 STOP_SECONDS = 2.0  # for the keeper to end; it needs GRACE_SECONDS at most unless it was stopped
@@ -38,32 +39,44 @@ class Worker:
 
     pid: int
     link: socket.socket
-    nonce: str = ""
-    item: int | None = None  # index of the item that it holds
+    pending: deque[tuple[str, int]] = field(default_factory=deque)  # (nonce, index) of items that it holds, in order
+    setup: str = ""  # nonce of the setup
     ready: bool = False  # the reward is loaded
-    begin: Usage | None = None  # at the first look after it got what it works on
-    since: float = field(default_factory=time.monotonic)  # when it got that
+    begin: Usage | None = None  # at the first look after the item at work began
+    since: float = field(default_factory=time.monotonic)  # when that began, as far as the trainer knows
+    pace: float = 1.0  # seconds an item, of those that were sent together last
     scored: int = 0
     littered: bool = False  # items before this one left threads or children in it
     closed_at: float | None = None  # when its link closed
     unsent: bytes = b""
     heard: bytes = b""
+    _sent: tuple[float, int] = (0.0, 1)  # when, how many
 
     @property
     def idle(self) -> bool:
-        return self.ready and self.item is None and self.closed_at is None
+        return self.ready and not self.pending and self.closed_at is None
 
     def used(self) -> Usage:
-        """Since it got its item, but for what it used before the first call of this."""
+        """For the item at work, but for what was used before the first call of this."""
         now = usage_of(self.pid)
         self.begin = self.begin or now
         used = now.since(self.begin)
         return Usage(now.clock - self.since, used.cpu, used.queued, now.stopped)
 
-    def send(self, payload: bytes, item: int | None) -> None:
-        """Hand over a pickle and take note of the item; what does not fit into the socket goes with `push`."""
-        self.nonce, self.item, self.begin, self.since = secrets.token_hex(NONCE_BYTES // 2), item, None, time.monotonic()
-        self.unsent += frame(self.nonce, payload)
+    def begin_with(self, setup: bytes) -> None:
+        self.setup = _nonce()
+        self._send([(self.setup, setup)])
+
+    def hand(self, items: Sequence[tuple[int, bytes]]) -> None:
+        """Items by index and pickle. What does not fit into the socket goes with `push`."""
+        batch = [(_nonce(), payload) for _, payload in items]
+        self.pending.extend((nonce, index) for (nonce, _), (index, _) in zip(batch, items))
+        self._sent = (time.monotonic(), len(batch))
+        self._send(batch)
+
+    def _send(self, batch: Batch) -> None:
+        self.begin, self.since = None, time.monotonic()
+        self.unsent += frame(batch)
         self.push()
 
     def push(self) -> None:
@@ -71,28 +84,44 @@ class Worker:
             while self.unsent:
                 self.unsent = self.unsent[self.link.send(self.unsent[:LINE_BYTES]) :]
 
-    def hear(self) -> Ready | Unloadable | Scored | None:
-        """What it says, if a record is complete. Raises BadRecord. Sets ``closed_at`` at the end of the link."""
+    def hear(self) -> Ready | Unloadable | tuple[int, Scored] | None:
+        """The next record, with the index of its item; None if there is none yet.
+
+        Raises BadRecord for whatever is not the record that is due. Sets ``closed_at`` at the end of the link.
+        """
         while b"\n" not in self.heard:
             try:
                 data = self.link.recv(1 << 16)
             except BlockingIOError:
-                return None
+                break
             except OSError:
                 data = b""
             if not data:
                 self.closed_at = self.closed_at or time.monotonic()
-                return None
+                break
             self.heard += data
             if len(self.heard) > LINE_BYTES:
                 raise BadRecord("a line without end")
-        line, _, rest = self.heard.partition(b"\n")
-        self.heard = b""
-        if rest:
-            raise BadRecord("more than one record for one item")
-        if self.ready and self.item is None:
+        if self.heard and self.ready and not self.pending:
             raise BadRecord("a record for no item that it holds")
-        return read_record(line, self.nonce)
+        line, end, rest = self.heard.partition(b"\n")
+        if not end:
+            return None
+        self.heard = rest
+        if not self.ready:
+            return read_record(line, self.setup, Ready, Unloadable)
+        nonce, index = self.pending[0]
+        record = read_record(line, nonce, Scored)
+        self.pending.popleft()
+        self.scored += 1
+        self.begin, self.since = None, time.monotonic()
+        if not self.pending:
+            self.pace = (self.since - self._sent[0]) / self._sent[1]
+        return index, record
+
+
+def _nonce() -> str:
+    return secrets.token_hex(16)
 
 
 class Keeper:
@@ -135,7 +164,7 @@ class Keeper:
                 pid = self._listen(max(0.0, deadline - time.monotonic()))
         worker = Worker(pid, ours)
         self.workers.append(worker)
-        worker.send(payload, None)
+        worker.begin_with(payload)
         return worker
 
     def drop(self, worker: Worker) -> None:
