@@ -63,7 +63,10 @@ class Config(Rules):
 
 METHOD_SECTIONS = tuple(name for name in Rules.model_fields if name != "method")
 # A continued run may change these: they do not touch the numbers.
-FREE_KEYS = ("run", "save", "log", "baselines", "reward.workers", "reward.timeout", "reward.error_rate", "threads")
+FREE_KEYS = (
+    "run", "save", "log", "baselines", "threads",
+    "reward.workers", "reward.timeout", "reward.wall_timeout", "reward.error_rate", "reward.environment",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- files in the package
