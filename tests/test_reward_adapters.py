@@ -15,7 +15,6 @@ from unift.types import RewardError, Row, Score
 ROW = Row("r0", "2+2?", ("think\n",), "4", "4", task="sums")
 
 
-
 def test_unift_signature_gets_hint_and_keeps_parts() -> None:
     score = adapt(reward_zoo.score)("hint", ROW, "abc")
     assert score == Score(1.0, True, {"length": 3.0}, "abc")
@@ -131,10 +130,10 @@ def test_none_is_a_forgotten_return_unless_the_annotation_names_it() -> None:
     def either(completion: str, row: Row) -> float | None:
         return float(completion) if completion else None
 
-    def older(solution_str: str, ground_truth: str) -> Optional[float]:  # noqa: UP045
+    def older(solution_str: str, ground_truth: str) -> Optional[float]:
         return None if solution_str else 1.0
 
-    older.__annotations__["return"] = Optional[float]  # noqa: UP045  (a type, where the others are text)
+    older.__annotations__["return"] = Optional[float]
     for function in (forgotten, silent):
         with pytest.raises(BadValue, match="returned None"):
             adapt(function)("1", ROW)

@@ -20,7 +20,17 @@ from unift.config import Config
 from unift.types import ConfigError, DataError, UniftError
 
 LOCK = ".lock"  # a dot file, as all that are not results
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "datasets", "math-verify", "cloudpickle")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "tokenizers",
+    "numpy",
+    "datasets",
+    "math-verify",
+    "cloudpickle",
+)
 
 
 def environment() -> dict[str, Any]:

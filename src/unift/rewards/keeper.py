@@ -158,11 +158,11 @@ class _Output:
         if not select.select([self.pipe], [], [], seconds)[0]:
             return
         data = os.read(self.pipe, OUTPUT_BYTES)
-        if self.left > 0:
+        if self.left >= 0:
             _show(data[: self.left])
-            if len(data) > self.left:
-                _show(b"\nunift: the reward prints more than 64 KiB; the rest is not shown\n")
             self.left -= len(data)
+            if self.left < 0:
+                _show(b"\nunift: the reward prints more than 64 KiB; the rest is not shown\n")
 
 
 def _show(data: bytes) -> None:

@@ -260,8 +260,10 @@ class Scorer:
             if code is not None:
                 again = worker.littered or code in OUTSIDE
                 self._fail(call, worker, "crash", f"the worker died ({_exit_text(code)})", again)
-            elif worker.closed_at is not None and now - worker.closed_at > EXIT_SECONDS:
-                self._fail(call, worker, "crash", "the worker closed its link to the trainer", worker.littered)
+            elif worker.closed_at is not None:
+                if now - worker.closed_at > EXIT_SECONDS:
+                    message = "the worker closed its link to the trainer"
+                    self._fail(call, worker, "crash", message, worker.littered)
             elif now - worker.since >= POLL_SECONDS and (worker.pending or not worker.ready):
                 self._time(call, worker)
 

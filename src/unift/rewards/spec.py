@@ -7,7 +7,6 @@ can import travels by name; any other (of a notebook, a script, a lambda, a clos
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import io
 import math

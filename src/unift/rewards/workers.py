@@ -129,7 +129,9 @@ class Keeper:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         if not hasattr(os, "fork") or not sys.executable:
-            raise RewardError("scoring needs a POSIX system and a Python interpreter that can be started (sys.executable)")
+            raise RewardError(
+                "scoring needs a POSIX system and a Python interpreter that can be started (sys.executable)"
+            )
         self.control, theirs = socket.socketpair()
         with theirs:
             code = _START.format(path=[entry or os.getcwd() for entry in sys.path], fd=theirs.fileno())
