@@ -244,6 +244,8 @@ def _dumps(thing: Any) -> bytes:
         def reducer_override(self, obj: Any) -> Any:
             if getattr(type(obj), "__module__", "").startswith("torch") and getattr(obj, "is_cuda", False) is True:
                 raise pickle.PicklingError("a tensor on a GPU")
+            if isinstance(obj, io.IOBase) and not isinstance(obj, (io.BytesIO, io.StringIO)):
+                raise pickle.PicklingError("an open file")  # cloudpickle would copy what is in it
             return super().reducer_override(obj)
 
     with io.BytesIO() as file:
