@@ -297,7 +297,9 @@ class Reward(Section):
         default=None, gt=0, description="seconds of wall clock for one completion; default 10 times reward.timeout"
     )
     error_rate: float = Field(default=0.1, ge=0, le=1, description="of failed scores above which the run stops")
-    memory_mb: int | None = Field(default=None, ge=1)
+    memory_mb: int | None = Field(
+        default=None, ge=1, description="MiB that a worker may take beyond what it holds once the reward is loaded"
+    )
     environment: list[str] = Field(
         default_factory=list, description="variables that the reward sees although they look like secrets"
     )

@@ -57,7 +57,7 @@ class Scored:
     state: int  # CLEAN, LITTERED or SPOILED
 
 
-R = TypeVar("R", Ready, Unloadable, Scored)
+R = TypeVar("R")
 
 
 def read_record(line: bytes, nonce: str, *due: type[R]) -> R:

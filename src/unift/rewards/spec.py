@@ -119,13 +119,15 @@ def _weighted(entry: Any) -> tuple[Any, float]:
     """(reward, weight) of one entry of a list."""
     if isinstance(entry, str) or callable(entry):
         return entry, 1.0
-    reward, weight = None, 1.0
+    reward: Any = None
+    weight: Any = 1.0
+    settings: Any = entry
     if isinstance(entry, Mapping) and {"function"} <= entry.keys() <= {"function", "weight"}:
         reward, weight = entry["function"], entry.get("weight", 1.0)
     elif isinstance(entry, tuple) and len(entry) == 2:
         reward, weight = entry
     elif hasattr(entry, "function") and hasattr(entry, "weight"):  # of the settings
-        reward, weight = entry.function, entry.weight
+        reward, weight = settings.function, settings.weight
     known = isinstance(reward, str) or callable(reward)
     if not known or isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise RewardError(
