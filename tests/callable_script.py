@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 sys.path[:0] = sys.argv[1:2]
 
-from unift.rewards import Scorer, describe  # noqa: E402  (after the search path)
+from unift.rewards.identity import describe  # noqa: E402  (after the search path)
+from unift.rewards.pool import Scorer  # noqa: E402
 from unift.types import RewardError, Row, Score  # noqa: E402
 
 ROW = Row("r", "2+2?", (), "4", "4", extra={"bonus": 0.25})

@@ -12,14 +12,18 @@ import torch
 from conftest import FakeTokenizer, close, gradients, packed_loss, random_tokens, settings
 from plain import uft_loss
 
-from unift import attention, flex, forward, loop, policy
-from unift.config import parse_overrides, resolve
-from unift.engines import graph
-from unift.engines.native import Request, generate
-from unift.loop import train
-from unift.metrics import read_metrics
-from unift.packs import COMPLETION, Item, Member, pack
-from unift.weights import weigh
+from unift.config.resolve import parse_overrides, resolve
+from unift.model import attention, paths
+from unift.model.attention import flex
+from unift.model.logprobs import logprobs
+from unift.model.packs import COMPLETION, Item, Member, pack
+from unift.model.policy import Policy
+from unift.objectives.weights import weigh
+from unift.sampling.engines import cuda_graph
+from unift.sampling.engines.native import Request, generate
+from unift.training import loop
+from unift.training.loop import train
+from unift.training.run.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,8 +44,8 @@ def model_of(width=64, heads=4, kv=2, dtype=torch.float32, vocabulary=300):
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("eager")
     attention.register()
-    forward.check_shared(model, DEVICE)
-    return policy.Policy(model, FakeTokenizer(), DEVICE), plain
+    paths.check_shared(model, DEVICE)
+    return Policy(model, FakeTokenizer(), DEVICE), plain
 
 
 def items_of(rng):
@@ -79,8 +83,8 @@ def test_loss_and_gradients(monkeypatch):
 
 def test_recorded_steps(monkeypatch):
     """The same tokens with recorded steps and without, rows of several lengths, caches that grow; and they are recorded."""
-    recorded, record = [], graph.Recorded._record
-    monkeypatch.setattr(graph.Recorded, "_record", lambda self: (recorded.append(record(self)), recorded[-1])[1])
+    recorded, record = [], cuda_graph.Recorded._record
+    monkeypatch.setattr(cuda_graph.Recorded, "_record", lambda self: (recorded.append(record(self)), recorded[-1])[1])
     shared, _ = model_of(dtype=torch.float64)
     rng = np.random.default_rng(5)
     asked = [Request(random_tokens(rng, n), rng.random((6, 150))) for n in (7, 90, 33)]
@@ -107,7 +111,7 @@ def test_sampler_against_trainer(dtype, autocast, bound):
     ]
     batch = pack(items, range(2), weigh(items, config), config).to(DEVICE)
     with torch.no_grad():
-        l_S = policy.logprobs(shared, batch)[0].double()
+        l_S = logprobs(shared, batch)[0].double()
     assert (l_S - batch.sampler_S)[batch.role_S == COMPLETION].abs().max() < bound
 
 

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from unift.rewards.adapters import ACCEPTED, BadValue, Reward, adapt, as_score, load_reward
-from unift.rewards.groups import count_outcomes, score_groups
-from unift.rewards.identity import describe
-from unift.rewards.pool import Check, Scorer
-from unift.rewards.records import ScoreError
+from unift.rewards.journal import COUNT_OF, COUNTS, ScoreError
+from unift.rewards.pool import Scorer
+from unift.types import HANDED, Group, RewardError, Row, Score
 
 if TYPE_CHECKING:
-    from unift.settings import Reward as RewardSettings  # at run time workers would have to import it, too
-
-__all__ = [
-    "ACCEPTED",
-    "BadValue",
-    "Check",
-    "Reward",
-    "ScoreError",
-    "Scorer",
-    "adapt",
-    "as_score",
-    "count_outcomes",
-    "describe",
-    "load_reward",
-    "open_scorer",
-    "score_groups",
-]
+    from unift.config.sections import Reward as RewardSettings
 
 
-def open_scorer(reward: RewardSettings, function: Any = None) -> Scorer:
-    """The scorer that the settings describe. function: a callable or a list of them in place of what they name."""
+def open_scorer(reward: RewardSettings, handed: Any = None) -> Scorer:
+    """The scorer that the settings describe. ``handed``: a callable of a Python caller, or a list of them with
+    weights, in place of what they name."""
+    if handed is None and isinstance(reward.function, str) and reward.function.startswith(HANDED):
+        raise RewardError(
+            f"the reward of this run was handed over from Python ({reward.function}): pass it again with "
+            "unift.train(reward=...), or set reward.function=file.py:function"
+        )
     return Scorer(
-        reward.function if function is None else function,
+        handed if handed is not None else reward.function,
         workers=reward.workers,
         timeout=reward.timeout,
         wall_timeout=reward.wall_timeout,
@@ -43,3 +32,32 @@ def open_scorer(reward: RewardSettings, function: Any = None) -> Scorer:
         memory_mb=reward.memory_mb,
         environment=reward.environment,
     )
+
+
+def count_outcomes(groups: Sequence[Group]) -> dict[str, int]:
+    """What became of the completions of scored groups, named as in ``Scorer.counts``."""
+    counts = dict.fromkeys(COUNTS, 0)
+    for sample in (s for group in groups for s in group.samples):
+        counts["total"] += 1
+        if sample.score is None:
+            counts[COUNT_OF[sample.error.split(":")[0]] if sample.error else "skipped"] += 1
+    return counts
+
+
+def score_groups(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], hint_texts: Sequence[str]) -> None:
+    """Fill ``score`` or ``error`` of every sample from its text.
+
+    rows: the dataset (``group.row`` is the index into it). hint_texts: one per group. A sample to which no reward
+    applies keeps ``score`` None and ``error`` "".
+    """
+    if len(groups) != len(hint_texts):
+        raise ValueError(f"found {len(groups)} groups and {len(hint_texts)} hint texts; want one text per group")
+    for group in groups:
+        if not 0 <= group.row < len(rows) or rows[group.row].id != group.row_id:
+            found = repr(rows[group.row].id) if 0 <= group.row < len(rows) else f"only {len(rows)} rows"
+            raise ValueError(f"group of row {group.row} ({group.row_id!r}) does not fit the rows: found {found}")
+    samples = [(sample, rows[group.row], hint) for group, hint in zip(groups, hint_texts) for sample in group.samples]
+    outcomes = scorer.score([row for _, row, _ in samples], [s.text for s, _, _ in samples], [h for _, _, h in samples])
+    for (sample, _, _), outcome in zip(samples, outcomes):
+        sample.score = outcome if isinstance(outcome, Score) else None
+        sample.error = str(outcome) if isinstance(outcome, ScoreError) else ""

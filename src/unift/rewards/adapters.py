@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
-from unift.rewards.records import NAME_CHARS, NOTE_CHARS, PARTS
+from unift.rewards.journal import NAME_CHARS, NOTE_CHARS, PARTS
 from unift.types import RewardError, Row, Score
 
 ACCEPTED = """the three accepted signatures are
@@ -151,7 +151,7 @@ def _import_file(path: Path, spec: str) -> ModuleType:
 
 
 def _task(name: str, options: Mapping[str, Any]) -> Callable[[str, Row, str], Score | None]:
-    from unift.tasks import get_task
+    from unift.rows.tasks import get_task
 
     try:
         function = get_task(name).score

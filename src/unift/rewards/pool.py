@@ -6,7 +6,7 @@ that was at work and nothing else. What is defended against, each at the price o
 - a function that never returns, in Python, in C or asleep: time is limited (below); only SIGKILL is used, so what it
   does about other signals does not matter, nor how it ends its process;
 - one that writes to descriptors that it finds, forks and returns, closes its streams or its link, lowers its limits of
-  resources, prints without end: each item has a nonce, every record is checked (`records.py`), nothing is unpickled,
+  resources, prints without end: each item has a nonce, every record is checked (`journal.py`), nothing is unpickled,
   and a worker that is not as it was after an item is replaced;
 - what it leaves behind: threads and processes that disturb later items (a failure after those were left is tried again
   in a new worker), programs that it started (they end with their worker, also out of a session of their own on Linux);
@@ -32,7 +32,7 @@ from typing import Any
 
 from unift.rewards.adapters import described
 from unift.rewards.environment import visible
-from unift.rewards.records import (
+from unift.rewards.journal import (
     COUNT_OF,
     COUNTS,
     LITTERED,

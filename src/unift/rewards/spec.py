@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from unift.rewards.adapters import BadValue, Reward, adapt, described, load_reward
-from unift.rewards.records import NAME_CHARS, NOTE_CHARS
+from unift.rewards.journal import NAME_CHARS, NOTE_CHARS
 from unift.types import RewardError, Row, Score
 
 PAYLOAD_BYTES = 64 << 20

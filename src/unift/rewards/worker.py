@@ -1,7 +1,7 @@
 """The worker's side of scoring: load the reward, then a record for each item. Imports must stay light.
 
 A worker is a fork of the keeper (``keeper.py``), alone in its session, with its standard streams, one socket to the
-trainer and nothing else that is open. Everything that it says is checked in ``records.py``.
+trainer and nothing else that is open. Everything that it says is checked in ``journal.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from unift.rewards.adapters import BadValue, Reward, described
-from unift.rewards.records import CLEAN, LITTERED, SPOILED
+from unift.rewards.journal import CLEAN, LITTERED, SPOILED
 from unift.rewards.spec import Part, load_parts
 from unift.types import RewardError, Row
 

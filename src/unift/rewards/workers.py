@@ -1,7 +1,7 @@
 """The trainer's hands on its scoring workers: start and kill them, send them items, read what they say, see how they end.
 
 Nothing here waits for a worker: what it does not take is kept, what it says is read as it comes. Results are text that
-`records.read_record` checks; nothing that a worker sends is unpickled.
+`journal.read_record` checks; nothing that a worker sends is unpickled.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from unift.rewards.journal import LINE_BYTES, BadRecord, Ready, Scored, Unloadable, read_record
 from unift.rewards.keeper import ANSWER, REQUEST
-from unift.rewards.records import LINE_BYTES, BadRecord, Ready, Scored, Unloadable, read_record
 from unift.rewards.usage import Usage, usage_of
 from unift.rewards.worker import Batch, frame
 from unift.types import RewardError
