@@ -106,10 +106,16 @@ class Data:
     fingerprint: str
 
 
+def named(path: str | None) -> str:
+    """The file of rows as messages about them name it; nothing for generated ones."""
+    return "rows handed over" if path == HANDED else path or ""
+
+
 def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
     """Tokenise both splits. DataError for a row that does not fit."""
     limit = config.data.max_prompt
-    train, test = encode_rows(tokenizer, dataset.train, limit), encode_rows(tokenizer, dataset.test, limit)
+    train = encode_rows(tokenizer, dataset.train, limit, named(config.data.train))
+    test = encode_rows(tokenizer, dataset.test, limit, named(config.data.test))
     columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
     rejected = encode_column(tokenizer, dataset.train, columns, limit)
     return Data(Split(dataset.train, train, rejected), Split(dataset.test, test), dataset.fingerprint)
