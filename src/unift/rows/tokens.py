@@ -178,7 +178,8 @@ def _lost(tokenizer: Any, text: str, ids: Sequence[int], offsets: Sequence[tuple
 def encode_rows(
     tokenizer: Any, rows: Sequence[Row], max_tokens: int, source: str = "", instruction: str | None = None
 ) -> list[Encoded]:
-    """``source``: the file, for messages. ``instruction``: text that a second version of every prompt has at its end, or in chat, of its last user message."""
+    """``source``: the file, for messages. ``instruction``: text that a second version of every prompt has at its end, or in
+    chat, of its last user message."""
     check_tokenizer(tokenizer)
     encoded = [encode_row(tokenizer, row, max_tokens, number, source) for number, row in enumerate(rows, start=1)]
     if instruction is None:
