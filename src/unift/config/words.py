@@ -29,7 +29,8 @@ class _Template(string.Formatter):
 
 def filled(text: str, section: Any) -> str:
     """The text with the settings of ``section`` (a model of ``settings``) in their places."""
-    return _Template().vformat(text, (), vars(section))
+    settings: dict[str, Any] = vars(section)
+    return _Template().vformat(text, (), settings)
 
 
 # ---------------------------------------------------------------------------------------------- show
