@@ -220,7 +220,7 @@ def test_kill_during_a_save(whole, tmp_path, monkeypatch):
         real(temporary, final)
 
     with monkeypatch.context() as patch:
-        patch.setattr("unift.files.publish_folder", torn)
+        patch.setattr("unift.training.run.checkpoint.publish_folder", torn)
         with pytest.raises(Killed):
             train(tiny(), tmp_path)
     left = list((tmp_path / "checkpoints").glob(".*.tmp"))
