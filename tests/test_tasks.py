@@ -156,7 +156,10 @@ def test_size_caps():
         "2=2",
         "2;3",
         "007",
-        "+2",
+        "+",
+        "2.5",
+        ".5",
+        "1.2.",
         "2 3",
         "３",
         "²",
@@ -428,11 +431,11 @@ def test_math_survives_hostile_answers(tmp_path, hostile):
     ("completion", "ours", "paper"),
     [
         ("<answer>42</answer>", 1.0, 1.0),
-        ("<answer>$42$.</answer>", 1.0, 1.0),
+        ("<answer>$42$.</answer>", 1.0, 0.1),
         ("<answer>42</answer>\n", 1.0, 0.0),
         ("<answer>41</answer>", 0.1, 0.1),
         ("<answer></answer>", 0.0, 0.1),
-        ("<answer>42.0</answer>", 1.0, 0.1),  # text only under the paper's rule
+        ("<answer>42.0</answer>", 1.0, 0.1),  # text only under the paper's rule for MATH
         (r"\boxed{42}", 0.0, 0.0),
     ],
 )

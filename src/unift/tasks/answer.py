@@ -1,9 +1,15 @@
-"""Where the answer stands in a completion: one rule for all tasks.
+"""Where the answer stands in a completion: one rule for all tasks, chosen by ``reward.answer``.
 
-The rule (``rule="unift"``): only the completion is searched, never the prompt or the hint, so nothing that was shown can
-earn a reward. An answer is the text between ``<answer>`` and the first ``</answer>`` after it. The last such pair
-counts; of nested openings the innermost counts; tags are case-sensitive; text after the pair is ignored. The content
-may span lines and is stripped; an empty one is no answer.
+Only the completion is searched, never the prompt or the hint, so nothing that was shown can earn a reward.
+
+    tags         the text between ``<answer>`` and the first ``</answer>`` after it. The last such pair counts; of nested
+                 openings the innermost counts; tags are case-sensitive; text after the pair is ignored.
+    boxed        the content of the last ``\\boxed{...}`` (or ``\\fbox{...}``) whose braces close
+    hash         the rest of the line after the last ``####`` (the convention of GSM8K)
+    last_number  the last number of the text, with a sign, a fraction or a percent sign where it has one
+    auto         the rule that the rows' own solutions use, see `answer_rule`
+
+The content may span lines (of tags and boxes) and is stripped; an empty one is no answer.
 
 The two rules of the official UFT code (``rule="paper"``, methods.md 1.9) are kept for comparison only. Like ours they
 are applied to the completion alone; the official code also reads the hint, whose text never holds a tag in its data.
@@ -11,12 +17,48 @@ are applied to the completion alone; the official code also reads the hint, whos
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
+from unift.types import ConfigError, Row
+
 OPEN, CLOSE = "<answer>", "</answer>"
+BOXES = ("\\boxed", "\\fbox")
+PLACES = ("tags", "hash", "boxed", "last_number")  # in the order in which `answer_rule` prefers them
+TRIED = 100  # rows that `answer_rule` looks at
+_SPAN = 2_000  # characters of a number's surroundings that are searched at a time
+_NUMBER = re.compile(
+    r"(?<![\w.,])[-+−]?\s?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?(?:[eE][-+]?\d+)?(?:\s?\\?%)?"
+    r"|(?<![\w.,])[-+−]?\.\d+"
+)
 
 
-def extract_answer(completion: str) -> str | None:
-    """The answer in this completion, stripped, or None. Linear in the length of the text."""
-    return _last_pair(completion) or None
+def extract_answer(completion: str, place: str = "tags") -> str | None:
+    """The answer in this completion, stripped, or None. Linear in the length of the text. Raises ConfigError."""
+    if place not in _FINDERS:
+        raise ConfigError(f"reward.answer={place!r} is unknown; expected {', '.join(PLACES)} or auto.")
+    return _FINDERS[place](completion) or None
+
+
+def answer_rule(rows: Sequence[Row], setting: str = "auto") -> str:
+    """The one rule of a run: ``setting`` itself, or for "auto" the rule under which the rows' own solutions are right.
+
+    Of the first TRIED rows that have a solution, the rule that accepts most; on a tie the first of PLACES. "tags"
+    where no row has a solution, where none is accepted, or where the task has no verifier of ours.
+    """
+    if setting != "auto":
+        extract_answer("", setting)  # refuses an unknown word
+        return setting
+    from unift.tasks import get_task, task_names
+
+    known = set(task_names())
+    some = [row for row in rows if row.task in known and row.solution.strip()][:TRIED]
+    accepted = dict.fromkeys(PLACES, 0)
+    for row in some:
+        score = get_task(row.task).score
+        for place in PLACES:
+            accepted[place] += score(row.solution, row, answer=place).right
+    return max(PLACES, key=lambda place: accepted[place])
 
 
 def paper_last_line(text: str) -> str | None:
@@ -29,6 +71,37 @@ def paper_full_text(text: str) -> str | None:
     return _last_match(text)
 
 
+_WRAPPERS = (("**", "**"), ("```", "```"), ("`", "`"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+
+
+def unwrapped(text: str) -> str:
+    """Without the markup that may surround a whole answer: bold, backticks, dollar signs, LaTeX delimiters, one box."""
+    text = text.strip()
+    for _ in range(4):
+        before = text
+        for start, end in (*_WRAPPERS, ("*", "*")):
+            inner = text[len(start) : -len(end)]
+            if text.startswith(start) and text.endswith(end) and len(text) > len(start + end) and start not in inner:
+                text = inner.strip()
+                break
+        inner = text[len("\\boxed{") : -1]
+        if text.startswith("\\boxed{") and text.endswith("}") and balanced(inner):
+            text = inner.strip()
+        if text == before:
+            break
+    return text
+
+
+def balanced(text: str) -> bool:
+    """Whether the braces of a text close one another."""
+    depth = 0
+    for char in text:
+        depth += (char == "{") - (char == "}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
 def _last_pair(text: str) -> str | None:
     """Content of the last opening tag that is ever closed, stripped."""
     last_close = text.rfind(CLOSE)
@@ -37,6 +110,60 @@ def _last_pair(text: str) -> str | None:
         return None
     start += len(OPEN)
     return text[start : text.find(CLOSE, start)].strip()
+
+
+def _last_box(text: str) -> str | None:
+    """Content of the last box that closes. Every box closes at the brace that the scan from its opening finds."""
+    closes: dict[int, int] = {}
+    opened: list[int] = []
+    for i, char in enumerate(text):
+        if char == "{" and not _escaped(text, i):
+            opened.append(i)
+        elif char == "}" and not _escaped(text, i) and opened:
+            closes[opened.pop()] = i
+    end = len(text)
+    while end > 0:
+        start, name = max((text.rfind(name, 0, end), name) for name in BOXES)
+        if start < 0:
+            return None
+        brace = start + len(name)
+        while brace < len(text) and text[brace] == " ":
+            brace += 1
+        if brace in closes:
+            return text[brace + 1 : closes[brace]].strip()
+        end = start
+    return None
+
+
+def _escaped(text: str, i: int) -> bool:
+    """Whether an odd number of backslashes stands before this place (at most 8 are counted: longer runs are noise)."""
+    count = 0
+    while count < 8 and i - count - 1 >= 0 and text[i - count - 1] == "\\":
+        count += 1
+    return count % 2 == 1
+
+
+def _after_hash(text: str) -> str | None:
+    start = text.rfind("####")
+    return None if start < 0 else text[start + 4 :].lstrip("#").split("\n", 1)[0].strip()
+
+
+def _last_number(text: str) -> str | None:
+    """The last number; the text is searched from its end in pieces, so a long one costs no more than its length."""
+    end = len(text)
+    while end > 0:
+        start = max(0, end - _SPAN)
+        while start > 0 and (text[start - 1].isalnum() or text[start - 1] in ".,/%$-+ "):
+            start -= 1
+            if end - start > 2 * _SPAN:
+                break
+        found = None
+        for match in _NUMBER.finditer(text, start, end):
+            found = match.group()
+        if found is not None:
+            return found.strip()
+        end = start
+    return None
 
 
 def _last_match(text: str) -> str | None:
@@ -50,3 +177,6 @@ def _last_match(text: str) -> str | None:
         content = text[start:end].strip()
         start = text.find(OPEN, end + len(CLOSE))
     return content
+
+
+_FINDERS = {"tags": _last_pair, "boxed": _last_box, "hash": _after_hash, "last_number": _last_number}
