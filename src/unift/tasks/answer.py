@@ -23,9 +23,10 @@ from collections.abc import Sequence
 from unift.types import ConfigError, Row
 
 OPEN, CLOSE = "<answer>", "</answer>"
-BOXES = ("\\boxed", "\\fbox")
 PLACES = ("tags", "hash", "boxed", "last_number")  # in the order in which `answer_rule` prefers them
 TRIED = 100  # rows that `answer_rule` looks at
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the sign after it
 _SPAN = 2_000  # characters of a number's surroundings that are searched at a time
 _NUMBER = re.compile(
     r"(?<![\w.,])[-+−]?\s?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?(?:[eE][-+]?\d+)?(?:\s?\\?%)?"
@@ -113,34 +114,17 @@ def _last_pair(text: str) -> str | None:
 
 
 def _last_box(text: str) -> str | None:
-    """Content of the last box that closes. Every box closes at the brace that the scan from its opening finds."""
+    """Content of the last box whose brace closes."""
     closes: dict[int, int] = {}
     opened: list[int] = []
-    for i, char in enumerate(text):
-        if char == "{" and not _escaped(text, i):
-            opened.append(i)
-        elif char == "}" and not _escaped(text, i) and opened:
-            closes[opened.pop()] = i
-    end = len(text)
-    while end > 0:
-        start, name = max((text.rfind(name, 0, end), name) for name in BOXES)
-        if start < 0:
-            return None
-        brace = start + len(name)
-        while brace < len(text) and text[brace] == " ":
-            brace += 1
-        if brace in closes:
-            return text[brace + 1 : closes[brace]].strip()
-        end = start
-    return None
-
-
-def _escaped(text: str, i: int) -> bool:
-    """Whether an odd number of backslashes stands before this place (at most 8 are counted: longer runs are noise)."""
-    count = 0
-    while count < 8 and i - count - 1 >= 0 and text[i - count - 1] == "\\":
-        count += 1
-    return count % 2 == 1
+    for match in _BRACES.finditer(text):
+        sign = match.group()
+        if sign == "{":
+            opened.append(match.start())
+        elif sign == "}" and opened:
+            closes[opened.pop()] = match.start()
+    starts = [match.end() - 1 for match in _BOX.finditer(text) if match.end() - 1 in closes]
+    return text[starts[-1] + 1 : closes[starts[-1]]].strip() if starts else None
 
 
 def _after_hash(text: str) -> str | None:

@@ -55,6 +55,10 @@ def _same(target: Any, answer: Any) -> bool:
         return equal_trees(("div", *target.parts), answer.tree) and not symbols(answer.tree)
     if isinstance(target, (Members, Several)) and isinstance(answer, (Members, Several)):
         return _same_members(target, answer)
+    if isinstance(target, Bracketed) and isinstance(answer, Several):
+        return _same_point(target, answer)
+    if isinstance(target, Several) and isinstance(answer, Bracketed):
+        return _same_point(answer, target)
     if isinstance(target, Matrix) and isinstance(answer, Bracketed) and answer.left == "(" and answer.right == ")":
         flat = [cell for row in target.rows for cell in row]
         return 1 in (len(target.rows), len(target.rows[0])) and _pairwise(flat, answer.items)
@@ -99,6 +103,15 @@ def _same_members(target: Members | Several, answer: Members | Several) -> bool:
     if isinstance(target, Members) or isinstance(answer, Members):
         one, other = _distinct(one), _distinct(other)
     return _matched(one, other)
+
+
+def _same_point(point: Bracketed, values: Several) -> bool:
+    """(3, 4) and "x = 3, y = 4": the names must be in alphabetical order, each once."""
+    names = [item.name for item in values.items if isinstance(item, Named)]
+    ordered = len(names) == len(values.items) and names == sorted(set(names)) and "" not in names
+    return (
+        ordered and (point.left, point.right) == ("(", ")") and _pairwise(point.items, [v.value for v in values.items])
+    )
 
 
 def _distinct(items: Sequence[Any]) -> list[Any]:

@@ -77,9 +77,10 @@ def canonical(row: Row) -> Hashable:
 
 
 def plain(text: str) -> str:
-    """For comparison as text: without markup around it and white space, one spelling of fractions and brackets."""
+    """For comparison as text: without markup around it and white space (but between digits), one spelling of fractions and brackets."""
     text = unwrapped(text.strip().removesuffix("."))
-    text = re.sub(r"\s+|\\left(?![a-z])|\\right(?![a-z])", "", text)
+    text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])", "", text)
+    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)
     return text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
 
 

@@ -10,63 +10,71 @@ from unift.tasks.kinds import Based, Quantity, Ratio, Read, Reading, Time, Unrea
 from unift.tasks.pieces import split, without_introduction
 from unift.tasks.spelling import SCALES, unit_of
 
+MAX_PLACES = 40  # at which words may begin
 _CURRENCY = {"\\$": "$", "$": "$", "\\euro": "€", "\\pound": "£"}
 
 
 def quantity(text: str, again: Read) -> list[Reading]:
     """A formula with a unit, a currency sign, a noun or a scale (3 million) where it has them."""
-    bare, unit = text, ""
-    money = re.match(r"(-?)\s*(\\\$|\$|\\euro|\\pound|USD|US\$)\s*(?=[\d.\\(-])", bare)
-    if money:
-        bare, unit = money[1] + bare[money.end() :], _CURRENCY.get(money[2], "$") + "^1"
-    else:
-        money = re.search(r"(?<=[\d})])\s*(\\\$|\$|\\euro|\\pound)\s*$", bare)
-        if money:
-            bare, unit = bare[: money.start()], _CURRENCY[money[1]] + "^1"
-    if bare.endswith("%"):
-        bare, unit = bare[:-1], "%^1"
-    elif re.search(r"\^\s*\\circ\s*(?:C|F|\\mathrm\{[CF]\})?$", bare):
-        bare, unit = re.sub(r"\^\s*\\circ\s*[CF]?$", "", bare), "deg^1"
-    bare = bare.strip()
+    bare, unit = _without_currency(text)
+    if match := re.search(r"\^\s*\\circ\s*([CF])$", bare):
+        bare, unit = bare[: match.start()], unit or f"{match[1]}^1"
     found: list[Reading] = []
     reason: Exception | None = None
     try:
-        found.append(Quantity(parse_formula(bare), unit))
+        found.append(_measured(bare, unit))
     except FormulaError as error:
         reason = error
-    core, words = _with_words(bare)
-    if words:
-        scale = 1
-        first, _, rest = words.partition(" ")
-        while first.lower() in SCALES:
-            scale *= SCALES[first.lower()]
-            first, _, rest = rest.partition(" ")
-        named = unit_of(f"{first} {rest}".strip())
-        if named is None:
-            if not found:
-                raise Unreadable(f"the words {words[:40]!r} after the formula") from reason
-        else:
-            tree = parse_formula(core)
-            if not symbols(tree):
-                tree = tree if scale == 1 else ("mul", tree, ("num", Fraction(scale), None))
-                named = named.split(" ")[0] if named.startswith(("$", "€", "£")) else named
-                found.append(Quantity(tree, unit or named))
+    for core, scale, named in _with_words(bare):
+        try:
+            measured = _measured(core, unit or named)
+        except FormulaError:
+            continue
+        if not symbols(measured.tree):
+            factor = ("num", Fraction(scale), None)
+            found.append(measured if scale == 1 else Quantity(("mul", measured.tree, factor), measured.unit))
+            break
     if not found and reason is not None:
         raise reason
     return found
 
 
-def _with_words(text: str) -> tuple[str, str]:
-    """A formula and the words (or units) after it, which white space or a bracket separates from it."""
-    match = re.search(
-        r"(?<=[\d)}\]iπ\s])\s+(\(?[A-Za-z%][A-Za-z'\-]*[\sA-Za-z'^{}/\-*\d.,%()]*)$|(?<=\d)((?:[a-z]{2,}|%)(?:\^\{?\d\}?)?)$",
-        text,
-    )
-    if match is None:
-        return text, ""
-    start = match.start()
-    # the first word that is not mathematics begins the words
-    return text[:start].strip(), (match[1] or match[2]).strip()
+def _without_currency(text: str) -> tuple[str, str]:
+    before = re.match(r"(-?)\s*(\\\$|\$|\\euro|\\pound|USD|US\$)\s*(?=[\d.\\(-])", text)
+    if before:
+        return before[1] + text[before.end() :], _CURRENCY.get(before[2], "$") + "^1"
+    after = re.search(r"(?<=[\d})])\s*(\\\$|\$|\\euro|\\pound)\s*$", text)
+    return (text[: after.start()].strip(), _CURRENCY[after[1]] + "^1") if after else (text, "")
+
+
+def _measured(text: str, unit: str) -> Quantity:
+    """A formula with the signs for percent and degrees, which stand at its end. Degrees inside it belong to it."""
+    if text.endswith("%"):
+        return Quantity(parse_formula(text[:-1]), "%^1")
+    tree = parse_formula(text)
+    inner = tree[1] if tree[0] == "neg" else tree
+    if inner[0] == "degree" and unit in ("", "deg^1"):
+        return Quantity(("neg", inner[1]) if tree[0] == "neg" else inner[1], "deg^1")
+    return Quantity(tree, unit)
+
+
+def _with_words(text: str) -> list[tuple[str, int, str]]:
+    """(formula, scale, unit) for each place at which words or units may begin; "" is a noun that is no unit."""
+    attached = re.search(r"(?<=\d)(?:[a-z]{2,})(?:\^\{?\d\}?)?$", text)
+    places = [match.span() for match in re.finditer(r"\s+", text)][:MAX_PLACES]
+    found = []
+    for start, end in [*places, *([(attached.start(), attached.start())] if attached else [])]:
+        scale = 1
+        first, _, rest = text[end:].partition(" ")
+        while first.lower() in SCALES:
+            scale *= SCALES[first.lower()]
+            first, _, rest = rest.partition(" ")
+        words = f"{first} {rest}".strip()
+        named = unit_of(words)
+        if named is not None and start > 0 and (words or scale > 1):
+            money = named.startswith(("$", "€", "£"))  # dollars per day are dollars
+            found.append((text[:start], scale, named.split(" ")[0] if money else named))
+    return found
 
 
 def words(text: str, again: Read) -> list[Reading]:
@@ -75,7 +83,8 @@ def words(text: str, again: Read) -> list[Reading]:
         return []
     plain = re.sub(r"[.,;:!?()\"'\[\]]|\s-\s", " ", text)
     words = without_introduction(" ".join(plain.split())).split(" ")
-    words = words[1:] if len(words) > 1 and words[0].lower() in ("a", "an", "the") else words
+    if len(words) > 1 and len(words[1]) > 1 and words[0].lower() in ("a", "an", "the"):
+        words = words[1:]
     if re.search(r"\d", text) and len(words) < 2:
         return []
     if all(len(word) == 1 for word in words):
@@ -83,9 +92,12 @@ def words(text: str, again: Read) -> list[Reading]:
     return [Words(" ".join(words).casefold())]
 
 
-_COUNTS = {word: n for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-)}  # fmt: skip
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+_COUNTS = {word: n for n, word in enumerate(_SMALL.split())}
+_COUNTS |= {word: 10 * n for n, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), 3)}
 
 
 def count_word(text: str, again: Read) -> list[Reading]:

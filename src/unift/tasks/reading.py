@@ -27,7 +27,7 @@ from unift.tasks.kinds import (
 from unift.tasks.pieces import MAX_ITEMS, NAME, closing, one_formula, split, without_introduction
 from unift.tasks.quantities import based, clock, count_word, quantity, ratio, words
 from unift.tasks.relations import relation
-from unift.tasks.spelling import spelled
+from unift.tasks.spelling import ROW_END, spelled
 
 MAX_TEXT = 1_000  # characters
 MAX_NESTED = 24  # brackets inside one another
@@ -49,7 +49,7 @@ def _read(text: str, depth: int) -> tuple[Reading, ...]:
     """Every reading of a text in one spelling: each kind is tried, and all that apply are kept."""
     if depth > 6:
         raise Unreadable("lists inside lists")
-    text = re.sub(r"(?:[.,;:]|\\\\)+\s*$", "", text.strip()).strip()
+    text = re.sub(rf"[.,;:\s{ROW_END}]+$", "", text.strip()).strip()
     text = text[1:].strip() if text.startswith(("=", ":")) else text
     if not text:
         raise Unreadable("nothing to read")
@@ -62,10 +62,13 @@ def _read(text: str, depth: int) -> tuple[Reading, ...]:
                     found.append(reading)
         except (Unreadable, FormulaError) as error:
             reason = reason or str(error)
+    shorter = without_introduction(text)
+    if shorter != text:
+        try:
+            found += [reading for reading in _read(shorter, depth + 1) if reading not in found]
+        except Unreadable as error:
+            reason = str(error)
     if not found:
-        shorter = without_introduction(text)
-        if shorter != text:
-            return _read(shorter, depth + 1)
         raise Unreadable(reason or f"{text[:60]!r} is neither a formula nor plain words")
     return tuple(found)
 
@@ -134,19 +137,25 @@ def _brackets(text: str, again: Read) -> list[Reading]:
     if braces or left == "{":
         return _in_braces(inner, braces, again)
     pieces = split(inner, r"\s*[,;]\s*")
+    rows = pieces or [inner]
+    if left == "[" and all(row.startswith("[") and closing(row, 0) == len(row) - 1 for row in rows):
+        cells = [split(row[1:-1], r"\s*,\s*") or [row[1:-1]] for row in rows]
+        if len(set(map(len, cells))) == 1 and len(rows) * len(cells[0]) <= MAX_ITEMS:
+            return [Matrix(tuple(tuple(Quantity(parse_formula(cell)) for cell in row) for row in cells))]
     if pieces is None:
         return []
     items = tuple(one(piece, again) for piece in pieces)
-    if left == right == "[" or (left, right) == ("[", "]"):
-        if all(isinstance(item, Bracketed) and item.left == "[" for item in items):
-            return [Matrix(tuple(item.items for item in items))]
-        if len(items) > 2:
-            return [Several(items)]
+    if left == "[" and right == "]" and len(items) > 2:
+        return [Several(items)]
     return [Bracketed(left, items, right)]
 
 
 def _in_braces(inner: str, escaped: bool, again: Read) -> list[Reading]:
-    condition = split(inner, r"\s*(?:\\mid(?![A-Za-z])|\||(?<!:):(?!:))\s*") if escaped else None
+    condition = (
+        split(inner, r"\s*(?:\\mid(?![A-Za-z])|\||(?<!:):(?!:))\s*")
+        if "<" in inner or ">" in inner or "\\" in inner
+        else None
+    )
     if condition is not None and len(condition) == 2 and NAME.fullmatch(condition[0].partition("\\in")[0].strip()):
         return list(again(condition[1]))
     pieces = split(inner, r"\s*[,;]\s*")
@@ -179,7 +188,7 @@ def _matrix(text: str, again: Read) -> list[Reading]:
         raise Unreadable("a matrix inside a matrix")
     body = re.sub(r"^\s*\{[lcr|\s]*\}", "", match[3]) if match[2] == "array" else match[3]
     scale = match[1].strip().removesuffix("(").removesuffix("[").strip()
-    rows = [row.split("&") for row in re.split(r"\\\\|\\cr(?![A-Za-z])", body) if row.replace(";;", " ").strip()]
+    rows = [row.split("&") for row in re.split(rf"{ROW_END}|\\cr(?![A-Za-z])", body) if row.replace(";;", " ").strip()]
     if not rows or sum(map(len, rows)) > MAX_ITEMS or len(set(map(len, rows))) != 1:
         raise Unreadable("a matrix whose rows do not fit")
     factor = None if not scale else ("num", Fraction(-1), None) if scale == "-" else parse_formula(scale.rstrip("*"))

@@ -54,12 +54,13 @@ def _equality(sides: list[str], again: Read) -> list[Reading]:
         values = _consistent(trees[1:])
         found: list[Reading] = []
         for reading in again(last):
-            own = isinstance(reading, Quantity) and trees[0] is not None and symbols(trees[0]) & symbols(reading.tree)
+            own = isinstance(reading, Quantity) and name.partition("(")[0] in symbols(reading.tree)
             if own and len(sides) == 2 and trees[0] is not None:
                 found.append(Relation("=", _difference(trees[0], reading.tree)))
             elif values:
                 side = reading.tree if isinstance(reading, Quantity) else None
-                equation = _difference(trees[0], side) if trees[0] is not None and side is not None else None
+                variable = trees[0] if trees[0] is not None and trees[0][0] == "sym" else None
+                equation = _difference(variable, side) if variable is not None and side is not None else None
                 found.append(Named(name, reading, equation))
         if not found:
             raise Unreadable("an equation whose sides differ")

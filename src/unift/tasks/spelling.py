@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from unift.tasks.tokens import CONSTANTS, FUNCTIONS, GREEK
+
 _SIGNS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∗": "*", "÷": "/",
     "∕": "/", "⁄": "/", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∞": "\\infty ", "π": "\\pi ", "±": "\\pm ", "≤": "\\le ",
@@ -65,6 +67,7 @@ _NAMES = (
     (re.compile(r"\\(?:dollar|textdollar)\b"), r"\\$"), (re.compile(r"\\mp(?![A-Za-z])"), r"\\pm "),
     (re.compile(r"\\#|\\&"), " "), (re.compile(r"\\nobreakspace"), " "),
 )  # fmt: skip
+ROW_END = "\x03"  # of a matrix, written \\\\ in LaTeX
 _LETTER_UNITS = {
     "m": "meters", "g": "grams", "s": "seconds", "h": "hours", "L": "liters", "l": "liters", "N": "newtons",
     "J": "joules", "W": "watts", "V": "volts", "A": "amperes", "K": "kelvin", "C": "celsius", "F": "fahrenheit",
@@ -79,6 +82,8 @@ def spelled(text: str) -> str:
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z{},!;%$])", r"\\", text)  # escaped twice
         text = re.sub(r"(?<=[\w})\]])\s*\n\s*(?=[\w\\({\[-])", " \n ", text.strip())
+    else:
+        text = re.sub(r"\\\\(?:\[[^\]]*\])?", ROW_END, text)
     text = _ROMAN.sub(_roman, _WORDS.sub(_worded, text))
     text = re.sub(r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"{\1}", text)
     text = re.sub(r"(\d),?\\[,!](?:\\!)?\s*(?=\d{3}(?!\d))", r"\1", text)  # thousands: 7\,000  18,\!107  111, \! 111
@@ -164,6 +169,7 @@ CHANGING = set(
     "equals equal would could should might may can cannot isn't aren't".split()
 )
 MAX_WORDS = 6
+_MATHEMATICS = FUNCTIONS | GREEK | set(CONSTANTS)
 
 
 def unit_of(words: str) -> str | None:
@@ -184,7 +190,11 @@ def unit_of(words: str) -> str | None:
         re.fullmatch(r"[a-z]+", word) and len(word) > 1 or word == "a" for word in plain
     ):
         return None
-    if any(word in CHANGING or word in SCALES for word in plain) or len(plain[0]) < 3 and plain[0] not in ("of", "in"):
+    if (
+        any(word in CHANGING or word in SCALES or word in _MATHEMATICS for word in plain)
+        or len(plain[0]) < 3
+        and plain[0] not in ("of", "in")
+    ):
         return None
     if not any(re.search("[aeiou]" if len(word) < 4 else "[aeiouy]", word) for word in plain):
         return None
@@ -196,7 +206,10 @@ def _compound(words: str) -> str | None:
     """Units with powers and quotients, or None: m/s^2, "miles per hour", "cubic feet", erg s^{-1}."""
     text = re.sub(r"\b(?:per|a|an|each)\b(?=\s)", "/", words)
     text = (
-        re.sub(r"\^\s*\{\s*(-?\d)\s*\}", r"^\1", text).replace("\\cdot", " ").replace("*", " ").replace("\\times", " ")
+        re.sub(r"\s*\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", text)
+        .replace("\\cdot", " ")
+        .replace("*", " ")
+        .replace("\\times", " ")
     )
     text = re.sub(r"\b([A-Za-z]+)\s+(squared|cubed)\b", lambda m: f"{m[1]}^{2 if m[2] == 'squared' else 3}", text)
     text = re.sub(r"\b(square|sq\.?|cubic|cu\.?)\s+([A-Za-z]+)", lambda m: f"{m[2]}^{2 if m[1][0] == 's' else 3}", text)

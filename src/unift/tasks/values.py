@@ -18,7 +18,7 @@ from mpmath import MPContext
 from unift.tasks.formula import FormulaError, Tree, functions, symbols
 
 DIGITS, AGREE = 100, 60  # digits of a number, and how many of them must agree
-POINTS = 4  # at the last two of them variables may be negative
+POINTS = 4  # all variables are negative at the last but one, some at the last
 MAX_BITS = 24_000  # of an exact numerator or denominator: 2006! fits
 MAX_WORK = 4_000  # units per comparison; one is about 10 microseconds
 MAX_FACTORIAL = 2_500
@@ -125,13 +125,18 @@ def _vanishes(tree: Tree, point: int, base: int | None, work: Work) -> bool:
 
 
 def rounds_to(value: Value, decimal: Fraction, places: int) -> bool:
-    """Whether a decimal with so many places is this value up to its last digit, and the value needs more of them."""
+    """Whether a decimal with so many places is this value, rounded or cut off, and the value needs more of them."""
     if isinstance(value, _MP.mpc) or places < 0:
         return False
     unit = Fraction(1, 10**places)
-    if isinstance(value, Fraction):
-        return (value / unit).denominator != 1 and abs(value - decimal) < unit
-    return bool(abs(value - _number(decimal)) < _number(unit))
+    if isinstance(value, Fraction) and (value / unit).denominator == 1:
+        return False
+    if not isinstance(value, Fraction):
+        decimal, unit = _number(decimal), _number(unit)
+        value, decimal = (-value, -decimal) if value < 0 else (value, decimal)
+    elif value < 0:
+        value, decimal = -value, -decimal
+    return bool(abs(value - decimal) <= unit / 2 or 0 <= value - decimal < unit)
 
 
 def _number(value: Value) -> Any:
@@ -145,11 +150,11 @@ def _divide(one: Value, other: Value) -> Value:
 
 
 def _setting(name: str, point: int) -> Fraction:
-    """What a variable is at a point: between 0.2 and 5, at the last two points of either sign."""
+    """What a variable is at a point: between 0.2 and 5, negative at the last but one point, of either sign at the last."""
     digest = hashlib.blake2b(f"{name}|{point}".encode(), digest_size=8).digest()
     above, below = 20 + int.from_bytes(digest[:3], "little") % 480_007 / 1000, 101 + digest[3] % 7
     value = Fraction(int(above * 1000), below * 1000)
-    return -value if point >= POINTS - 2 and digest[4] % 2 else value
+    return -value if point == POINTS - 2 or (point == POINTS - 1 and digest[4] % 2) else value
 
 
 class _Evaluation:

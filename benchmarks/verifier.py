@@ -1,0 +1,131 @@
+"""The verifier of mathematics beside math-verify: wrong verdicts on natural spellings, and time on fuzzed completions.
+
+    PYTHONPATH=src python benchmarks/verifier.py [--data ../shared/data/math/rows.parquet] [--fuzz 10000] [--show]
+
+CPU only, one process. Needs math-verify, which unift itself does not use. Targets: the MATH rows where the file is
+there, and the hand-written lists of tests/spellings.py for the other benchmarks. Spellings and near misses come from
+that file's generator. math-verify gets target and answer between dollar signs, and the answer as it is where it brings
+its own; its wall-clock limit is its default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from spellings import TARGETS, right, wrong
+
+from unift.tasks import get_task
+from unift.types import Row
+
+PIECES = [
+    "<answer>", "</answer>", "\\frac{", "\\sqrt{", "\\sqrt[3]{", "}", "{", "(", ")", "[", "]", "^", "^{", "_", "10", "9", "2006!", "1/3", "x", "n",
+    "\\pi", "e", "i", "\\infty", "+", "-", "*", "/", "=", "<", "\\le", ",", " and ", " or ", "\\cup", "\\pm", "\\begin{pmatrix}", "\\end{pmatrix}",
+    "&", "\\\\", "\\text{ cm}", "$", "\\boxed{", "%", "^\\circ", "\\sin", "\\log_", "!", "\\binom{", ":", "\\ldots", " ", "people", "**", "|", "1e999",
+    "1,000", ".", "\\left(", "\\right)", "\\lfloor", "\\rfloor", "\\overline{", "∞", "½", "\n", "9^9^9", "10^{10^{10}}", "99999!", "\\{", "\\}", "((((",
+]  # fmt: skip
+
+
+def mathverify(target: str, answer: str) -> bool:
+    from math_verify import parse, verify
+
+    gold = parse(target if "$" in target else f"${target}$")
+    try:
+        return bool(verify(gold, parse(answer if "$" in answer or "boxed" in answer else f"${answer}$")))
+    except Exception:
+        return False
+
+
+def ours(target: str, answer: str) -> bool:
+    row = Row("r", "p", (), "", target, "math", {})
+    return get_task("math").score(f"</think>\n<answer> {answer} </answer>", row).right
+
+
+def targets(path: Path) -> dict[str, list[str]]:
+    found = dict(TARGETS)
+    if path.is_file():
+        from unift.data import read_rows
+
+        rows = read_rows(str(path))
+        found = {"MATH": sorted({str(row.answer["target"]) for row in rows})} | found
+    return found
+
+
+def rates(judge, lists, show):
+    """Printed: of each list, the share of right spellings refused and of wrong ones paid."""
+    total = [0, 0, 0, 0]
+    for name, wanted in lists.items():
+        counts = [0, 0, 0, 0]
+        for target in wanted:
+            for expected, texts in ((True, right(target)), (False, wrong(target))):
+                for text in texts:
+                    got = judge(target, text)
+                    at = 0 if expected else 2
+                    counts[at] += got != expected
+                    counts[at + 1] += 1
+                    if show and got != expected:
+                        print(f"    {'refused' if expected else 'PAID'}  target {target!r}  answer {text!r}")
+        print(f"  {name:9} refused {counts[0]:5} of {counts[1]:6} right ({100 * counts[0] / max(1, counts[1]):5.2f} %)"
+              f"   paid {counts[2]:5} of {counts[3]:6} wrong ({100 * counts[2] / max(1, counts[3]):5.2f} %)")  # fmt: skip
+        total = [a + b for a, b in zip(total, counts)]
+    print(
+        f"  all       refused {100 * total[0] / total[1]:.2f} % of {total[1]}   paid {100 * total[2] / total[3]:.2f} % of {total[3]}"
+    )
+
+
+def fuzz(count: int, lists) -> None:
+    """Times of `score` on completions made of the pieces above or of mutated targets; CPU seconds of this process."""
+    rng = random.Random(0)
+    pool = [target for wanted in lists.values() for target in wanted]
+    times = []
+    for k in range(count):
+        if k % 3 == 0:
+            text = "".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 200)))
+        elif k % 3 == 1:
+            piece = "".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 4)))
+            text = piece * rng.randrange(1, 1 + 1200 // len(piece))
+        else:
+            text = rng.choice(right(rng.choice(pool)))
+            for _ in range(rng.randrange(1, 6)):
+                at = rng.randrange(len(text) + 1)
+                text = text[:at] + rng.choice(PIECES) + text[at + rng.randrange(2) :]
+        target = rng.choice(pool)
+        row = Row("r", "p", (), "", target, "math", {})
+        begin = time.process_time()
+        get_task("math").score(f"<answer>{text}</answer>", row)
+        times.append((time.process_time() - begin, text))
+    times.sort()
+    at = lambda share: 1e3 * times[min(len(times) - 1, int(share * len(times)))][0]  # noqa: E731
+    print(
+        f"time of {count} fuzzed completions, ms of CPU: median {at(0.5):.3f}, 99 % {at(0.99):.2f}, 99.9 % {at(0.999):.2f}, worst {at(1):.2f}"
+    )
+    print(f"  the worst: {times[-1][1][:160]!r}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared/data/math/rows.parquet")
+    parser.add_argument("--fuzz", type=int, default=10_000)
+    parser.add_argument("--show", action="store_true", help="every wrong verdict of unift")
+    parser.add_argument("--only", choices=["unift", "math-verify", "fuzz"])
+    args = parser.parse_args()
+    lists = targets(args.data)
+    if args.only in (None, "unift"):
+        print("unift")
+        rates(ours, lists, args.show)
+    if args.only in (None, "math-verify"):
+        logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+        print("math-verify")
+        rates(mathverify, lists, False)
+    if args.only in (None, "fuzz"):
+        fuzz(args.fuzz, lists)
+
+
+if __name__ == "__main__":
+    main()
