@@ -97,6 +97,7 @@ class Scorer:
         rule: str = "unift",
         window: int = 200,
         memory_mb: int | None = None,
+        answer: str = "tags",
     ) -> None:
         if workers < 1 or timeout <= 0 or window < 1:
             raise RewardError(
@@ -108,7 +109,7 @@ class Scorer:
         self.spec, self.workers, self.timeout, self.error_rate = spec, workers, timeout, error_rate
         self.start_seconds = START_SECONDS
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
-        self._setup = Setup(spec, format_score, rule, memory_mb)
+        self._setup = Setup(spec, format_score, rule, memory_mb, answer)
         self._window: deque[ScoreError | None] = deque(maxlen=window)
         self._pool: ProcessPool | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None

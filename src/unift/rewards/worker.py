@@ -31,6 +31,7 @@ class Setup:
     format_score: float
     rule: str
     memory_mb: int | None
+    answer: str = "tags"
 
 
 # ------------------------------------------------------------------------------------------------- starting the workers
@@ -112,7 +113,9 @@ def work(setup: Setup, payload: bytes, journal: str) -> None:
         write("pid", os.getpid())
         try:
             if setup not in _LOADED:
-                _LOADED[setup] = load_reward(setup.spec, format_score=setup.format_score, rule=setup.rule)
+                _LOADED[setup] = load_reward(
+                    setup.spec, format_score=setup.format_score, rule=setup.rule, answer=setup.answer
+                )
                 if setup.memory_mb is not None:
                     _limit_memory(setup.memory_mb)
             items: list[Item] = pickle.loads(payload)
