@@ -25,10 +25,12 @@ from unift.tasks import get_task
 from unift.types import Row
 
 PIECES = [
-    "<answer>", "</answer>", "\\frac{", "\\sqrt{", "\\sqrt[3]{", "}", "{", "(", ")", "[", "]", "^", "^{", "_", "10", "9", "2006!", "1/3", "x", "n",
-    "\\pi", "e", "i", "\\infty", "+", "-", "*", "/", "=", "<", "\\le", ",", " and ", " or ", "\\cup", "\\pm", "\\begin{pmatrix}", "\\end{pmatrix}",
-    "&", "\\\\", "\\text{ cm}", "$", "\\boxed{", "%", "^\\circ", "\\sin", "\\log_", "!", "\\binom{", ":", "\\ldots", " ", "people", "**", "|", "1e999",
-    "1,000", ".", "\\left(", "\\right)", "\\lfloor", "\\rfloor", "\\overline{", "∞", "½", "\n", "9^9^9", "10^{10^{10}}", "99999!", "\\{", "\\}", "((((",
+    "<answer>", "</answer>", "\\frac{", "\\sqrt{", "\\sqrt[3]{", "}", "{", "(", ")", "[", "]", "^", "^{", "_", "10",
+    "9", "2006!", "1/3", "x", "n", "\\pi", "e", "i", "\\infty", "+", "-", "*", "/", "=", "<", "\\le", ",", " and ",
+    " or ", "\\cup", "\\pm", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "\\text{ cm}", "$", "\\boxed{", "%",
+    "^\\circ", "\\sin", "\\log_", "!", "\\binom{", ":", "\\ldots", " ", "people", "**", "|", "1e999", "1,000", ".",
+    "\\left(", "\\right)", "\\lfloor", "\\rfloor", "\\overline{", "∞", "½", "\n", "9^9^9", "10^{10^{10}}", "99999!",
+    "\\{", "\\}", "((((",
 ]  # fmt: skip
 
 
@@ -71,12 +73,15 @@ def rates(judge, lists, show):
                     counts[at + 1] += 1
                     if show and got != expected:
                         print(f"    {'refused' if expected else 'PAID'}  target {target!r}  answer {text!r}")
-        print(f"  {name:9} refused {counts[0]:5} of {counts[1]:6} right ({100 * counts[0] / max(1, counts[1]):5.2f} %)"
-              f"   paid {counts[2]:5} of {counts[3]:6} wrong ({100 * counts[2] / max(1, counts[3]):5.2f} %)")  # fmt: skip
+        print(f"  {name:9} {summary(counts)}", flush=True)
         total = [a + b for a, b in zip(total, counts)]
-    print(
-        f"  all       refused {100 * total[0] / total[1]:.2f} % of {total[1]}   paid {100 * total[2] / total[3]:.2f} % of {total[3]}"
-    )
+    print(f"  {'all':9} {summary(total)}")
+
+
+def summary(counts: list[int]) -> str:
+    refused, right_, paid, wrong_ = counts
+    shares = 100 * refused / max(1, right_), 100 * paid / max(1, wrong_)
+    return f"refused {refused:5} of {right_:6} right ({shares[0]:5.2f} %)   paid {paid:5} of {wrong_:6} wrong ({shares[1]:5.2f} %)"
 
 
 def fuzz(count: int, lists) -> None:
@@ -101,10 +106,9 @@ def fuzz(count: int, lists) -> None:
         get_task("math").score(f"<answer>{text}</answer>", row)
         times.append((time.process_time() - begin, text))
     times.sort()
-    at = lambda share: 1e3 * times[min(len(times) - 1, int(share * len(times)))][0]  # noqa: E731
-    print(
-        f"time of {count} fuzzed completions, ms of CPU: median {at(0.5):.3f}, 99 % {at(0.99):.2f}, 99.9 % {at(0.999):.2f}, worst {at(1):.2f}"
-    )
+    quantiles = {"median": 0.5, "99 %": 0.99, "99.9 %": 0.999, "worst": 1.0}
+    shown = [f"{name} {1e3 * times[min(count - 1, int(q * count))][0]:.2f}" for name, q in quantiles.items()]
+    print(f"time of {count} fuzzed completions, ms of CPU: {', '.join(shown)}")
     print(f"  the worst: {times[-1][1][:160]!r}")
 
 

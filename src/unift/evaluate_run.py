@@ -6,6 +6,7 @@ from unift import dataset, evaluate, processes
 from unift import policy as policies
 from unift.config import Config, longest
 from unift.rewards import Scorer
+from unift.tasks import answer_rule
 from unift.types import ConfigError
 
 
@@ -29,7 +30,8 @@ def _evaluate(config: Config, split: str, samples: int) -> str:
         [config.sample.max_tokens, *(p.sample.max_tokens for p in config.phases)]
     )
     limits = {"workers": r.workers, "timeout": r.timeout, "error_rate": r.error_rate, "memory_mb": r.memory_mb}
-    with Scorer(r.function, rule=r.rule, **limits) as scorer:
+    answer = answer_rule(data.train, r.answer, r.rule)
+    with Scorer(r.function, rule=r.rule, answer=answer, **limits) as scorer:
         policy = policies.load(config.model, tokenizer, longest(config))
         a = evaluate.greedy(policy, scorer, rows, encoded, max_tokens)
         lines = [

@@ -42,6 +42,7 @@ from unift.policy import Policy
 from unift.reference import Reference
 from unift.rewards import Scorer, count_outcomes
 from unift.run import check_trackers, claim, open_run, trackers, write_result
+from unift.tasks import answer_rule, check_format
 from unift.types import ConfigError, Group, Row, UniftError
 
 T = TypeVar("T")
@@ -69,6 +70,8 @@ def _train(config: Config, folder: Path, report: Report) -> dict[str, Any]:
         if finished is not None:
             return finished
         reward = config.reward
+        answer = answer_rule(data.train, reward.answer, reward.rule)
+        check_format(data.train, reward.function, reward.rule, answer)
         with (
             Scorer(
                 reward.function,
@@ -77,6 +80,7 @@ def _train(config: Config, folder: Path, report: Report) -> dict[str, Any]:
                 error_rate=reward.error_rate,
                 format_score=reward.format_score,
                 rule=reward.rule,
+                answer=answer,
                 memory_mb=reward.memory_mb,
             ) as scorer,
             trackers(config, folder) as track,

@@ -25,6 +25,7 @@ from unift.data import read_rows
 from unift.encode import Encoded, encode_rows
 from unift.policy import Policy
 from unift.rewards import Scorer
+from unift.tasks import answer_rule
 from unift.types import ConfigError, Row, UniftError
 
 MAX_TARGETS = 2000  # training targets whose likelihood under the base is measured
@@ -96,7 +97,8 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
     length = max_tokens or config.eval.max_tokens or max(s.sample.max_tokens for _, _, s in configuration.plan(config))
     r = config.reward
     limits = {"workers": r.workers, "timeout": r.timeout, "error_rate": r.error_rate, "memory_mb": r.memory_mb}
-    with Scorer("auto", rule=r.rule, **limits) as scorer:
+    answer = answer_rule(data.train, r.answer, r.rule)
+    with Scorer("auto", rule=r.rule, answer=answer, **limits) as scorer:
         after_model = config.model.model_copy(update={"path": str(folder / "model"), "gguf": None, "lora": None})
         before, nll = _one_model(config.model, tokenizer, scorer, sets, encoded, length, config, targets)
         after, _ = _one_model(after_model, tokenizer, scorer, sets, encoded, length, config, [])

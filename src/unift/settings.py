@@ -280,6 +280,9 @@ class Reward(Section):
     )
     format_score: float = Field(default=0.0, lt=1, description="for a parsable wrong answer")
     rule: Literal["unift", "paper"] = "unift"
+    answer: Literal["auto", "tags", "boxed", "hash", "last_number"] = Field(
+        default="auto", description="where the answer stands; auto: where the training rows' own solutions have it"
+    )
     workers: int = Field(default=1, ge=1)
     timeout: float = Field(default=5.0, gt=0, description="seconds for one completion")
     error_rate: float = Field(default=0.1, ge=0, le=1, description="of failed scores above which the run stops")

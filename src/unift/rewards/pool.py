@@ -83,7 +83,7 @@ class Scorer:
     spec: what `load_reward` takes. workers: processes. timeout: seconds of wall clock for one completion.
     error_rate: above this share of failed scores among the last ``window`` the run stops with a RewardError (while
     fewer were scored, the missing ones count as good). memory_mb: address space, in MiB, that a worker may take on top
-    of what it holds once the reward is loaded; None = no limit. format_score, rule: for rewards that name them.
+    of what it holds once the reward is loaded; None = no limit. format_score, rule, answer: for rewards that name them.
     """
 
     def __init__(

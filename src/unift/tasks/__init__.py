@@ -13,9 +13,10 @@ from typing import Any
 
 from unift.tasks.answer import extract_answer
 from unift.tasks.base import Task, nearest
+from unift.tasks.format import answer_rule, check_format
 from unift.types import ConfigError, DataError, Row
 
-__all__ = ["Task", "extract_answer", "get_task", "make_rows", "split_of", "task_names"]
+__all__ = ["Task", "answer_rule", "check_format", "extract_answer", "get_task", "make_rows", "split_of", "task_names"]
 
 _MODULES = {
     "countdown": "unift.tasks.countdown",

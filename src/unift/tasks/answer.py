@@ -7,7 +7,7 @@ Only the completion is searched, never the prompt or the hint, so nothing that w
     boxed        the content of the last ``\\boxed{...}`` (or ``\\fbox{...}``) whose braces close
     hash         the rest of the line after the last ``####`` (the convention of GSM8K)
     last_number  the last number of the text, with a sign, a fraction or a percent sign where it has one
-    auto         the rule that the rows' own solutions use, see `answer_rule`
+    auto         the rule that the rows' own solutions use, see `tasks.format`
 
 The content may span lines (of tags and boxes) and is stripped; an empty one is no answer.
 
@@ -18,13 +18,11 @@ are applied to the completion alone; the official code also reads the hint, whos
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
-from unift.types import ConfigError, Row
+from unift.types import ConfigError
 
 OPEN, CLOSE = "<answer>", "</answer>"
-PLACES = ("tags", "hash", "boxed", "last_number")  # in the order in which `answer_rule` prefers them
-TRIED = 100  # rows that `answer_rule` looks at
+PLACES = ("tags", "hash", "boxed", "last_number")  # in the order in which "auto" prefers them
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the sign after it
 _SPAN = 2_000  # characters of a number's surroundings that are searched at a time
@@ -39,27 +37,6 @@ def extract_answer(completion: str, place: str = "tags") -> str | None:
     if place not in _FINDERS:
         raise ConfigError(f"reward.answer={place!r} is unknown; expected {', '.join(PLACES)} or auto.")
     return _FINDERS[place](completion) or None
-
-
-def answer_rule(rows: Sequence[Row], setting: str = "auto") -> str:
-    """The one rule of a run: ``setting`` itself, or for "auto" the rule under which the rows' own solutions are right.
-
-    Of the first TRIED rows that have a solution, the rule that accepts most; on a tie the first of PLACES. "tags"
-    where no row has a solution, where none is accepted, or where the task has no verifier of ours.
-    """
-    if setting != "auto":
-        extract_answer("", setting)  # refuses an unknown word
-        return setting
-    from unift.tasks import get_task, task_names
-
-    known = set(task_names())
-    some = [row for row in rows if row.task in known and row.solution.strip()][:TRIED]
-    accepted = dict.fromkeys(PLACES, 0)
-    for row in some:
-        score = get_task(row.task).score
-        for place in PLACES:
-            accepted[place] += score(row.solution, row, answer=place).right
-    return max(PLACES, key=lambda place: accepted[place])
 
 
 def paper_last_line(text: str) -> str | None:

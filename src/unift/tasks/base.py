@@ -74,7 +74,7 @@ def check_rule(rule: str, answer: str = "tags") -> None:
 
 def place_of(row: Row, answer: str) -> str:
     """The rule that ``answer`` names; "auto" is the one of this row's own solution (a run decides once for all rows)."""
-    from unift.tasks.answer import answer_rule
+    from unift.tasks.format import answer_rule
 
     return answer_rule([row]) if answer == "auto" else answer
 

@@ -77,7 +77,7 @@ def canonical(row: Row) -> Hashable:
 
 
 def plain(text: str) -> str:
-    """For comparison as text: without markup around it and white space (but between digits), one spelling of fractions and brackets."""
+    r"""For comparison as text: no markup around it, white space between digits alone, one way to write \frac and brackets."""
     text = unwrapped(text.strip().removesuffix("."))
     text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])", "", text)
     text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)
