@@ -62,6 +62,10 @@ def _same(target: Any, answer: Any) -> bool:
     if isinstance(target, Matrix) and isinstance(answer, Bracketed) and answer.left == "(" and answer.right == ")":
         flat = [cell for row in target.rows for cell in row]
         return 1 in (len(target.rows), len(target.rows[0])) and _pairwise(flat, answer.items)
+    if isinstance(target, Words) and isinstance(answer, Quantity):  # a letter that is a choice, and as a formula
+        return answer.tree == ("sym", target.text) and not answer.unit
+    if isinstance(answer, Words) and isinstance(target, Quantity):
+        return _same(answer, target)
     if type(target) is not type(answer):
         return False
     if isinstance(target, Quantity):
@@ -101,6 +105,8 @@ def _same_members(target: Members | Several, answer: Members | Several) -> bool:
     if (len(names[0]) > 1) != (len(names[1]) > 1):  # x = 1, y = 2 against 1, 2: the order says which is which
         return isinstance(target, Several) and isinstance(answer, Several) and _pairwise(one, other)
     if isinstance(target, Members) or isinstance(answer, Members):
+        if len(other) > 2 * len(one) + 2 or len(one) > 2 * len(other) + 2:  # members may repeat, but not without end
+            return False
         one, other = _distinct(one), _distinct(other)
     return _matched(one, other)
 

@@ -16,6 +16,7 @@ from unift.tasks.tokens import CONSTANTS, FUNCTIONS, MAX_DIGITS, SAME, FormulaEr
 MAX_DEPTH = 24  # brackets, fractions, roots and exponents inside one another
 TIMES, DIVIDE = {"*", "\\times", "\\cdot", "\\ast"}, {"/", "\\div"}
 OPENERS = {"(": ")", "[": "]", "{": "}"}
+ACCENTS = {"\\hat", "\\vec", "\\bar", "\\tilde", "\\dot", "\\ddot"}
 UNKNOWN = {"f", "g", "h"}  # a letter that, before a bracket, is a function and not a factor
 
 
@@ -147,7 +148,7 @@ class _Reader:
         if kind == "num":
             raise FormulaError(f"the number {word[:20]!r} follows another term without a sign")
         return kind == "name" or word in (
-            "(", "[", "{", "\\frac", "\\sqrt", "\\binom", "\\lfloor", "\\lceil", "\\lvert"
+            "(", "[", "{", "\\frac", "\\sqrt", "\\binom", "\\lfloor", "\\lceil", "\\lvert", *ACCENTS
         )  # fmt: skip
 
     def power(self) -> Tree:
@@ -228,10 +229,24 @@ class _Reader:
             tree = ("div", above, self.argument())
             self.depth -= 1
             return tree
+        if word in ACCENTS:
+            return self.accented(word)
         if word == "\\binom":
             above = self.argument()
             return ("fn", "binom", above, self.argument())
         raise FormulaError(f"unexpected {word[:20]!r}")
+
+    def accented(self, accent: str) -> Tree:
+        """\\hat{x}, \\vec F: a variable of its own."""
+        braces = self.accept("{")
+        kind, word, _ = self.take()
+        if kind != "name" or word in FUNCTIONS:
+            raise FormulaError(f"{accent} over something that is no letter")
+        if braces:
+            self.expect("}")
+        self.tokens[self.at - 1] = ("name", f"{accent[1:]} {word}", False)
+        self.at -= 1
+        return self.named(self.take()[1])
 
     def mixed(self, word: str) -> Tree:
         """A number, with what may follow it: a repeating decimal, or the fraction of a mixed number."""

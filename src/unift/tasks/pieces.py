@@ -7,6 +7,7 @@ import re
 from unift.tasks.kinds import Unreadable
 
 MAX_ITEMS = 64  # of a list, a set or a matrix
+SEPARATOR = r"\s*(?:,|;;|;)\s*(?:(?:and|or|&)\b)?\s*|\s+(?:and|or)\s+|\s+&\s+|\s*\\(?:text\{or\}|text\{and\})\s*"
 NAME = re.compile(r"\\?[A-Za-z]+(?:_(?:\w|\{[\w\s,]{1,12}\}))?'*(?:\s*\(\s*\\?[A-Za-z]+(?:\s*,\s*\\?[A-Za-z]+)*\s*\))?")
 
 

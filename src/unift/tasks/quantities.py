@@ -85,7 +85,7 @@ def words(text: str, again: Read) -> list[Reading]:
     words = without_introduction(" ".join(plain.split())).split(" ")
     if len(words) > 1 and len(words[1]) > 1 and words[0].lower() in ("a", "an", "the"):
         words = words[1:]
-    if re.search(r"\d", text) and len(words) < 2:
+    if re.search(r"\d", text) and not any(re.fullmatch(r"[^\W\d_]{2,}", word) for word in words):
         return []
     if all(len(word) == 1 for word in words):
         return [Words(" ".join(words))] if len(words) == 1 else []

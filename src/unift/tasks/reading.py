@@ -22,9 +22,10 @@ from unift.tasks.kinds import (
     Several,
     Union,
     Unreadable,
+    Words,
     one,
 )
-from unift.tasks.pieces import MAX_ITEMS, NAME, closing, one_formula, split, without_introduction
+from unift.tasks.pieces import MAX_ITEMS, NAME, SEPARATOR, closing, one_formula, split, without_introduction
 from unift.tasks.quantities import based, clock, count_word, quantity, ratio, words
 from unift.tasks.relations import relation
 from unift.tasks.spelling import ROW_END, spelled
@@ -39,10 +40,33 @@ def read(text: str) -> tuple[Reading, ...]:
         raise Unreadable(f"{len(text)} characters, at most {MAX_TEXT} are read")
     if nested(text) > MAX_NESTED:
         raise Unreadable(f"nested deeper than {MAX_NESTED}")
+    if re.fullmatch(r"\$?\\(?:text|textbf|textrm|mbox)\s*\{[^{}\d]*\}\$?\.?", text.strip()):
+        return tuple(_words_only(one_formula(spelled(text))))
     text = one_formula(spelled(text))
     if "\\ldots" in text:
         raise Unreadable("an ellipsis, which does not say what it stands for")
+    if re.search(
+        r"\\frac\s*\{\s*(?:d|\\partial)(?![A-Za-z]{2})[^{}]*(?:\{[^{}]*\}[^{}]*)*\}\s*\{\s*(?:d|\\partial)(?![A-Za-z]{2})\s*\\?[A-Za-z]",
+        text,
+    ):
+        raise Unreadable("a derivative")
     return _read(text, 0)
+
+
+def _words_only(text: str) -> list[Reading]:
+    """Readings of text that is set as words: no letters side by side are a product there."""
+    pieces = split(text, SEPARATOR)
+    found: list[Reading] = words(text, _read_words)
+    if pieces is not None and all(pieces):
+        found.append(Several(tuple(one(piece, _read_words) for piece in pieces)))
+    return found or list(_read(text, 0))
+
+
+def _read_words(text: str) -> tuple[Reading, ...]:
+    found = words(text, _read_words)
+    if not found:
+        raise Unreadable(f"{text[:60]!r} is no word")
+    return tuple(found)
 
 
 def _read(text: str, depth: int) -> tuple[Reading, ...]:
@@ -89,11 +113,8 @@ def _thousands(text: str, again: Read) -> list[Reading]:
     return list(again(joined))
 
 
-_SEPARATOR = r"\s*(?:,|;;|;)\s*(?:(?:and|or|&)\b)?\s*|\s+(?:and|or)\s+|\s+&\s+|\s*\\(?:text\{or\}|text\{and\})\s*"
-
-
 def _list(text: str, again: Read) -> list[Reading]:
-    pieces = split(text, _SEPARATOR)
+    pieces = split(text, SEPARATOR)
     if pieces is None:
         return []
     if any(not piece for piece in pieces):
@@ -101,6 +122,8 @@ def _list(text: str, again: Read) -> list[Reading]:
     if re.fullmatch(r"\d{1,3}(,\d{3})+", text) and any(piece.startswith("0") for piece in pieces):
         return []
     items = [one(piece, again) for piece in pieces]
+    if len({isinstance(item, Words) for item in items}) > 1:
+        raise Unreadable("a list of formulas and words")
     first = items[0]
     if isinstance(first, Named) and not any(isinstance(item, (Named, Relation)) for item in items[1:]):
         items = [Named(first.name, item if k else first.value) for k, item in enumerate([first, *items[1:]])]

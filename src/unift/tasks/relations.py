@@ -6,8 +6,10 @@ import re
 
 from unift.tasks.formula import FormulaError, Tree, parse_formula, symbols
 from unift.tasks.kinds import Approximate, Bracketed, Named, Quantity, Read, Reading, Relation, Unreadable, one
-from unift.tasks.pieces import NAME, split_at
+from unift.tasks.pieces import NAME, SEPARATOR, split, split_at
 from unift.tasks.quantities import quantity
+from unift.tasks.spelling import CHANGING, MAX_WORDS
+from unift.tasks.tokens import FUNCTIONS, SMALL_WORDS
 from unift.tasks.values import equal_trees
 
 _RELATION = r"\s*(?:\\(?:le|ge|ne|approx|in)(?![A-Za-z])|<=|>=|!=|:=|==|<|>|=)\s*"
@@ -16,7 +18,7 @@ _SIGN = {"\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\approx": "~", "\\in": "in"
 
 def relation(text: str, again: Read) -> list[Reading]:
     sides, found = split_at(text, _RELATION)
-    if not found:
+    if not found or split(text, SEPARATOR) is not None:  # a list of relations is read by its items
         return []
     signs = [_SIGN.get(sign, sign) for sign in found]
     if any(not side for side in sides):
@@ -38,9 +40,13 @@ def _name_of(side: str) -> str | None:
     """The name that a side of an equation is, "" for plain words, None if it is a formula."""
     if NAME.fullmatch(side) or re.fullmatch(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)", side):
         tight = side.replace(" ", "")
+        head = re.split(r"\W", tight.lstrip("\\"))[0]
+        if head in FUNCTIONS or head.lower() in CHANGING | SMALL_WORDS:
+            return None
         return "" if re.fullmatch(r"[A-Za-z]{4,}", tight) else tight
     words = side.split()
-    return "" if words and all(re.fullmatch(r"[A-Za-z]{2,}|a", word) for word in words) and len(words) <= 6 else None
+    plain = all(re.fullmatch(r"[A-Za-z]{2,}|a", word) and word.lower() not in CHANGING for word in words)
+    return "" if words and plain and len(words) <= MAX_WORDS else None
 
 
 def _difference(left: Tree, right: Tree) -> Tree:

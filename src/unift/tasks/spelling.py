@@ -186,7 +186,7 @@ def unit_of(words: str) -> str | None:
     if found is not None:
         return found
     plain = words.lower().replace("'", "").replace("-", " ").split()
-    if len(plain) > MAX_WORDS or not all(
+    if not 0 < len(plain) <= MAX_WORDS or not all(
         re.fullmatch(r"[a-z]+", word) and len(word) > 1 or word == "a" for word in plain
     ):
         return None

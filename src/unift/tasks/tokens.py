@@ -22,6 +22,7 @@ GREEK = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
     "varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega hbar ell".split()
 )
+SMALL_WORDS = set("and or not the of is if in to no yes at by as an for but nor".split())  # never a product
 LONGEST_PRODUCT = 3  # letters side by side that are read as a product; more of them are a word
 _TOKEN = re.compile(
     r"(?P<num>(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+(?![\w.]))?)|(?P<run>[A-Za-z]+)|(?P<cmd>\\[A-Za-z]+)|(?P<punct>\*\*|[^\s])",
@@ -58,7 +59,7 @@ def _letters(word: str, spaced: bool) -> Iterable[Token]:
     for name in ("pi", "sqrt", "sin", "cos", "tan", "log", "ln"):
         if word.endswith(name) and len(word) - len(name) <= LONGEST_PRODUCT - 1:
             return [*_letters(word[: -len(name)], spaced), ("name", name, False)]
-    if len(word) > LONGEST_PRODUCT:
+    if len(word) > LONGEST_PRODUCT or word.lower() in SMALL_WORDS:
         raise FormulaError(f"the word {word[:40]!r}")
     return [("name", letter, spaced and i == 0) for i, letter in enumerate(word)]
 
