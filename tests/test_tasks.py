@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unift.data import read_rows
-from unift.rewards import ScoreError, Scorer
 from unift.tasks import extract_answer, get_task, make_rows, split_of
 from unift.tasks.answer import paper_full_text, paper_last_line
 from unift.tasks.arithmetic import MAX_DEPTH, MAX_DIGITS, MAX_TEXT, ExpressionError, parse_expression
-from unift.types import Row, Score
+from unift.types import Row
 
 FUZZ = settings(max_examples=150, deadline=None)
 GENERATED = ["countdown", "knights", "lock"]
@@ -399,32 +398,6 @@ def test_lock_accepts_the_table_and_nothing_else(number, key, codes):
 
 
 MATH = Row("m", "q", (), "", "42", task="math")
-SLOW = [r"42+0\cdot 9^{9^{9^9}}", r"\sum_{n=1}^{10^9} n", "99999999!", r"\prod_{i=1}^{10^8} i", "(" * 400, "{" * 900]
-HOSTILE = [
-    r"9^{9^{9^{9}}}",
-    r"\frac{" * 150,
-    r"\frac{1}{0}",
-    "\\" * 500,
-    "\x00",
-    "42" * 400,
-    r"\boxed{\boxed{",
-    "41, 42, 43",
-    "$41$ or $42$",
-]
-
-
-@pytest.mark.parametrize("hostile", [HOSTILE, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
-def test_math_survives_hostile_answers(tmp_path, hostile):
-    """In a scoring worker: towers of powers, factorials, brackets without end, code. No reward, at a bounded cost, and
-    the worker (or its successor) scores on."""
-    target = tmp_path / "written"
-    code = f"__import__('pathlib').Path('{target}').touch()"
-    texts = [f"<answer>{t}</answer>" for t in (*hostile, code, "42")]
-    with Scorer("math", workers=2, timeout=4.0, error_rate=1.0) as scorer:
-        outcomes = scorer.score([MATH] * len(texts), texts)
-        assert scorer.score([MATH], [r"<answer>$\frac{84}{2}$</answer>"])[0].value == 1.0
-    assert all(isinstance(o, ScoreError) and o.kind in ("timeout", "crash") or o.value == 0.0 for o in outcomes[:-1])
-    assert isinstance(outcomes[-1], Score) and outcomes[-1].value == 1.0 and not target.exists()
 
 
 @pytest.mark.parametrize(
