@@ -4,8 +4,8 @@
 
 CPU only, one process. Needs math-verify, which unift itself does not use. Targets: the MATH rows where the file is
 there, and the hand-written lists of tests/spellings.py for the other benchmarks. Spellings and near misses come from
-that file's generator. math-verify gets target and answer between dollar signs, and the answer as it is where it brings
-its own; its wall-clock limit is its default.
+that file's generator. math-verify gets target and answer between dollar signs; the answer as it is where it brings
+its own, or where nothing is found between them. Its wall-clock limit is its default.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def mathverify(target: str, answer: str) -> bool:
 
     gold = parse(target if "$" in target else f"${target}$")
     try:
-        return bool(verify(gold, parse(answer if "$" in answer or "boxed" in answer else f"${answer}$")))
+        said = parse(answer) if "$" in answer or "boxed" in answer else parse(f"${answer}$") or parse(answer)
+        return bool(verify(gold, said))
     except Exception:
         return False
 

@@ -19,7 +19,7 @@ from unift.config import Config
 from unift.types import ConfigError, DataError, UniftError
 
 LOCK = ".lock"  # a dot file, as all that are not results
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "datasets", "math-verify", "pebble")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "datasets", "mpmath", "pebble")
 
 
 def environment() -> dict[str, Any]:

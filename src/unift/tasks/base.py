@@ -29,6 +29,7 @@ class Task:
     score: Callable[..., Score]
     canonical: Callable[[Row], Hashable]
     options: Mapping[str, Any] = field(default_factory=dict)  # every option of ``make`` with its default
+    marked: bool = True  # whether ``answer`` says where the answer stands; without it the whole text is the answer
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

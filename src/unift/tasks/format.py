@@ -1,14 +1,16 @@
 """Whether the rows' own solutions carry their answer where it is looked for: one rule a run, checked before it starts.
 
-Only rows of built-in tasks are looked at: what another reward function reads is its own business.
+Only rows of built-in tasks that mark their answer are looked at: what another reward reads is its own business.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 
 from unift.tasks.answer import PLACES, extract_answer
+from unift.tasks.base import check_rule
 from unift.types import ConfigError, Row, Score
 
 TRIED = 100  # rows with a solution that are looked at
@@ -24,6 +26,7 @@ def answer_rule(rows: Sequence[Row], setting: str = "auto", rule: str = "unift")
     """
     if setting != "auto":
         extract_answer("", setting)  # refuses an unknown word
+        check_rule(rule, setting)
         return setting
     if rule == "paper":
         return PLACES[0]
@@ -65,10 +68,11 @@ def places(rows: Sequence[Row], function: object = "auto") -> Counter[str]:
 
 
 def _with_solution(rows: Sequence[Row], function: object) -> list[Row]:
-    from unift.tasks import task_names
+    from unift.tasks import get_task, task_names
 
-    known = set(task_names())
-    return [row for row in rows if row.solution.strip() and (function != "auto" or row.task in known)][:TRIED]
+    marked = {name for name in task_names() if get_task(name).marked}
+    some = (row for row in rows if row.solution.strip() and (row.task if function == "auto" else function) in marked)
+    return list(islice(some, TRIED))
 
 
 def _own(row: Row, function: object, answer: str, rule: str = "unift") -> Score:

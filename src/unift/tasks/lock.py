@@ -94,4 +94,4 @@ def _draw(name: str, seed: int, index: int, length: int, letters: int, keys: int
     return word, int(rng.integers(keys)), rng.integers(0, CODES, length).tolist()
 
 
-TASK = Task("lock", make, score, canonical, {"length": 4, "letters": 10, "keys": 10, "table_seed": 0})
+TASK = Task("lock", make, score, canonical, {"length": 4, "letters": 10, "keys": 10, "table_seed": 0}, marked=False)
