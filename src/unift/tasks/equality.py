@@ -59,6 +59,9 @@ def _same(target: Any, answer: Any) -> bool:
         return _same_point(target, answer)
     if isinstance(target, Several) and isinstance(answer, Bracketed):
         return _same_point(answer, target)
+    if isinstance(target, Members) != isinstance(answer, Members):  # the only member of a set
+        members, other = (target, answer) if isinstance(target, Members) else (answer, target)
+        return len(members.items) == 1 and _same(members.items[0], other)
     if isinstance(target, Matrix) and isinstance(answer, Bracketed) and answer.left == "(" and answer.right == ")":
         flat = [cell for row in target.rows for cell in row]
         return 1 in (len(target.rows), len(target.rows[0])) and _pairwise(flat, answer.items)

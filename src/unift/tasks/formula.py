@@ -201,7 +201,7 @@ class _Reader:
             return self.group()
         if kind == "num" and len(word) > 1:
             self.tokens[self.at] = (kind, word[1:], False)
-            if not word[0].isdigit():
+            if not word[0].isdecimal():
                 raise FormulaError("a fraction without braces")
             return number(word[0])
         return self.primary()
@@ -253,7 +253,7 @@ class _Reader:
         tree = number(word)
         if self.peek()[1] == "\\overline":
             return self.repeating(word)
-        if not word.isdigit():
+        if not word.isdecimal():
             return tree
         start = self.at
         pair = self.proper(self.peek()[1])
@@ -272,20 +272,20 @@ class _Reader:
             parts = []
             for _ in range(2):
                 kind, text, _ = self.peek()
-                if text == "{" and self.peek(1)[1].isdigit() and self.peek(2)[1] == "}":
+                if text == "{" and self.peek(1)[1].isdecimal() and self.peek(2)[1] == "}":
                     parts.append(int(self.peek(1)[1]))
                     self.at += 3
-                elif kind == "num" and text.isdigit() and len(text) == 1:
+                elif kind == "num" and text.isdecimal() and len(text) == 1:
                     parts.append(int(text))
                     self.at += 1
-                elif kind == "num" and text.isdigit() and len(text) == 2 and not parts:
+                elif kind == "num" and text.isdecimal() and len(text) == 2 and not parts:
                     self.at += 1
                     return int(text[0]), int(text[1])
                 else:
                     return None
             return parts[0], parts[1]
         (kind, above, spaced), (_, slash, _), (last, below, _) = self.peek(), self.peek(1), self.peek(2)
-        if kind == last == "num" and spaced and slash == "/" and above.isdigit() and below.isdigit():
+        if kind == last == "num" and spaced and slash == "/" and above.isdecimal() and below.isdecimal():
             self.at += 3
             return int(above[:MAX_DIGITS]), int(below[:MAX_DIGITS])
         return None
@@ -295,7 +295,13 @@ class _Reader:
         self.expect("{")
         kind, digits, _ = self.take()
         self.expect("}")
-        if kind != "num" or not digits.isdigit() or "." not in word or len(digits) > MAX_DIGITS or "e" in word.lower():
+        if (
+            kind != "num"
+            or not digits.isdecimal()
+            or "." not in word
+            or len(digits) > MAX_DIGITS
+            or "e" in word.lower()
+        ):
             raise FormulaError("a repeating decimal that cannot be read")
         start = number(word)
         scale = 10 ** len(word.partition(".")[2])

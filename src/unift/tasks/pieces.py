@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from unift.tasks.kinds import Unreadable
+from unift.tasks.spelling import CHANGING
 
 MAX_ITEMS = 64  # of a list, a set or a matrix
 SEPARATOR = r"\s*(?:,|;;|;)\s*(?:(?:and|or|&)\b)?\s*|\s+(?:and|or)\s+|\s+&\s+|\s*\\(?:text\{or\}|text\{and\})\s*"
@@ -27,7 +28,7 @@ def one_formula(text: str) -> str:
     text = text.replace("$$", " ")
     if text.count("$") - text.count("\\$") >= 2 and (text.count("$") - text.count("\\$")) % 2 == 0:
         text = re.sub(r"(?<!\\)\$", " ", text)
-    return " ".join(re.sub(r"\n+", " ;; ", text).split())
+    return " ".join(text.split())
 
 
 def closing(text: str, start: int) -> int:
@@ -77,6 +78,10 @@ _INTRODUCTION = set(
 )
 
 
+_VERBS = {"is", "are", "was", "equals", "has", "have", "be"}
+MAX_INTRODUCTION = 12  # words
+
+
 def without_introduction(text: str) -> str:
     """Without words such as "The answer is" or "Answer:" in front: none of them changes what follows."""
     words = text.split(" ")
@@ -85,4 +90,13 @@ def without_introduction(text: str) -> str:
         count += 1
         if words[count - 1].endswith(":"):
             break
+    if (
+        words[0].lower() in _INTRODUCTION
+    ):  # "The number of people is": up to the verb, no word of which changes a number
+        for k, word in enumerate(words[: min(len(words) - 1, MAX_INTRODUCTION)]):
+            known = word.lower() in _INTRODUCTION
+            if not known and (word.lower() in CHANGING or not re.fullmatch(r"[A-Za-z']+", word)):
+                break
+            if word.lower() in _VERBS:
+                count = max(count, k + 1)
     return " ".join(words[count:]).removeprefix(":").strip()

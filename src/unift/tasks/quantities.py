@@ -135,7 +135,7 @@ def based(text: str, again: Read) -> list[Reading]:
     if match is None or not re.search(r"\d", match[1]):
         return []
     word = (match[2] or match[3]).lower()
-    base = _BASES.get(word) or (int(word) if word.isdigit() else 0)
+    base = _BASES.get(word) or (int(word) if word.isdecimal() else 0)
     digits = match[1].upper()
     if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits):
         raise Unreadable("digits that the number base does not have")

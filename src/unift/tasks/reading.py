@@ -73,7 +73,7 @@ def _read(text: str, depth: int) -> tuple[Reading, ...]:
     """Every reading of a text in one spelling: each kind is tried, and all that apply are kept."""
     if depth > 6:
         raise Unreadable("lists inside lists")
-    text = re.sub(rf"[.,;:\s{ROW_END}]+$", "", text.strip()).strip()
+    text = re.sub(rf"[.,;:\s\\{ROW_END}]+$", "", text.strip()).strip()
     text = text[1:].strip() if text.startswith(("=", ":")) else text
     if not text:
         raise Unreadable("nothing to read")

@@ -56,6 +56,8 @@ def _difference(left: Tree, right: Tree) -> Tree:
 def _equality(sides: list[str], again: Read) -> list[Reading]:
     name, last = _name_of(sides[0]), sides[-1]
     trees = [_tree(side) for side in sides]
+    if name is None and len(sides) == 2 and _name_of(last) and trees[0] is not None and not symbols(trees[0]):
+        return _equality(sides[::-1], again)  # 3 = x
     if name is not None:
         values = _consistent(trees[1:])
         found: list[Reading] = []

@@ -47,7 +47,10 @@ _TABLE = str.maketrans(_SIGNS)
 
 _WORDS = re.compile(r"\\(?:text|textrm|textbf|textit|textsf|texttt|textnormal|mbox|hbox|rm)\s*\{([^{}]*)\}")
 _ROMAN = re.compile(r"\\(?:mathrm|operatorname|mathsf|mathtt|operatorname\*)\s*\{([^{}]*)\}")
-_FONT = re.compile(r"\\(?:mathbf|mathit|mathcal|boldsymbol|bm|mathfrak|displaystyle|textstyle|limits)(?![A-Za-z])")
+_FONT = re.compile(
+    r"\\(?:mathbf|mathit|underline|textcolor\{\w+\}|color\{\w+\}|mathcal|boldsymbol"
+    r"|bm|mathfrak|displaystyle|textstyle|limits)(?![A-Za-z])"
+)
 _SPACES = re.compile(
     r"\\(?:quad|qquad|thinspace|medspace|enspace|hspace\{[^{}]*\}|phantom\{[^{}]*\})(?![A-Za-z])|\\[;:>\s]|~|\xa0"
 )
@@ -81,10 +84,11 @@ def spelled(text: str) -> str:
     text = _unmarked(text)
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z{},!;%$])", r"\\", text)  # escaped twice
-        text = re.sub(r"(?<=[\w})\]])\s*\n\s*(?=[\w\\({\[-])", " \n ", text.strip())
     else:
         text = re.sub(r"\\\\(?:\[[^\]]*\])?", ROW_END, text)
     text = _ROMAN.sub(_roman, _WORDS.sub(_worded, text))
+    if "\\begin" not in text:  # a line break between two terms, and not in the words of a unit
+        text = re.sub(r"(?<=[\w})\]])\s*\n\s*(?=[\w\\({\[-])", " ;; ", text.strip())
     text = re.sub(r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"{\1}", text)
     text = re.sub(r"(\d),?\\[,!](?:\\!)?\s*(?=\d{3}(?!\d))", r"\1", text)  # thousands: 7\,000  18,\!107  111, \! 111
     text = re.sub(r"(\d),\s*\\!\s*(?=\d{3}(?!\d))", r"\1", text)
@@ -131,7 +135,7 @@ def _roman(match: re.Match[str]) -> str:
 
 def _as_unit(match: re.Match[str], inner: str) -> str:
     before = match.string[: match.start()].rstrip().rstrip("~\\, ")
-    return _LETTER_UNITS.get(inner, inner) if before[-1:].isdigit() or before[-1:] in ("}", ")") else inner
+    return _LETTER_UNITS.get(inner, inner) if before[-1:].isdecimal() or before[-1:] in ("}", ")") else inner
 
 
 # ---------------------------------------------------------------------------------------------- units
