@@ -14,20 +14,21 @@ from unittest import mock
 import torch
 from common import SHAPES, Unift, clone, load, machine, prompts, save, spread
 
-from unift import attention, batch, matmul, policy
-from unift.engines import native
+from unift.model import matmul
+from unift.model.attention.packed import stock_attention
+from unift.model.packs import Item, ItemWeights, pack
+from unift.sampling.engines import native
 
 
 def alone(items: Any, which: Any, weights: Any, settings: Any) -> Any:
     """``pack`` with every completion a group of its own: the prefix is forwarded once for each."""
-    split, policy_w, likelihood, own = [], [], [], []
+    split, own = [], []
     for i in which:
+        w, n = weights[i], len(items[i].members)
         for j, member in enumerate(items[i].members):
-            split.append(batch.Item(items[i].prompt, items[i].hint, [member]))
-            policy_w.append([weights.policy[i][j]])
-            own.append([weights.own[i][j]])
-            likelihood.append(weights.likelihood[i] / len(items[i].members))
-    return PACK(split, range(len(split)), batch.Weights(policy_w, likelihood, own), settings)
+            split.append(Item(items[i].prompt, items[i].hint, [member]))
+            own.append(ItemWeights([w.policy[j]], w.likelihood / n, [w.own[j]]))
+    return PACK(split, range(len(split)), own, settings)
 
 
 def one_by_one(side: Unift, requests: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,24 +48,24 @@ def everywhere(pol: Any, pack: Any, temperature: float = 1.0) -> Any:
     return picked.gather(1, pack.target_S[:, None])[:, 0], entropy.index_select(0, pack.at_S)
 
 
-PACK, GENERATE, ROUTE = batch.pack, native.generate, "oneDNN altogether"
+PACK, GENERATE, ROUTE = pack, native.generate, "oneDNN altogether"
 
 
 class Stock:
     """Attention by stock operations, with copies of the prefix for every completion."""
 
-    apply = staticmethod(attention._sdpa)
+    apply = staticmethod(stock_attention)
 
 
 @contextmanager
 def without(name: str, side: Unift) -> Iterator[None]:
     patches = {
         "nothing (all on)": [],
-        "shared prefix in training": [mock.patch("unift.update.pack", alone)],
-        "shared prefix in sampling": [mock.patch("unift.evaluate.generate", one_by_one)],
-        "merged attention": [mock.patch("unift.attention._Flash", Stock)],
-        "head at loss positions only": [mock.patch("unift.update.logprobs", everywhere)],
-        "kept logits": [mock.patch.object(policy, "KEEP", 0)],
+        "shared prefix in training": [mock.patch("unift.training.update.pack", alone)],
+        "shared prefix in sampling": [mock.patch("unift.sampling.groups.generate", one_by_one)],
+        "merged attention": [mock.patch("unift.model.attention.packed.FlashAttention", Stock)],
+        "head at loss positions only": [mock.patch("unift.training.update.logprobs", everywhere)],
+        "kept logits": [mock.patch.object("unift.model.logprobs.KEEP", 0)],
         "packed weights in sampling": [mock.patch.object(matmul, "PACK_LEAST", float("inf"))],
         ROUTE: [],
     }[name]

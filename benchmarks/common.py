@@ -26,7 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 
-from unift import matmul
+from unift.model import matmul
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,7 +115,7 @@ def model_135m() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct, dequantised to float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from unift.policy import _forget_gguf
+    from unift.model.load import _forget_gguf
 
     path = smollm_path()
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
@@ -172,14 +172,15 @@ def now() -> float:
 
 
 class Unift:
-    """One GRPO step as ``loop.Run.step`` makes it, without files: sample, score, advantages, pack, update."""
+    """One GRPO step as ``step.one_step`` makes it, without files: sample, score, advantages, pack, update."""
 
     def __init__(self, model: Any, tokenizer: Any, shape: Shape, settings: tuple[str, ...] = ()) -> None:
         self.route: bool | None = None
-        from unift import attention, update
-        from unift.config import parse_overrides, resolve
-        from unift.forward import check_shared
-        from unift.policy import Policy
+        from unift.config.resolve import parse_overrides, resolve
+        from unift.model import attention
+        from unift.model.paths import check_shared
+        from unift.model.policy import Policy
+        from unift.training import update
 
         attention.register()
         # The same objective as TRL's default: group mean and std, token mean over the batch, clip 0.2, no KL.
@@ -216,9 +217,12 @@ class Unift:
             matmul.route(False)
 
     def _step(self, prefixes: list[list[int]]) -> dict[str, float]:
-        from unift import assign, evaluate, rng, update
-        from unift.engines.native import Request
-        from unift.memory import Memory
+        from unift import rng
+        from unift.credit import assign
+        from unift.rows.dataset import Split
+        from unift.sampling.engines.native import Request
+        from unift.sampling.groups import completed
+        from unift.training import update
         from unift.types import Group, Score
 
         s, began, cpu = self.shape, now(), time.process_time()
@@ -228,15 +232,19 @@ class Unift:
             Request(g.prompt + g.hint, rng.uniforms("sample", 0, self.count, i, g.row_id, shape=(s.g, s.completion)))
             for i, g in enumerate(groups)
         ]
-        sampled = evaluate.complete(self.policy, asked, s.completion, self.config.sample.temperature)
+        sampled = completed(self.policy, asked, s.completion, self.config.sample.temperature)
         generated = now()
         for group, samples in zip(groups, sampled, strict=True):
             group.samples = samples
             for j, sample in enumerate(samples):
                 sample.score = Score(float(j % 2))
-        items = assign.items(groups, [], [], self.config, self.policy, None, Memory(), (0, self.count))
+        items = assign.credited(
+            groups, Split([], []), self.config, assign.Models(self.policy, None, {}), (0, self.count)
+        )
         (packs,) = update.prepare(self.policy, items, self.config, None)
-        metrics = update.apply(self.policy, self.optimizer, packs, self.config, 1e-6, False, Path("/tmp/unift-bad.pt"))
+        metrics = update.apply(
+            self.policy, self.optimizer, packs, self.config, update.Order(1e-6, False, Path("/tmp/unift-bad.pt"))
+        )
         done = now()
         self.count += 1
         return {

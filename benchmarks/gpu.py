@@ -22,8 +22,8 @@ import torch
 from common import DEVICE, SHAPES, Shape, Unift, load, machine, now, prompts, save, spread
 from roofline import SIZES, attention, weights
 
-from unift import flex
-from unift.speed import _rate
+from unift.commands.doctor.speed import _rate
+from unift.model.attention import flex
 
 NOMINAL = 989e12  # operations a second of an H100 in bfloat16, by its data sheet
 VARIANTS = ("all on", "no recorded steps", "no flex_attention")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from common import SHAPES, Shape, machine, save
 
-from unift import matmul
+from unift.model import matmul
 
 # layers, width, inner width, width of queries, of keys, vocabulary
 SIZES = {"3m": (4, 256, 688, 256, 256, 128), "135m": (30, 576, 1536, 576, 192, 49152)}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from common import MODELS, Shape, load, machine, prompts, save
 
-from unift import matmul
+from unift.model import matmul
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from spellings import TARGETS, right, wrong
 
-from unift.tasks import get_task
+from unift.rows.tasks import get_task
 from unift.types import Row
 
 PIECES = [
@@ -53,7 +53,7 @@ def ours(target: str, answer: str) -> bool:
 def targets(path: Path) -> dict[str, list[str]]:
     found = dict(TARGETS)
     if path.is_file():
-        from unift.data import read_rows
+        from unift.rows.readers import read_rows
 
         rows = read_rows(str(path))
         found = {"MATH": sorted({str(row.answer["target"]) for row in rows})} | found

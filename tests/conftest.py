@@ -74,7 +74,8 @@ def _tiny(kind, tie):
 
 def tiny_policy(dtype=torch.float32, kind="llama", seed=0, tie=True, stock="eager"):
     """(policy on the shared-prefix path, plain model with the same weights and stock attention)."""
-    from unift import attention, forward, policy
+    from unift.model import attention, paths
+    from unift.model.policy import Policy
 
     torch.manual_seed(seed)
     config, model_type = _tiny(kind, tie)
@@ -87,8 +88,8 @@ def tiny_policy(dtype=torch.float32, kind="llama", seed=0, tie=True, stock="eage
     plain.load_state_dict(model.state_dict())
     plain.set_attn_implementation(stock)
     attention.register()
-    forward.check_shared(model, torch.device("cpu"))
-    return policy.Policy(model, FakeTokenizer(), torch.device("cpu")), plain
+    paths.check_shared(model, torch.device("cpu"))
+    return Policy(model, FakeTokenizer(), torch.device("cpu")), plain
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers
@@ -133,7 +134,7 @@ def bpe_tokenizer(*merges):
 
 def settings(method="uft", *items):
     """A resolved preset with key=value words on top; the rows do not matter here."""
-    from unift.config import parse_overrides, resolve
+    from unift.config.resolve import parse_overrides, resolve
 
     return resolve(method, overrides=parse_overrides(["data.task=lock", *items]))
 
@@ -145,7 +146,7 @@ def random_tokens(rng, n):
 
 def make_items(members=(4, 4, 4), hints=(0, 1, 6), demo=False, seed=7):
     """Groups of ragged lengths. In each the first completion is one token; odd ones end with EOS, even ones do not."""
-    from unift.batch import COMPLETION, DEMO, Item, Member
+    from unift.model.packs import COMPLETION, DEMO, Item, Member
 
     rng = np.random.default_rng(seed)
     items = []
@@ -165,10 +166,11 @@ def packed_loss(policy, items, config, budget=10**6, reference=None, old=None):
     ``old``: a policy whose log-probs are those at the start of the step."""
     from dataclasses import replace
 
-    from unift import objectives
-    from unift.batch import cut, pack, weigh
-    from unift.policy import logprobs
-    from unift.update import reference_logprobs
+    from unift.model.logprobs import logprobs
+    from unift.model.packs import cut, pack
+    from unift.objectives import loss as objectives
+    from unift.objectives.weights import weigh
+    from unift.training.update import reference_logprobs
 
     policy.model.zero_grad()
     weights, total, t = weigh(items, config), 0.0, config.sample.temperature

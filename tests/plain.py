@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from unift.batch import COMPLETION, DEMO
+from unift.model.packs import COMPLETION, DEMO
 
 
 def forward(model, sequences, side="right"):

@@ -14,10 +14,11 @@ DOCUMENTS = [
 
 
 def references(line: str) -> list[tuple[str, str]]:
-    """(file, test) of every `tests/file.py::test`, `file.py::test`, `::test` (of the file named before) and `tests/file.py`."""
+    """(file, test) of every `tests/file.py::test`, `file.py::test`, `::test` (of the file named before) and `tests/file.py`,
+    where the file may stand in a folder."""
     found, file = [], ""
     for word in re.findall(r"`([^`]+)`", line):
-        if match := re.fullmatch(r"(?:tests/)?(test_\w+\.py)?(?:::(\w+))?", word):
+        if match := re.fullmatch(r"(?:tests/)?((?:\w+/)?test_\w+\.py)?(?:::(\w+))?", word):
             file = match[1] or file
             found.append((file, match[2] or ""))
     return [(f, t) for f, t in found if f or t]
@@ -28,18 +29,20 @@ def test_named_tests_exist(document):
     for number, line in enumerate(document.read_text(encoding="utf-8").splitlines(), start=1):
         for file, test in references(line):
             where = f"{document.name}, line {number}: `{file}::{test}`"
-            path = ROOT / "tests" / file
-            assert file and path.is_file(), where
-            assert not test or re.search(rf"^def {test}\(", path.read_text(encoding="utf-8"), re.MULTILINE), where
+            paths = list((ROOT / "tests").rglob(file)) if file else []
+            assert len(paths) == 1, where
+            assert not test or re.search(rf"^def {test}\(", paths[0].read_text(encoding="utf-8"), re.MULTILINE), where
 
 
 def test_references_are_found():
-    line = "| x | `tests/test_a.py::test_b`, `::test_c`, `test_d.py::test_e` and `tests/test_f.py`, not `other.py` |"
+    line = (
+        "| x | `tests/test_a.py::test_b`, `::test_c`, `test_d.py::test_e` and `tests/room/test_f.py`, not `other.py` |"
+    )
     assert references(line) == [
         ("test_a.py", "test_b"),
         ("test_a.py", "test_c"),
         ("test_d.py", "test_e"),
-        ("test_f.py", ""),
+        ("room/test_f.py", ""),
     ]
 
 

@@ -12,12 +12,18 @@ import torch
 from conftest import FakeTokenizer, close, gradients, packed_loss, random_tokens, settings
 from plain import uft_loss
 
-from unift import attention, checkpoint, flex, forward, policy
-from unift.batch import COMPLETION, Item, Member, pack, weigh
-from unift.config import parse_overrides, resolve
-from unift.engines import graph
-from unift.engines.native import Request, generate
-from unift.loop import Run, train
+from unift.config.resolve import parse_overrides, resolve
+from unift.model import attention, paths
+from unift.model.attention import flex
+from unift.model.logprobs import logprobs
+from unift.model.packs import COMPLETION, Item, Member, pack
+from unift.model.policy import Policy
+from unift.objectives.weights import weigh
+from unift.sampling.engines import cuda_graph
+from unift.sampling.engines.native import Request, generate
+from unift.training import loop
+from unift.training.loop import train
+from unift.training.run.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,8 +44,8 @@ def model_of(width=64, heads=4, kv=2, dtype=torch.float32, vocabulary=300):
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("eager")
     attention.register()
-    forward.check_shared(model, DEVICE)
-    return policy.Policy(model, FakeTokenizer(), DEVICE), plain
+    paths.check_shared(model, DEVICE)
+    return Policy(model, FakeTokenizer(), DEVICE), plain
 
 
 def items_of(rng):
@@ -77,8 +83,8 @@ def test_loss_and_gradients(monkeypatch):
 
 def test_recorded_steps(monkeypatch):
     """The same tokens with recorded steps and without, rows of several lengths, caches that grow; and they are recorded."""
-    recorded, record = [], graph.Recorded._record
-    monkeypatch.setattr(graph.Recorded, "_record", lambda self: (recorded.append(record(self)), recorded[-1])[1])
+    recorded, record = [], cuda_graph.Recorded._record
+    monkeypatch.setattr(cuda_graph.Recorded, "_record", lambda self: (recorded.append(record(self)), recorded[-1])[1])
     shared, _ = model_of(dtype=torch.float64)
     rng = np.random.default_rng(5)
     asked = [Request(random_tokens(rng, n), rng.random((6, 150))) for n in (7, 90, 33)]
@@ -105,7 +111,7 @@ def test_sampler_against_trainer(dtype, autocast, bound):
     ]
     batch = pack(items, range(2), weigh(items, config), config).to(DEVICE)
     with torch.no_grad():
-        l_S = policy.logprobs(shared, batch)[0].double()
+        l_S = logprobs(shared, batch)[0].double()
     assert (l_S - batch.sampler_S)[batch.role_S == COMPLETION].abs().max() < bound
 
 
@@ -120,19 +126,19 @@ def test_a_run_that_is_stopped_and_goes_on(tmp_path, monkeypatch, more):
         "model.device=cuda",
         more,
     ]
-    config, step = resolve("uft", recipe="lock", overrides=parse_overrides(chosen)), Run.step
+    config, step = resolve("uft", recipe="lock", overrides=parse_overrides(chosen)), loop.one_step
 
-    def stop_at(self, number, *args):
-        if number == 2:
+    def stop_at(run, moment, *args):
+        if moment.step == 2:
             raise KeyboardInterrupt
-        return step(self, number, *args)
+        return step(run, moment, *args)
 
-    monkeypatch.setattr(Run, "step", stop_at)
+    monkeypatch.setattr(loop, "one_step", stop_at)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path)
-    monkeypatch.setattr(Run, "step", step)
+    monkeypatch.setattr(loop, "one_step", step)
     train(config, tmp_path)
-    steps = [m for m in checkpoint.read_metrics(tmp_path / "metrics.jsonl") if "loss" in m]
+    steps = [m for m in read_metrics(tmp_path / "metrics.jsonl") if "loss" in m]
     assert len(steps) == 4 and all(np.isfinite(m["loss"]) for m in steps)
     worst = max(m["sampling/sampling_logp_difference/max"] for m in steps)
     assert worst < (1 if "all" in more else 1e-4)

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from unift import checkpoint, processes
-from unift.config import parse_overrides, resolve
-from unift.loop import train
+from unift import processes
+from unift.config.resolve import parse_overrides, resolve
+from unift.training.loop import train
+from unift.training.run import checkpoint
+from unift.training.run.metrics import read_metrics
+from unift.training.run.rollouts import read_rollouts, rollouts_path
 
 REWARD = '''
 import os
@@ -85,7 +88,7 @@ def assert_same_run(folder, expected, bound, drawn):
     assert any((b[name] - start[name]).abs().max() > 100 * bound * b[name].abs().max() for name in b), (
         "nothing was learned"
     )
-    left, right = (checkpoint.read_metrics(x / "metrics.jsonl") for x in (folder, expected))
+    left, right = (read_metrics(x / "metrics.jsonl") for x in (folder, expected))
     assert [m["step"] for m in left] == [m["step"] for m in right] == list(range(7))
     for x, y in zip(left, right, strict=True):
         x, y = ({k: v for k, v in m.items() if not k.startswith(NOISE)} for m in (x, y))
@@ -95,7 +98,7 @@ def assert_same_run(folder, expected, bound, drawn):
             assert x[name] == pytest.approx(y[name], rel=max(100 * bound, 1e-9), abs=1e-3 * bound), (y["step"], name)
     assert any(m["grad/policy_norm"] > 0 for m in right if "grad/policy_norm" in m)
     for step in range(drawn):
-        stored = [checkpoint.read_rollouts(x, step) for x in (folder, expected)]
+        stored = [read_rollouts(x, step) for x in (folder, expected)]
         one, two = (
             [[(g.row_id, g.cuts, s.tokens, s.score) for s in g.samples] for g in groups] for _, groups in stored
         )
@@ -159,11 +162,11 @@ def test_two_processes_continue_a_run_of_one(pair, tmp_path, reward):
     """Also from rollouts that were sampled and not trained on."""
     one, _ = pair
     cut = cut_back(one, tmp_path / "run", 4)
-    shutil.copy(checkpoint.rollouts_path(one, 4), checkpoint.rollouts_path(cut, 4))
-    stamp = checkpoint.rollouts_path(cut, 4).stat().st_mtime_ns
+    shutil.copy(rollouts_path(one, 4), rollouts_path(cut, 4))
+    stamp = rollouts_path(cut, 4).stat().st_mtime_ns
     code, out, err = launched(words(cut, "uft", [*PAPER, f"reward.function={reward}:score"]))
     assert code == 0, err
-    assert checkpoint.rollouts_path(cut, 4).stat().st_mtime_ns == stamp, "stored groups were sampled again"
+    assert rollouts_path(cut, 4).stat().st_mtime_ns == stamp, "stored groups were sampled again"
     assert_same_run(cut, one, 1e-5, drawn=1)
 
 
@@ -209,7 +212,7 @@ def test_a_process_that_hangs_is_not_waited_for_forever(tmp_path, reward):
     both = [started(tmp_path / "run", items, rank, port, UNIFT_WAIT_SECONDS="15") for rank in (0, 1)]
     try:
         until = time.monotonic() + 100
-        while len(checkpoint.read_metrics(tmp_path / "run" / "metrics.jsonl")) < 2:
+        while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 2:
             assert time.monotonic() < until and both[0].poll() is None
             time.sleep(0.1)
         both[1].send_signal(signal.SIGSTOP)
@@ -314,7 +317,7 @@ def test_a_single_process_exchanges_nothing(monkeypatch):
 
 
 def test_a_gpu_for_each_process(monkeypatch):
-    from unift.policy import pick_device
+    from unift.model.load import pick_device
     from unift.types import ConfigError
 
     monkeypatch.setenv("RANK", "3")

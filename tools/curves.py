@@ -39,8 +39,8 @@ SETTINGS = [
 
 def right_codes(completion: str, row: Any, hint: str = "") -> float:
     """Share of the letters that have their code under the key that was named; the reward of these runs."""
-    from unift.tasks.lock import KEYS as NAMES
-    from unift.tasks.lock import LETTERS, code_table
+    from unift.rows.tasks.lock import KEYS as NAMES
+    from unift.rows.tasks.lock import LETTERS, code_table
 
     text, word = hint + completion, row.answer["letters"]
     key = NAMES.find(text[:1]) if text else -1
@@ -53,16 +53,17 @@ def right_codes(completion: str, row: Any, hint: str = "") -> float:
 
 def record(method: str, steps: int = STEPS) -> dict[str, Any]:
     """One run: per step the numbers of KEYS, and the tokens that the first step sampled (a list per group)."""
-    from unift import checkpoint
-    from unift.config import parse_overrides, resolve
-    from unift.loop import train
+    from unift.config.resolve import parse_overrides, resolve
+    from unift.training.loop import train
+    from unift.training.run.metrics import read_metrics
+    from unift.training.run.rollouts import read_rollouts
 
     sampled = [f"sample.completions={0 if method == 'sft' else 4}"]
     config = resolve(method, recipe="lock", overrides=parse_overrides(SETTINGS + sampled))
     with tempfile.TemporaryDirectory() as folder:
         train(config, Path(folder))
-        metrics = checkpoint.read_metrics(Path(folder) / "metrics.jsonl")[1 : steps + 1]
-        stored = checkpoint.read_rollouts(Path(folder), 0)
+        metrics = read_metrics(Path(folder) / "metrics.jsonl")[1 : steps + 1]
+        stored = read_rollouts(Path(folder), 0)
     tokens = [[s.tokens for s in group.samples] for group in stored[1]] if stored else []
     return {"steps": [{k: m[k] for k in KEYS if k in m} for m in metrics], "tokens": tokens}
 

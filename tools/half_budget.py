@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from unift.checkpoint import read_metrics
-from unift.compare import Job, run_many, train_job
-from unift.config import resolve
-from unift.summary import interval
+from unift.commands.compare import Job, run_many, train_job
+from unift.config.resolve import resolve
+from unift.intervals import interval
+from unift.training.run.metrics import read_metrics
 
 Run = tuple[dict[str, Any], list[dict[str, Any]]]  # result, metrics
 EVERY = {"lock": 30, "countdown": 20}  # steps between evaluations

@@ -29,7 +29,7 @@ WIDTH, LAYERS, HEADS = 64, 3, 4
 HIGHEST, TARGETS, LARGEST = 15, (10, 99), 99  # given numbers 1 to HIGHEST, range of targets, largest result of a step
 OTHERS = 30  # numbers 1 to OTHERS in a chain that is unrelated to its prompt
 SOLVED, FREE = 0.4, 0.2  # shares of the kinds of text; the rest is the third kind
-DEFAULT = Path(__file__).parents[1] / "src" / "unift" / "assets" / "countdown"
+DEFAULT = Path(__file__).parents[1] / "src" / "unift" / "model" / "embedded" / "countdown"
 TAGS = ("<answer>", "</answer>")
 
 

@@ -16,12 +16,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from unift.tasks import lock
+from unift.rows.tasks import lock
 
 SEED, STEPS, ROWS, RATE, WARMUP = 0, 400, 128, 4e-3, 20
 LENGTH = 5
 PROMPT = LENGTH + 1  # the letters and ">"
-DEFAULT = Path(__file__).parents[1] / "src" / "unift" / "assets" / "lock"
+DEFAULT = Path(__file__).parents[1] / "src" / "unift" / "model" / "embedded" / "lock"
 
 
 def characters(alphabet: str) -> PreTrainedTokenizerFast:

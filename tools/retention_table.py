@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unift.compare import Job, run_many, train_job
+from unift.commands.compare import Job, run_many, train_job
 
 METHODS = ("sft", "rollout-sft", "rft", "uft")
 OPTIONS = {

@@ -1,4 +1,4 @@
-from unift.cli import main
+from unift.commands.cli import main
 
 if __name__ == "__main__":
     main()

@@ -19,7 +19,6 @@ from unift.types import ConfigError, UniftError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
 T = TypeVar("T")
 WAIT_SECONDS = float(os.environ.get("UNIFT_WAIT_SECONDS", "1800"))  # for the slowest of the others
 BUCKET_BYTES = 64 << 20  # gradients are summed in flat buffers of about this size

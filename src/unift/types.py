@@ -1,6 +1,6 @@
 """The plain data that flows through unift, and the errors it raises. No torch here.
 
-Row -> (hints.reveal) -> Prompt -> (engine.generate) -> Group of Samples -> (rewards) -> scored Group -> (batch.pack)
+Row -> (hints) -> Group with a prompt and a hint -> (sampling) -> its Samples -> (rewards) -> their Scores -> (credit)
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+HANDED = "given"  # stands in a setting in place of the name of a thing that was handed over from Python
 
 
 class UniftError(Exception):
@@ -24,6 +26,10 @@ class ConfigError(UniftError):
 
 class RewardError(UniftError):
     """The scorer failed too often, or cannot be loaded."""
+
+
+class Stopped(UniftError):
+    """The run was asked to stop, and was saved first. The same command continues it."""
 
 
 class NonFiniteError(UniftError):

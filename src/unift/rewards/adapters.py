@@ -7,7 +7,6 @@ only for TRL-style functions, where it is part of the contract.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import importlib.util
 import inspect
 import math
@@ -156,7 +155,7 @@ def _import_file(path: Path, spec: str) -> ModuleType:
 
 
 def _task(name: str, options: Mapping[str, Any]) -> Callable[[str, Row, str], Score | None]:
-    from unift.tasks import get_task
+    from unift.rows.tasks import get_task
 
     try:
         function = get_task(name).score

@@ -11,7 +11,6 @@ pebble keeps the processes (start, kill, refill). Workers come from a fork serve
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import signal
@@ -21,39 +20,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pebble import ProcessExpired, ProcessPool
 
 from unift.rewards.adapters import described
+from unift.rewards.journal import COUNT_OF, COUNTS, Job, Outcome, ScoreError
 from unift.rewards.worker import Item, Setup, begin_worker, pool_context, work
-from unift.types import Group, RewardError, Row, Score
+from unift.types import RewardError, Row, Score
 
 START_SECONDS = 60.0  # for a worker to start, and again to import the reward (math libraries take seconds)
 STOP_SECONDS = 20.0
 ATTEMPTS = 3  # of a chunk whose worker died before it scored anything
 POLL_SECONDS = 0.05
-_COUNT_OF = {"timeout": "timeouts", "crash": "crashes", "exception": "exceptions", "bad value": "bad_values"}
-COUNTS = ("total", *_COUNT_OF.values(), "skipped")
-
-
-@dataclass(frozen=True)
-class ScoreError:
-    """Why a completion has no score. ``str()`` is what Sample.error holds."""
-
-    kind: str  # "timeout", "crash", "exception" or "bad value"
-    message: str
-    completion: str = ""
-    row_id: str = ""
-
-    def __str__(self) -> str:
-        return self.kind if self.kind in ("timeout", "crash") else f"{self.kind}: {self.message}"
-
-
-Outcome = Score | ScoreError | None  # None: a TRL-style reward said that it does not apply
 
 
 @dataclass(frozen=True)
@@ -109,6 +91,7 @@ class Scorer:
         self.spec, self.workers, self.timeout, self.error_rate = spec, workers, timeout, error_rate
         self.start_seconds = START_SECONDS
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
+        self.answer = answer
         self._setup = Setup(spec, format_score, rule, memory_mb, answer)
         self._window: deque[ScoreError | None] = deque(maxlen=window)
         self._pool: ProcessPool | None = None
@@ -125,7 +108,7 @@ class Scorer:
     @property
     def errors(self) -> int:
         """Failed scores so far: timeouts, crashes, exceptions and bad values. Skipped ones are not failures."""
-        return sum(self.counts[name] for name in _COUNT_OF.values())
+        return sum(self.counts[name] for name in COUNT_OF.values())
 
     @property
     def recent(self) -> list[list[str] | None]:
@@ -185,7 +168,7 @@ class Scorer:
 
     def _run(self, items: list[Item], *, count: bool) -> list[Outcome]:
         outcomes: list[Outcome] = [None] * len(items)
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         try:
             jobs += self._submit(items, range(len(items)), attempt=1)
             moved, restarted = time.monotonic(), False
@@ -239,7 +222,7 @@ class Scorer:
             self._reap()
         return outcomes
 
-    def _judge(self, job: _Job, over: bool) -> tuple[list[int], ScoreError | None]:
+    def _judge(self, job: Job, over: bool) -> tuple[list[int], ScoreError | None]:
         """Items still to be scored and, where there is one, the failure of the first of them. Sets ``job.over``."""
         rest, late = job.indices[job.scored :], time.monotonic() - job.since
         if not rest:
@@ -271,7 +254,7 @@ class Scorer:
                 return self._died(job, rest, "the worker left (exit code 0)")
         return rest, None
 
-    def _died(self, job: _Job, rest: list[int], died: str) -> tuple[list[int], ScoreError | None]:
+    def _died(self, job: Job, rest: list[int], died: str) -> tuple[list[int], ScoreError | None]:
         if job.stage == "scoring":
             return rest, ScoreError("crash", died)
         if job.attempt >= ATTEMPTS:
@@ -279,13 +262,13 @@ class Scorer:
             raise RewardError(f"{died} while {where}, {ATTEMPTS} times; run the import by hand to see why")
         return rest, None
 
-    def _kill(self, job: _Job) -> None:
+    def _kill(self, job: Job) -> None:
         job.over = True
         job.future.cancel()  # pebble kills the worker and refills the pool
 
-    def _submit(self, items: list[Item], indices: Sequence[int], attempt: int) -> list[_Job]:
+    def _submit(self, items: list[Item], indices: Sequence[int], attempt: int) -> list[Job]:
         """Spread these items over the workers: one job each."""
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         size = -(-len(indices) // self.workers)
         for start in range(0, len(indices), size or 1):
             part = list(indices[start : start + size])
@@ -305,7 +288,7 @@ class Scorer:
             except BaseException:
                 os.close(handle)
                 raise
-            jobs.append(_Job(future, part, journal, handle, attempt))
+            jobs.append(Job(future, part, journal, handle, attempt))
         return jobs
 
     def _tally(self, outcome: Outcome) -> None:
@@ -313,7 +296,7 @@ class Scorer:
         self.counts["total"] += 1
         self.counts["skipped"] += outcome is None
         if failure is not None:
-            self.counts[_COUNT_OF[failure.kind]] += 1
+            self.counts[COUNT_OF[failure.kind]] += 1
         self._window.append(failure)
         if failure is None:
             return
@@ -321,7 +304,7 @@ class Scorer:
         size = self._window.maxlen or 1
         if len(failures) <= self.error_rate * size:
             return
-        kinds = {name: sum(_COUNT_OF[f.kind] == name for f in failures) for name in _COUNT_OF.values()}
+        kinds = {name: sum(COUNT_OF[f.kind] == name for f in failures) for name in COUNT_OF.values()}
         listed = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in kinds.items() if number)
         first = failures[0]
         text = first.completion if len(first.completion) <= 400 else f"{first.completion[:400]}..."
@@ -364,90 +347,6 @@ class Scorer:
             self._pids.discard(pid)
             with contextlib.suppress(OSError):
                 os.killpg(pid, signal.SIGKILL)
-
-
-def count_outcomes(groups: Sequence[Group]) -> dict[str, int]:
-    """What became of the completions of scored groups, named as in ``Scorer.counts``."""
-    counts = dict.fromkeys(COUNTS, 0)
-    for sample in (s for group in groups for s in group.samples):
-        counts["total"] += 1
-        if sample.score is None:
-            counts[_COUNT_OF[sample.error.split(":")[0]] if sample.error else "skipped"] += 1
-    return counts
-
-
-def score_groups(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], hint_texts: Sequence[str]) -> None:
-    """Fill ``score`` or ``error`` of every sample from its text.
-
-    rows: the dataset (``group.row`` is the index into it). hint_texts: one per group. A sample to which a TRL-style
-    reward does not apply keeps ``score`` None and ``error`` "".
-    """
-    if len(groups) != len(hint_texts):
-        raise ValueError(f"found {len(groups)} groups and {len(hint_texts)} hint texts; want one text per group")
-    for group in groups:
-        if not 0 <= group.row < len(rows) or rows[group.row].id != group.row_id:
-            found = repr(rows[group.row].id) if 0 <= group.row < len(rows) else f"only {len(rows)} rows"
-            raise ValueError(f"group of row {group.row} ({group.row_id!r}) does not fit the rows: found {found}")
-    samples = [(sample, rows[group.row], hint) for group, hint in zip(groups, hint_texts) for sample in group.samples]
-    outcomes = scorer.score([row for _, row, _ in samples], [s.text for s, _, _ in samples], [h for _, _, h in samples])
-    for (sample, _, _), outcome in zip(samples, outcomes):
-        sample.score = outcome if isinstance(outcome, Score) else None
-        sample.error = str(outcome) if isinstance(outcome, ScoreError) else ""
-
-
-# ---------------------------------------------------------------------------------------------------- the parent's view
-
-
-@dataclass
-class _Job:
-    """A chunk on its way, as far as its journal tells."""
-
-    future: Future[None]
-    indices: list[int]
-    journal: str
-    handle: int
-    attempt: int
-    stage: str = "queued"  # then "loading", "scoring"
-    pid: int = 0
-    since: float = field(default_factory=time.monotonic)  # begin of the stage, or of the item being scored
-    scored: int = 0
-    kind: str = ""
-    unloadable: str = ""
-    retired: bool = False
-    over: bool = False
-    dead_since: float = 0.0
-    tail: bytes = b""
-
-    def read(self) -> list[tuple[int, Outcome]]:
-        """What came in since the last time."""
-        settled: list[tuple[int, Outcome]] = []
-        while data := os.read(self.handle, 1 << 20):
-            self.tail += data
-        *lines, self.tail = self.tail.split(b"\n")  # a last line without its end was cut off by a kill
-        for line in lines:
-            self.since, what, *rest = json.loads(line)
-            if what == "pid":
-                self.stage, self.pid = "loading", rest[0]
-            elif what == "ready":
-                self.stage, self.kind = "scoring", rest[0]
-            elif what == "unloadable":
-                self.unloadable = rest[0]
-            elif what == "retired":
-                self.retired = True
-            else:
-                outcome: Outcome = Score(*rest) if what == "score" else None
-                if what not in ("score", "skipped"):
-                    outcome = ScoreError(what, rest[0])
-                settled.append((self.indices[self.scored], outcome))
-                self.scored += 1
-        return settled
-
-    def close(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-            self.handle = -1
-            with contextlib.suppress(OSError):
-                os.unlink(self.journal)
 
 
 def _alive(pid: int) -> bool:

@@ -1,0 +1,388 @@
+"""The command line. Heavy imports happen inside the verbs, so that help is quick."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from unift.types import ConfigError, Stopped, UniftError
+
+if TYPE_CHECKING:
+    from unift.config.sections import Config
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Unified Fine-Tuning: train a reasoning model from worked solutions and a way to check answers.",
+)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make, look at and convert rows.")
+app.add_typer(data_app, name="data")
+
+DEMO = "lock"
+Settings = Annotated[Optional[list[str]], typer.Argument(help="settings as key=value, e.g. train.lr=1e-6")]
+ConfigFile = Annotated[Optional[Path], typer.Option("--config", "-c", help="YAML file of settings")]
+Recipe = Annotated[Optional[str], typer.Option(help="a tuned task of the package (unift show --recipes)")]
+Method = Annotated[Optional[str], typer.Option("--method", "-m", help="preset (unift show lists them)")]
+Limit = Annotated[Optional[int], typer.Option(min=1, help="first so many rows")]
+Split = Annotated[str, typer.Option(help="of a data set hf:NAME")]
+# --run-folder: torchrun takes --run for an option of its own (an abbreviation of --run-path).
+RunFolder = Annotated[
+    Optional[Path], typer.Option("--run", "--run-folder", help="run folder; an existing one is continued")
+]
+
+
+def _is_demo(config: Path | None, recipe: str | None, overrides: dict[str, Any]) -> bool:
+    """Without rows and model of one's own, the embedded task and base are used."""
+    return config is None and recipe is None and not (overrides.keys() & {"data", "model"})
+
+
+def _resolve(config: Path | None, recipe: str | None, method: str | None, settings: list[str] | None) -> Config:
+    from unift.config.resolve import parse_overrides, read_yaml, resolve
+
+    overrides = parse_overrides(settings or [])
+    if _is_demo(config, recipe, overrides):
+        recipe = DEMO
+    file = read_yaml(config) if config else {}
+    return resolve(method, recipe=recipe, file=file, overrides=overrides)
+
+
+def _folder(config: Config, run: Path | None) -> Path:
+    from unift.config.identity import config_hash
+
+    if run is not None or config.run:
+        return run or Path(str(config.run))
+    return Path("runs") / f"{config.method}-{config_hash(config)}"
+
+
+def _quiet_libraries(*data: str | None) -> None:
+    """Models are local, so nothing asks the hub, unless rows (``data.train``, ``data.test``) come from it."""
+    if not any(str(name).startswith("hf:") for name in data):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bar of a GGUF file's conversion
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@app.command()
+def train(
+    settings: Settings = None,
+    config: ConfigFile = None,
+    recipe: Recipe = None,
+    method: Method = None,
+    run: RunFolder = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show config, batch arithmetic and schedule; train nothing")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing while training")] = False,
+) -> None:
+    """Train, or continue the run in an existing folder. Without settings: the embedded demo with its baselines."""
+    from unift.config.resolve import parse_overrides
+
+    resolved = _resolve(config, recipe, method, settings)
+    folder = _folder(resolved, run)
+    if dry_run:
+        from unift.commands.doctor.dry_run import describe
+
+        typer.echo(describe(resolved, folder))
+        return
+    demo = _is_demo(config, recipe, parse_overrides(settings or [])) and method is None and not quiet
+    from unift import processes
+
+    _quiet_libraries(resolved.data.train, resolved.data.test)
+    if demo:
+        processes.alone("the demo (unift train without a method or rows)")
+        from unift.commands.compare.demo import run_demo
+
+        run_demo(resolved, folder, list(settings or []), DEMO)
+        return
+    from unift.commands.display import Live, Quiet
+    from unift.training.loop import train as run_training
+
+    quiet = quiet or not processes.first()
+    with Quiet() if quiet else Live() as display:
+        result = run_training(resolved, folder, display.update)
+    if not quiet:
+        typer.echo(_summary(result))
+        typer.echo(f"run folder: {folder}  (as a page: unift report {folder})")
+
+
+def _summary(result: dict[str, Any]) -> str:
+    from unift.commands.display import failures
+
+    lines = []
+    for name in ("base", "test", "train"):
+        a = result.get(name)
+        if a:
+            label = {"base": "before, held-out", "test": "after, held-out", "train": "after, training rows"}[name]
+            lines.append(
+                f"{label}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}] of {a['n']}"
+            )
+    for name, where in (("train", "in training"), ("eval", "in evaluations")):
+        counts = result.get("scorer", {}).get(name, {})
+        if failed := failures(counts):
+            lines.append(f"scores that failed {where}: {failed}, of {counts['total']}; a failed score is no reward")
+    for name, a in result.get("test", {}).get("pass@k", {}).items():
+        lines.append(f"{name}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]")
+    return "\n".join(lines)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="run folder, model folder, or embedded:NAME")],
+    settings: Settings = None,
+    config: ConfigFile = None,
+    recipe: Recipe = None,
+    split: Annotated[str, typer.Option(help="test or train")] = "test",
+    samples: Annotated[int, typer.Option(help="sampled completions a row for pass@k; 0 = greedy only")] = 0,
+    retention: Annotated[
+        Optional[list[str]],
+        typer.Option(help="rows of another task: what the run forgot of it, against its base; repeatable"),
+    ] = None,
+) -> None:
+    """Accuracy without hints, with intervals, on a split. A run folder brings its own settings."""
+    from unift.config.resolve import parse_overrides, read_yaml, resolve
+
+    folder = Path(model)
+    stored = folder / "config.yaml"
+    if retention:
+        if not stored.is_file():
+            raise ConfigError(f"--retention compares a run with its base; {model!r} is no run folder (no config.yaml)")
+        from unift.commands.retention import describe, measure
+
+        config_of_run = resolve(None, file=read_yaml(stored), overrides=parse_overrides(settings or []))
+        _quiet_libraries(config_of_run.data.train)
+        typer.echo(describe(measure(folder, retention, config_of_run)))
+        return
+    if stored.is_file():
+        weights = folder / "model"
+        if not weights.is_dir():
+            raise ConfigError(
+                f"{folder} holds an unfinished run (no model/). Continue it first, or name a checkpoint's model/"
+            )
+        over = parse_overrides([*(settings or []), f"model.path={weights}", "model.lora=null", "model.gguf=null"])
+        resolved = resolve(None, file=read_yaml(stored), overrides=over)
+    else:
+        resolved = _resolve(
+            config, recipe or (None if config else DEMO), None, [*(settings or []), f"model.path={model}"]
+        )
+    from unift import processes
+
+    _quiet_libraries(resolved.data.train, resolved.data.test)
+    from unift.training.evaluate import evaluate_split
+
+    text = evaluate_split(resolved, split, samples)
+    if processes.first():
+        typer.echo(text)
+
+
+@app.command()
+def compare(
+    settings: Settings = None,
+    methods: Annotated[str, typer.Option(help="comma-separated presets, or all")] = "sft,rft,sft-rft,r3,stage,uft",
+    seeds: Annotated[int, typer.Option(help="seeds 0..N-1")] = 3,
+    recipe: Annotated[str, typer.Option(help="a tuned task of the package")] = DEMO,
+    run: Annotated[Path, typer.Option("--run", "--run-folder", help="folder of all runs")] = Path("runs/compare"),
+    workers: Annotated[int, typer.Option(help="runs side by side, one thread each")] = 2,
+    budget: Annotated[
+        Optional[str],
+        typer.Option(help="of each run: sampled=2M or trained=2M (tokens), or seconds=60; default: the recipe's steps"),
+    ] = None,
+) -> None:
+    """Several methods, several seeds, one task: a table with intervals and a plot. Repeating the command continues."""
+    from unift import processes
+    from unift.commands.compare import budget as budgets
+    from unift.commands.compare import compare_methods
+
+    processes.alone("unift compare")
+    limit = budgets.parse(budget) if budget else None
+    typer.echo(compare_methods(methods.split(","), seeds, recipe, run, list(settings or []), workers, limit))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="run folder, finished or not, or a folder of runs (compare, demo)")],
+    out: Annotated[
+        Optional[Path], typer.Option("--out", help="file to write; default: report.html in the folder")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML file: results, curves, speed, settings and sampled rollouts."""
+    from unift.commands.report import write
+
+    typer.echo(f"report: {write(run, out)}")
+
+
+@app.command()
+def show(
+    name: Annotated[Optional[str], typer.Argument(help="a method; none lists all")] = None,
+    recipes: Annotated[bool, typer.Option("--recipes", help="list recipes, or print the recipe of this name")] = False,
+) -> None:
+    """Print a preset or a recipe."""
+    from unift.config.packaged import preset_names, preset_text, recipe_names, recipe_text
+
+    if name is None:
+        typer.echo("\n".join(recipe_names() if recipes else preset_names()))
+    else:
+        typer.echo((recipe_text if recipes else preset_text)(name).rstrip())
+
+
+@app.command()
+def methods() -> None:
+    """The family as a table: what each method shows, samples, credits and pushes, and what it needs."""
+    from unift.commands.methods import table
+
+    typer.echo(table())
+
+
+@app.command()
+def doctor(
+    settings: Settings = None,
+    config: ConfigFile = None,
+    recipe: Recipe = None,
+    method: Method = None,
+    speed: Annotated[bool, typer.Option("--speed", help="measure the machine and recommend settings instead")] = False,
+) -> None:
+    """Check environment, rows, reward and tokenizer before time is spent. Exit code 1 if something fails."""
+    resolved = _resolve(config, recipe, method, settings)
+    _quiet_libraries(resolved.data.train, resolved.data.test)
+    if speed:
+        from unift.commands.doctor.speed import checks as measure
+
+        checks = measure(resolved)
+    else:
+        from unift.commands.doctor import diagnose
+
+        checks = diagnose(resolved)
+    for check in checks:
+        typer.echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.text}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def theory(
+    out: Annotated[Path, typer.Option(help="folder for table.md, theory.json and theory.png")] = Path("runs/theory"),
+    seeds: Annotated[int, typer.Option(help="seeds 0..N-1")] = 40,
+    branching: Annotated[str, typer.Option(help="comma-separated actions a node")] = "2,3,4",
+    max_height: Annotated[int, typer.Option(help="tallest tree")] = 60,
+) -> None:
+    """Reward queries of RFT, R3 and UFT on a search tree: theorems 4.2 and 4.3 as a table and a figure."""
+    from unift.commands.theory_study import HEIGHTS, run
+
+    words = branching.split(",")
+    if not all(w.strip().isdigit() and int(w) >= 2 for w in words):
+        raise ConfigError(f"--branching {branching!r}: expected whole numbers of at least 2, e.g. 2,3,4")
+    if seeds < 2 or max_height < HEIGHTS[0]:
+        raise ConfigError(
+            f"expected at least 2 seeds and height {HEIGHTS[0]}, found --seeds {seeds} --max-height {max_height}"
+        )
+    heights = [h for h in HEIGHTS if h <= max_height]
+    typer.echo(run(out, [int(w) for w in words], heights, range(seeds), lambda text: typer.echo(text, err=True)))
+    typer.echo(f"\nfiles: {out}/table.md, theory.json, theory.png")
+
+
+@app.command("merge")
+def merge_models(
+    base: Annotated[
+        str, typer.Argument(help="the model both were trained from: model folder, run folder or embedded:NAME")
+    ],
+    models: Annotated[list[str], typer.Argument(help="model or run folders, e.g. one after SFT and one after RL")],
+    out: Annotated[Path, typer.Option(help="new model folder")],
+    rule: Annotated[str, typer.Option(help="linear, ties or dare")] = "linear",
+    weights: Annotated[
+        Optional[str], typer.Option(help="comma-separated, one a model; default 1/models, for ties 1")
+    ] = None,
+    density: Annotated[Optional[float], typer.Option(help="share of changed entries kept by ties and dare")] = None,
+    seed: Annotated[int, typer.Option(help="of the entries that dare drops")] = 0,
+) -> None:
+    """Merge checkpoints of one base: base + sum of weight * (model - base), TIES or DARE."""
+    if weights is None:
+        numbers = [1.0 if rule == "ties" else 1 / len(models)] * len(models)
+    else:
+        try:
+            numbers = [float(w) for w in weights.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--weights {weights!r}: expected numbers, e.g. 0.5,0.5") from error
+    _quiet_libraries()
+    from unift.commands.merge import merge
+
+    done = merge(base, models, out, rule, numbers, density, seed)
+    typer.echo(f"{rule} merge of {len(models)} models, {done['parameters']:,} parameters -> {out}")
+
+
+@data_app.command("make")
+def data_make(
+    task: Annotated[str, typer.Argument(help="countdown, knights or lock")],
+    out: Annotated[Path, typer.Argument(help="file to write: .jsonl or .parquet")],
+    n: Annotated[int, typer.Option("--n", min=1, help="rows")] = 1000,
+    split: Annotated[str, typer.Option(help="train or test; they never overlap")] = "train",
+    seed: int = 0,
+    option: Annotated[Optional[list[str]], typer.Option(help="generator option, key=value")] = None,
+) -> None:
+    """Generate problems with step-wise solutions."""
+    from unift.config.resolve import parse_overrides
+    from unift.rows.inspect import check_writable, write_rows
+    from unift.rows.tasks import make_rows
+
+    check_writable(out)
+    rows = make_rows(task, n, seed, split, **parse_overrides(option or []))
+    write_rows(rows, out)
+    typer.echo(f"{len(rows)} rows -> {out}")
+
+
+@data_app.command("inspect")
+def data_inspect(path: str, format: str = "auto", split: Split = "train", limit: Limit = None) -> None:
+    """Count rows, steps and lengths, and show one row."""
+    import json
+
+    from unift.rows.inspect import inspect
+    from unift.rows.readers import read_rows
+
+    rows = read_rows(path, format=format, split=split, limit=limit, need_steps=False)
+    typer.echo(json.dumps(inspect(rows), indent=1, ensure_ascii=False, default=str))
+
+
+@data_app.command("convert")
+def data_convert(source: str, out: Path, format: str = "auto", split: Split = "train", limit: Limit = None) -> None:
+    """Read any accepted layout and write unift's (.jsonl or .parquet)."""
+    from unift.rows.inspect import check_writable, write_rows
+    from unift.rows.readers import read_rows
+
+    check_writable(out)
+    rows = read_rows(source, format=format, split=split, limit=limit, need_steps=False)
+    write_rows(rows, out)
+    typer.echo(f"{len(rows)} rows -> {out}")
+
+
+def main() -> None:
+    """Entry point: errors a person can mend are printed alone, without a traceback. Exit code 2."""
+    try:
+        app()
+    except Stopped as stop:
+        print(f"{stop}; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    except UniftError as error:
+        from unift.processes import label
+
+        print(f"error: {label()}{error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: the disk is full: {error}. Nothing written before is lost", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""What a person should notice in a run's numbers, in plain words. Each line states its figure; none guesses a cause."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from unift.commands.report.charts import series
+from unift.commands.report.gather import RunData
+from unift.intervals import wilson
+
+GOOD, PLAIN, WATCH = "good", "plain", "watch"
+LAST = 0.1  # "at the end" is the mean over the last tenth of the steps
+
+
+def findings(run: RunData) -> list[tuple[str, str]]:
+    """(kind, sentence) of each finding, the outcome first."""
+    return [f for f in [_outcome(run), *_learning(run), *_scorer(run), *_update(run), *_speed(run)] if f is not None]
+
+
+def at_end(run: RunData, name: str) -> float | None:
+    """Mean of a metric over the last tenth of its points, None if the run has none."""
+    _, y = series(run.metrics, name)
+    return float(np.mean(y[-max(1, round(LAST * len(y))) :])) if len(y) else None
+
+
+def latest(run: RunData) -> tuple[Mapping[str, Any], int] | None:
+    """(held-out accuracy with its interval, step): of the result, or the last evaluation of an unfinished run."""
+    test = (run.result or {}).get("test")
+    if test:
+        return test, run.done
+    x, y = series(run.metrics, "eval/test/accuracy")
+    if not len(x) or not run.base:
+        return None
+    n = run.base["n"]
+    low, high = wilson(y[-1] * n, n)
+    return {"accuracy": float(y[-1]), "low": low, "high": high, "n": n}, int(x[-1])
+
+
+def _outcome(run: RunData) -> tuple[str, str] | None:
+    now, base = latest(run), run.base
+    if now is None or base is None:
+        return (
+            PLAIN,
+            "There are no held-out rows (data.test), so what was learned beyond the training rows is not known.",
+        )
+    after, step = now
+    gain = 100 * (after["accuracy"] - base["accuracy"])
+    text = (
+        f"Accuracy on {after['n']} held-out rows, without a hint: {percent(base['accuracy'])} before, "
+        f"{percent(after['accuracy'])} after {step:,} steps ({gain:+.1f} points). "
+    )
+    if after["low"] > base["high"]:
+        return GOOD, text + "The 95 % intervals do not overlap: this is a gain, not noise."
+    if after["high"] < base["low"]:
+        return WATCH, text + "The 95 % intervals do not overlap: the model got worse."
+    return PLAIN, text + "The 95 % intervals overlap: with so many rows this is no measured change."
+
+
+def _learning(run: RunData) -> list[tuple[str, str] | None]:
+    found: list[tuple[str, str] | None] = []
+    now = latest(run)
+    x, y = series(run.metrics, "eval/test/accuracy")
+    if now and len(y) > 2:
+        best = int(np.argmax(y))
+        n = now[0]["n"]
+        if wilson(y[best] * n, n)[0] > now[0]["high"]:
+            found.append(
+                (WATCH, f"The best evaluation, {percent(y[best])} at step {x[best]:,.0f}, is beyond the interval of the last one. "
+                 "checkpoints/best names that checkpoint, if it was saved.")
+            )  # fmt: skip
+    fit = (run.result or {}).get("train")
+    if fit and now and fit["low"] > now[0]["high"]:
+        gap = 100 * (fit["accuracy"] - now[0]["accuracy"])
+        found.append(
+            (WATCH, f"Training rows are solved in {percent(fit['accuracy'])} of cases, held-out rows {gap:.0f} points less: "
+             "part of what was learned is the rows themselves.")
+        )  # fmt: skip
+    flat, wrong, right = (at_end(run, n) for n in ("frac_reward_zero_std", "groups/all_wrong", "groups/all_right"))
+    if flat is not None and wrong is not None and right is not None and flat > 0.8:
+        cause = (
+            "mostly since every completion was right" if right > wrong else "mostly since every completion was wrong"
+        )
+        done = right > wrong and right > 0.8
+        found.append(
+            (PLAIN if done else WATCH, f"In the last tenth of the steps {percent(flat)} of the groups had equal scores and so "
+             f"no advantage, {cause}.")
+        )  # fmt: skip
+    hint = at_end(run, "hint/fraction")
+    sampled = at_end(run, "reward") is not None
+    if hint is not None and sampled and run.result and hint > 0.02:
+        found.append((PLAIN, f"Hints were still shown at the end ({percent(hint)} of the solution on average): "
+                             "the reward curve includes their help, the held-out accuracy does not."))  # fmt: skip
+    return found
+
+
+def _scorer(run: RunData) -> list[tuple[str, str] | None]:
+    counts = dict(((run.result or {}).get("scorer") or {}).get("train") or {})
+    if not counts and run.metrics:
+        last = run.metrics[-1]
+        names = ("timeouts", "crashes", "exceptions", "bad_values")
+        counts = {n: int(last[f"reward/{n}"]) for n in names if last.get(f"reward/{n}")}
+    bad = {k: v for k, v in counts.items() if k not in ("total", "skipped") and v}
+    if not bad:
+        return []
+    listed = ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in bad.items())
+    of = f" of {counts['total']:,} completions" if counts.get("total") else ""
+    return [(WATCH, f"The scorer failed: {listed}{of}. Such a completion takes no part in training; see Rollouts.")]
+
+
+def _update(run: RunData) -> list[tuple[str, str] | None]:
+    found: list[tuple[str, str] | None] = []
+    if run.stopped:
+        found.append((WATCH, "A loss or gradient was not finite and stopped the run; the batch is in nonfinite/."))
+    cut = at_end(run, "completions/clipped_ratio")
+    if cut is not None and cut > 0.1:
+        found.append(
+            (WATCH, f"{percent(cut)} of the completions at the end were cut at the length limit (sample.max_tokens).")
+        )
+    gap = at_end(run, "sampling/sampling_logp_difference/mean")
+    if gap is not None and gap > 0.02:
+        found.append(
+            (WATCH, f"Sampler and trainer disagree by {gap:.3g} in the mean log-prob of a sampled token: "
+             "the completions are not quite on-policy.")
+        )  # fmt: skip
+    x, cosine = series(run.metrics, "grad/cosine")
+    own, other = series(run.metrics, "grad/policy_norm")[1], series(run.metrics, "grad/hint_norm")[1]
+    if len(cosine) and len(own) == len(other) == len(cosine):
+        both = (own > 0) & (other > 0)
+        if both.sum() >= 3:
+            against = float(np.mean(cosine[both] < 0))
+            found.append(
+                (PLAIN, f"The gradients of reward and hints pulled against each other (cosine below 0) in {percent(against)} of "
+                 f"{both.sum()} measured steps where both were at work; mean cosine {np.mean(cosine[both]):+.2f}.")
+            )  # fmt: skip
+    return found
+
+
+def _speed(run: RunData) -> list[tuple[str, str] | None]:
+    spent = time_spent(run.metrics)
+    if not spent:
+        return []
+    total = sum(spent.values())
+    parts = sorted(spent.items(), key=lambda p: -p[1])[:3]
+    text = "Time went to " + ", ".join(f"{name} {percent(s / total)}" for name, s in parts)
+    shared = series(run.metrics, "tokens/shared_ratio")[1]
+    if len(shared) and shared.mean() > 0.005:
+        text += (
+            f"; computing prompt and hint once a group saved {percent(float(shared.mean()))} of the tokens of an update"
+        )
+    return [(PLAIN, text + ".")]
+
+
+PARTS = ("generate", "score", "reference", "update", "save", "wait")
+OTHER = "other in a step"
+BETWEEN = "evaluations and checkpoints"
+
+
+def time_spent(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of each part over the whole run, only parts that took any; the rest of a step and between steps apart."""
+    spent = {part: float(series(metrics, f"time/{part}")[1].sum()) for part in PARTS}
+    steps = float(series(metrics, "time/step")[1].sum())
+    elapsed = series(metrics, "time/elapsed")[1]
+    spent[OTHER] = steps - sum(spent.values())
+    spent[BETWEEN] = float(elapsed[-1]) - steps if len(elapsed) else 0.0
+    whole = sum(max(s, 0.0) for s in spent.values())
+    return {part: s for part, s in spent.items() if whole and s > 0.001 * whole}
+
+
+def percent(share: float) -> str:
+    """12.3 %; without a decimal where there is none, 95 % and 100 %."""
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"

@@ -1,0 +1,45 @@
+"""Which settings decide the numbers of a run, their hash, and how two configs differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from unift.config.sections import Config
+
+# A continued run may change these: they do not touch the numbers.
+FREE_KEYS = ("run", "save", "log", "baselines", "reward.workers", "reward.timeout", "reward.error_rate", "threads")
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+def numeric_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide the numbers, flat: {"train.lr": 1e-6, ...}."""
+    flat = _flat(config.model_dump(mode="json"))
+    return {k: v for k, v in flat.items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)}
+
+
+def config_hash(config: Config) -> str:
+    text = json.dumps(numeric_settings(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lines "train.lr: 1e-06 -> 1e-05" for each numeric setting that differs."""
+    a, b = numeric_settings(old), numeric_settings(new)
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]

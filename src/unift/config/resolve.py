@@ -1,0 +1,143 @@
+"""Layers of settings become one config, typed and validated. Unknown key = error that names the nearest one.
+
+Layers, later ones win: the defaults of ``sections.py`` <- preset of the method <- recipe (a tuned task) <- YAML file
+<- ``key=value``.
+What results is written to the run folder as ``config.yaml`` and is itself a valid config file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from unift.config.checks import check
+from unift.config.packaged import nearest, preset_text, recipe_text
+from unift.config.sections import METHOD_SECTIONS, Config
+from unift.types import ConfigError
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        old = merged.get(name)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged[name] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in dotted.items():
+        *path, last = name.split(".")
+        node: dict[str, Any] = {last: value}
+        for part in reversed(path):
+            node = {part: node}
+        tree = _merge(tree, node)
+    return tree
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """``["train.lr=1e-6", "model.path=/m"]`` -> nested dict. Values are read as YAML."""
+    dotted = {}
+    for item in items:
+        name, sign, value = item.partition("=")
+        if not sign or not name.strip():
+            raise ConfigError(f"cannot read the setting {item!r}: expected key=value, as in train.lr=1e-6")
+        try:
+            dotted[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"cannot read the value of {name.strip()!r} as YAML: {value!r}") from error
+    return _nested(dotted)
+
+
+def _yaml_mapping(text: str, source: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: expected a mapping of settings, found {type(tree).__name__}")
+    return tree
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}")
+    try:
+        return _yaml_mapping(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
+
+
+def _method_layers(method: str, recipe: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
+    tree = _yaml_mapping(preset_text(method), f"preset {method}")
+    common = {name: value for name, value in recipe.items() if name != "methods"}
+    own = (recipe.get("methods") or {}).get(method, {})
+    for layer in (common, own, user):
+        tree = _merge(tree, layer)
+    return tree
+
+
+def resolve(
+    method: str | None = None,
+    *,
+    recipe: str | None = None,
+    file: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """Merge the layers and validate. Raises ConfigError with the key, what was found and the nearest name."""
+    user = _merge(file or {}, overrides or {})
+    method = str(method or user.get("method") or "uft")
+    packaged = _yaml_mapping(recipe_text(recipe), f"recipe {recipe}") if recipe else {}
+    tree = _method_layers(method, packaged, user) | {"method": method}
+    phases = []
+    for phase in tree.get("phases") or []:
+        if not isinstance(phase, Mapping) or "method" not in phase:
+            raise ConfigError(f"phases: each needs a method and a share, found {phase!r}")
+        # A phase inherits the method's own sections; what the phase itself sets wins over all.
+        layers = _method_layers(phase["method"], packaged, user)
+        sections = {name: layers[name] for name in METHOD_SECTIONS if name in layers}
+        phases.append(_merge(sections, phase))
+    config = validate(tree | {"phases": phases})
+    check(config)
+    return config
+
+
+def validate(tree: Mapping[str, Any]) -> Config:
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _fields_at(path: list[Any]) -> list[str]:
+    """Names of the settings below a path such as ["train"]."""
+    model: Any = Config
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _explain(item: Any) -> str:
+    path = list(item["loc"])
+    name = ".".join(str(part) for part in path)
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(path[:-1])
+        everywhere = [f"{section}.{field}" for section in Config.model_fields for field in _fields_at([section])]
+        hint = nearest(str(path[-1]), known) or nearest(name, everywhere)
+        return f"unknown setting {name!r}{hint}"
+    if item["type"] in ("model_type", "model_attributes_type"):
+        known = ", ".join(f"{name}.{field}" for field in _fields_at(path)[:3])
+        return f"setting {name!r} is a section: set what is in it ({known}, ...); found {item['input']!r}"
+    return f"setting {name!r}: {item['msg'].lower()}; found {item['input']!r}"

@@ -1,0 +1,323 @@
+"""The settings, typed: a section for each question that a method answers, and what a run needs besides. How layers become
+one config is in ``resolve.py``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from unift.config import words
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Show(Section):
+    """How much of the solution is revealed before the model speaks."""
+
+    schedule: words.ScheduleName = "none"
+    high: float = Field(
+        default=0.95,
+        ge=0,
+        le=1,
+        description="p at the first step (cosine, window, adaptive), or p throughout (constant)",
+    )
+    low: float = Field(default=0.05, ge=0, le=1, description="p at the last hinted step (cosine, window)")
+    until: float = Field(
+        default=0.6, ge=0, le=1, description="share of the steps with hints (cosine, staircase, window); then none"
+    )
+    draw: words.DrawName = Field(default="binomial", description="k ~ Binomial(cuts, p), or k = round(cuts * p)")
+    unit: Literal["cuts", "tokens"] = Field(
+        default="cuts", description="a hint ends at a cut, or after any token of the steps"
+    )
+    cuts: int = Field(default=5, ge=1, description="the solution is cut into at most this many pieces")
+    members: int | None = Field(
+        default=None,
+        ge=1,
+        description="so many completions of a group begin with the hint, the others without; null = all",
+    )
+    target: float = Field(
+        default=0.5, ge=0, le=1, description="success rate of a row's group that adaptive and bisection aim at"
+    )
+    rate: float = Field(default=0.4, gt=0, le=1, description="adaptive: change of p is rate * (target - success rate)")
+
+
+class SampleFrom(Section):
+    """How many completions of each prompt+hint are sampled, and from where."""
+
+    completions: int = Field(default=8, ge=0, description="G; 0 = none (supervised)")
+    temperature: float = Field(
+        default=1.0, gt=0, description="divides the logits when sampling and in the completions' log-probs; hints at 1"
+    )
+    max_tokens: int = Field(default=64, ge=1, description="length limit of a completion, tokens")
+    source: words.SourceName = Field(
+        default="policy", description="who samples: the policy, or the model the phase began with"
+    )
+    demonstration: bool = Field(default=False, description="the solution is one more member of the group, with score 1")
+    rejected: str | None = Field(default=None, description="column with an answer that the solution is preferred to")
+    refill: int = Field(
+        default=0, ge=0, description="rounds in which groups without signal are replaced by other prompts"
+    )
+    first: int | None = Field(
+        default=None, ge=1, description="sample only so many tokens of a completion; null = to its end"
+    )
+    full: float = Field(
+        default=0.0, ge=0, le=1, description="share of the prompts that are sampled to the end in spite of first"
+    )
+
+
+class Credit(Section):
+    """What each completion is worth: scores of a group -> advantages."""
+
+    baseline: words.BaselineName = "group_mean"
+    scale: words.ScaleName = "sample_std"
+    epsilon: float = Field(default=1e-6, ge=0)
+    whiten: bool = Field(
+        default=False, description="advantages have mean 0 and std 1 over all sampled tokens of a step"
+    )
+    overlong: int = Field(
+        default=0, ge=0, description="the score falls linearly by 1 over the last so many tokens of max_tokens"
+    )
+    positive: float = Field(default=1.0, ge=0, description="factor of positive advantages")
+    positive_entropy: float = Field(
+        default=0.0, description="positive advantages times exp(this * H), H the policy's mean entropy"
+    )
+    score: words.ScoreName = Field(
+        default="ratio", description="partition: a sequence's score is sum log(pi / reference), or mean log pi"
+    )
+    tau: float = Field(default=1.0, gt=0, description="partition: temperature of the scores")
+    momentum: float = Field(default=0.85, gt=0, le=1, description="partition: weight of the newest estimate of a row's")
+    gamma: float = Field(default=1.0, ge=0, le=1, description="discount of later tokens' rewards (critic)")
+    lam: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda (critic)")
+    value_weight: float = Field(default=2.5, ge=0, description="of the squared error of the critic")
+    value_clip: float | None = Field(
+        default=0.2, gt=0, description="the critic's value moves at most so far in a step; null = freely"
+    )
+
+
+class PolicyStream(Section):
+    """How the completions push their log-probs."""
+
+    loss: words.LossName = "clip"
+    low: float = Field(default=0.2, ge=0, description="ratio is clipped below 1 - low")
+    high: float = Field(default=0.2, ge=0, description="ratio is clipped above 1 + high")
+    dual_clip: float | None = Field(default=None, gt=1, description="cap of the ratio where the advantage is negative")
+    norm: words.NormName = "token_mean"
+    entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus on completions")
+    weight: float | Literal["complement"] = Field(
+        default=1.0, description="of the stream; complement = 1 - likelihood.weight"
+    )
+    off_policy: words.OffPolicyName = Field(
+        default="none", description="how tokens of the solution inside a group push with the group's advantage"
+    )
+    off_policy_top: float = Field(
+        default=1.0, gt=0, le=1, description="share of them, by entropy, that keep the advantage"
+    )
+    threshold: float = Field(default=0.1, gt=0, description="gamma of shaped: A * pi / (pi + threshold)")
+    beta: float = Field(default=0.1, gt=0, description="implicit reward beta * log(pi / reference) of dpo and una")
+
+
+class Likelihood(Section):
+    """How the solution's tokens, or own completions taken as one, push their log-probs."""
+
+    tokens: words.TokensName = Field(
+        default="none", description="the revealed steps, the whole solution + EOS, own completions, or the last two"
+    )
+    keep: words.KeepName = Field(default="all", description="which own completions; right ones without repeats")
+    rule: words.RuleName = "nll"
+    weight: float = Field(default=0.0, ge=0)
+    norm: words.NormName = "token_mean"
+    schedule: words.AnnealingName = Field(
+        default="constant", description="the weight stays, falls by a cosine to final, or falls with the hint's p"
+    )
+    final: float = Field(default=0.0, ge=0, description="weight at the end of the cosine")
+    until: float = Field(default=1.0, gt=0, le=1, description="share of the steps over which the cosine falls")
+    entropy: float = Field(
+        default=0.0, description="weight times exp(this * H), H the policy's mean entropy on completions"
+    )
+    gate: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="supervise only groups with at most this success rate, in place of their completions",
+    )
+    buffer: int = Field(
+        default=0, ge=0, description="gated rows wait for an update of their own until so many have come"
+    )
+    scope: Literal["token", "sequence"] = Field(
+        default="token", description="importance weighs tokens alone, or whole sequences by their mean"
+    )
+    clip: float = Field(
+        default=0.28, gt=0, description="ratio above 1 + clip has no gradient; importance is at most clip"
+    )
+    threshold: float = Field(default=0.1, gt=0, description="probability where the weight of trust and shaped bends")
+    beta: float = Field(default=0.1, gt=0, description="implicit reward beta * log(pi / reference) of the divergences")
+    gamma: float = Field(default=0.95, ge=0, le=1, description="discount of later tokens' losses in tail")
+
+
+class Pull(Section):
+    """The pull towards the model that the phase began with, on completions only."""
+
+    kl: float = Field(default=0.0, ge=0)
+    estimator: words.EstimatorName = Field(default="k3", description="of the loss term")
+    into: words.IntoName = Field(
+        default="loss", description="a term of the loss, or taken off each token's reward (k1, l - l_ref)"
+    )
+
+
+class Inputs(Section):
+    """What is done to the input embeddings while log-probs are taken (supervised phases; never when sampling)."""
+
+    noise: words.NoiseName = "none"
+    scale: float = Field(
+        default=5.0,
+        gt=0,
+        description="uniform: NEFTune's alpha; gaussian: signal-to-noise ratio; adversarial: norm a sequence",
+    )
+    copy_weight: float = Field(
+        default=1.0, gt=0, description="adversarial: weight of the perturbed copy beside the clean one"
+    )
+    own: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the model's own greedy prediction in a response token's embedding",
+    )
+
+
+class Train(Section):
+    steps: int = Field(default=500, ge=1)
+    prompts: int = Field(default=32, ge=1, description="prompts a step (rows, not completions)")
+    updates: int = Field(default=1, ge=1, description="optimizer updates a step; must divide prompts")
+    epochs: int = Field(default=1, ge=1, description="passes over the groups of a step, each of so many updates")
+    lr: float = Field(default=1e-6, gt=0)
+    decay: words.DecayName = "constant"
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0, description="of the whole gradient; null = no clipping")
+    token_budget: int = Field(
+        default=16384, ge=1, description="padded tokens of one forward; changes memory, not the update"
+    )
+    micro_prompts: int | None = Field(
+        default=None, ge=1, description="prompts of a micro-batch (microbatch_token_mean only)"
+    )
+
+
+class Rules(Section):
+    """What a method says: everything between rows and an optimizer step."""
+
+    method: str
+    show: Show = Show()
+    sample: SampleFrom = SampleFrom()
+    credit: Credit = Credit()
+    policy: PolicyStream = PolicyStream()
+    likelihood: Likelihood = Likelihood()
+    reference: Pull = Pull()
+    inputs: Inputs = Inputs()
+    train: Train = Train()
+
+
+class Phase(Rules):
+    """One stretch of a run with its own method (SFT, then RFT). The optimizer and the KL reference start anew."""
+
+    share: float = Field(gt=0, le=1, description="of train.steps")
+
+
+class Lora(Section):
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    targets: str | list[str] = "all-linear"
+
+
+class Model(Section):
+    path: str = Field(default="embedded:lock", description="folder, or embedded:NAME for a base inside the package")
+    gguf: str | None = Field(default=None, description="GGUF file inside the folder")
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    device: str = "auto"
+    forward: Literal["auto", "shared", "plain"] = Field(
+        default="auto", description="shared prefixes, or the model's own forward"
+    )
+    autocast: Literal["none", "sample", "all"] = Field(
+        default="none",
+        description="products in bfloat16 (weights stay float32): nowhere, in sampling, in sampling and training",
+    )
+    cuda_graphs: bool = Field(
+        default=True, description="on a GPU, sampling replays recorded steps; false: launches every kernel"
+    )
+    lora: Lora | None = None
+
+
+class Data(Section):
+    task: str | None = Field(default=None, description="built-in generator: countdown, knights, lock")
+    options: dict[str, Any] = Field(default_factory=dict, description="of the generator")
+    train: str | None = Field(default=None, description="file of rows, or hf:owner/name")
+    test: str | None = None
+    format: str = "auto"
+    train_rows: int | None = Field(default=None, ge=1)
+    test_rows: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, description="of the generator and of the split; apart from the run's seed")
+    max_prompt: int = Field(
+        default=2048, ge=1, description="tokens of prompt + whole solution; a longer row is an error"
+    )
+
+
+class Reward(Section):
+    function: str = Field(
+        default="auto", description="auto (the row's task), a task's name, module:function or file.py:function"
+    )
+    format_score: float = Field(default=0.0, lt=1, description="for a parsable wrong answer")
+    rule: Literal["unift", "paper"] = "unift"
+    answer: Literal["auto", "tags", "boxed", "hash", "last_number"] = Field(
+        default="auto", description="where the answer stands; auto: where the training rows' own solutions have it"
+    )
+    workers: int = Field(default=1, ge=1)
+    timeout: float = Field(default=5.0, gt=0, description="seconds for one completion")
+    error_rate: float = Field(default=0.1, ge=0, le=1, description="of failed scores above which the run stops")
+    memory_mb: int | None = Field(default=None, ge=1)
+
+
+class Eval(Section):
+    every: int = Field(default=50, ge=0, description="steps; 0 = only at the end")
+    rows: int | None = Field(default=None, ge=1, description="first so many rows of the test split")
+    samples: int = Field(
+        default=0, ge=0, description="sampled completions a row for pass@k at the end; 0 = greedy only"
+    )
+    max_tokens: int | None = Field(default=None, ge=1, description="default: sample.max_tokens")
+
+
+class Save(Section):
+    every: int = Field(default=50, ge=0, description="steps between checkpoints; 0 = only at the end")
+    keep: int = Field(default=2, ge=1, description="last so many are kept, and the best")
+    rollouts: bool = True
+
+
+class Log(Section):
+    gradients_every: int = Field(
+        default=10, ge=0, description="steps between measurements of both streams' gradients; 0 = never"
+    )
+    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field(
+        default_factory=list, description="through accelerate"
+    )
+
+
+class Config(Rules):
+    method: str = "uft"  # pyright: ignore[reportIncompatibleVariableOverride]
+    seed: int = 0
+    run: str | None = Field(default=None, description="run folder; default runs/<method>-<hash>")
+    threads: int | None = Field(default=None, ge=1, description="of torch; default: all cores")
+    baselines: list[str] = Field(default_factory=list, description="methods trained beside this one for comparison")
+    model: Model = Model()
+    data: Data = Data()
+    reward: Reward = Reward()
+    phases: list[Phase] = Field(default_factory=list)
+    eval: Eval = Eval()
+    save: Save = Save()
+    log: Log = Log()
+
+
+METHOD_SECTIONS = tuple(name for name in Rules.model_fields if name != "method")

@@ -1,1 +1,0 @@
-"""Where completions come from. ``native`` samples in the process of the trainer."""

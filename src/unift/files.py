@@ -1,0 +1,74 @@
+"""Files and folders that get their name only when their bytes are on disk: written to a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from unift.types import UniftError
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """A failed write becomes one clear error. torch and safetensors report a full disk by error types of their own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        with suppress(OSError):
+            free = shutil.disk_usage(folder).free / 2**20
+            error = f"{error}; {free:,.1f} MiB are free there"
+        raise UniftError(
+            f"could not write {what} in {folder}: {error}. Free space and run the same command again: it continues from "
+            "the last complete checkpoint"
+        ) from None
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """The file holds either its old content or all of the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data.encode() if isinstance(data, str) else data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UniftError(
+            f"could not write {path}: {error.strerror or error}. Nothing written before is lost"
+        ) from error
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """fsync every file of ``temporary``, then give it its name."""
+    for path in sorted(temporary.rglob("*")):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    _sync_folder(final.parent)
+
+
+def clean_temporary(folder: Path) -> None:
+    """Remove what a killed process left half written."""
+    for path in folder.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,40 @@
+"""The critic: a linear value head on the policy's own last hidden state (ReFT, arXiv 2401.08967). It shares the trunk, is
+trained by the same optimizer, and its weights are in every checkpoint, never in the saved model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from unift.model.logprobs import head_logprobs, scale_of
+from unift.model.packs import PackedBatch
+from unift.model.policy import Policy
+
+
+def new_critic(policy: Policy) -> nn.Linear:
+    """Zero weights: it says 0 at first, whatever the seed."""
+    head = nn.Linear(policy.embeddings.weight.shape[1], 1, device=policy.device, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def value(policy: Policy, hidden_SD: Tensor) -> Tensor:
+    """V of the state before each target token, float32, [S]."""
+    assert policy.critic is not None
+    return policy.critic(hidden_SD.float())[:, 0]
+
+
+def values(policy: Policy, batch: PackedBatch) -> Tensor:
+    with policy.precision(sampling=False):
+        hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
+    return value(policy, hidden_TD.index_select(0, batch.at_S))
+
+
+def logprobs_and_values(policy: Policy, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(l_S, entropy_S, V_S) from one forward pass."""
+    with policy.precision(sampling=False):
+        hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
+    hidden_SD = hidden_TD.index_select(0, batch.at_S)
+    l_S, entropy_S = head_logprobs(policy, hidden_SD, batch.target_S, scale_of(batch, temperature))
+    return l_S, entropy_S, value(policy, hidden_SD)

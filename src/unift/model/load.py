@@ -1,0 +1,222 @@
+"""A model's folder: found, read, adapted (LoRA) and saved; the device that it is put on, and the lengths that it allows."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from unift import processes
+from unift.config import needs
+from unift.config.sections import Config
+from unift.config.stages import evaluation_tokens, stages
+from unift.model import attention, matmul, paths
+from unift.model.policy import Policy
+from unift.rows.dataset import Data
+from unift.types import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from unift.config.sections import Lora
+    from unift.config.sections import Model as ModelConfig
+
+
+def locate(path: str) -> Path:
+    """Folder of a model: a real folder, ``embedded:NAME`` in the package, or a GGUF file's folder."""
+    if path.startswith("embedded:"):
+        root = Path(str(resources.files("unift.model") / "embedded"))
+        folder = root / path.split(":", 1)[1]
+        if not folder.is_dir():
+            known = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("_"))
+            raise ConfigError(f"model.path={path!r}: no such base in the package. Known: {', '.join(known)}")
+        return folder
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise ConfigError(
+            f"model.path={path!r} is neither a folder nor embedded:NAME. unift does not download models: "
+            "fetch the folder first, for example with `hf download`"
+        )
+    if folder.is_file() and folder.suffix != ".gguf":
+        raise ConfigError(f"model.path={path!r} is a file of an unknown kind; expected a folder or a .gguf file")
+    if folder.is_dir() and not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
+        raise ConfigError(
+            f"model.path={path!r}: the folder has no config.json, so it is no Hugging Face model. Expected config.json, "
+            "weights (*.safetensors) and a tokenizer (tokenizer.json), or a .gguf file"
+        )
+    return folder.parent if folder.is_file() else folder
+
+
+def _gguf(config: ModelConfig) -> str | None:
+    return Path(config.path).name if config.path.endswith(".gguf") else config.gguf
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    folder, gguf = locate(config.path), _gguf(config)
+    try:
+        extra = {"gguf_file": gguf} if gguf else {}
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer could be read from {folder}: {error}") from error
+
+
+def expected_path(config: ModelConfig, longest: float) -> str:
+    """What ``load`` would choose as far as class and config tell, without reading weights. For people."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.forward == "plain":
+        return "plain (model.forward=plain)"
+    gguf = _gguf(config)
+    settings = AutoConfig.from_pretrained(
+        str(locate(config.path)), local_files_only=True, **({"gguf_file": gguf} if gguf else {})
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    reason = paths.obstacle(model, longest)
+    if reason and config.forward == "shared":
+        raise ConfigError(
+            f"model.forward=shared does not fit: {type(model).__name__}: {reason}. Use model.forward=auto"
+        )
+    if reason:
+        return f"plain ({type(model).__name__}: {reason})"
+    return "shared, if the logits agree when the model is loaded"
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is some. Of several processes on a machine, each takes the GPU of its own number.
+
+    Raises ConfigError where the machine does not have the device.
+    """
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device.type != "cuda" or processes.size() == 1:
+            torch.empty(1, device=device)
+            return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        gpus = torch.cuda.device_count()
+        found = f"{gpus} CUDA device{'s' * (gpus != 1)}"
+        reason = str(error).strip().partition("\n")[0][:120]
+        raise ConfigError(
+            f"model.device={name!r} cannot be used ({reason}). torch {torch.__version__} sees the CPU and {found}: "
+            "use auto, cpu or cuda:N"
+        ) from error
+    if device.index is not None:
+        raise ConfigError(
+            f"model.device={name!r} is one GPU for {processes.size()} processes: say cuda, and each takes its own"
+        )
+    if processes.local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"no GPU is left for process {processes.local_rank()} of this machine: found {torch.cuda.device_count()}. "
+            "Start as many processes as there are GPUs, or set model.device=cpu"
+        )
+    return torch.device("cuda", processes.local_rank())
+
+
+def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = math.inf) -> Policy:
+    """Read the model, settle its forward path (``model.forward``), and add LoRA adapters if asked.
+
+    longest: tokens of the longest sequence of the run, which an attention window must not cut on the shared-prefix path.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    folder, gguf = locate(config.path), _gguf(config)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config)
+    device = pick_device(config.device)
+    try:
+        extra = {"gguf_file": gguf} if gguf else {}
+        dtype = getattr(torch, config.dtype)
+        model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=dtype, **extra)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no causal language model could be read from {folder}: {error}") from error
+    if device.type == "cpu":
+        matmul.route()
+    model = model.to(device=device).eval()  # type: ignore[call-arg]  # eval: no dropout; gradients flow all the same
+    model.config.use_cache = False
+    if gguf:
+        _forget_gguf(model)
+    policy = Policy(model, tokenizer, device, autocast=config.autocast, cuda_graphs=config.cuda_graphs)
+    paths.choose(policy, config.forward, longest)
+    if config.lora is not None:
+        policy.model, policy.lora = _adapt(model, config.lora), True
+    return policy
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights are plain floats now; transformers would refuse to save what it still calls a quantized model."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+
+
+def _adapt(model: nn.Module, lora: Lora) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        target_modules=lora.targets,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, settings)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(
+            f"model.lora.targets={lora.targets!r} does not fit {type(model).__name__}: {error} Name other model.lora.targets"
+        ) from error
+
+
+def save_pretrained(policy: Policy, folder: Path) -> None:
+    """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained and vLLM read."""
+    shutil.rmtree(folder, ignore_errors=True)
+    base = policy.base
+    kept = base.config._attn_implementation
+    base.config._attn_implementation_internal = None  # not a property of the weights
+    base.config.use_cache = True
+    try:
+        if policy.lora:
+            policy.model.merge_adapter()  # type: ignore[operator]
+            state = {
+                k.replace(".base_layer", ""): v.detach().clone().contiguous()
+                for k, v in base.state_dict().items()
+                if ".lora_" not in k
+            }
+            policy.model.unmerge_adapter()  # type: ignore[operator]
+            base.save_pretrained(folder, state_dict=state)
+        else:
+            base.save_pretrained(folder)
+    finally:
+        base.config._attn_implementation_internal = kept
+        base.config.use_cache = False
+    policy.tokenizer.save_pretrained(folder)
+
+
+def check_positions(config: Config, data: Data) -> None:
+    """DataError where prompt, hint and completion can take more tokens than the model has positions (its config.json;
+    a GGUF file has none). Beyond them a model with learned positions fails, and one with rotary ones turns to noise."""
+    path = locate(config.model.path) / "config.json"
+    positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
+    if not isinstance(positions, int):
+        return
+    found = [stage.rules for stage in stages(config)]
+    hinted = any(needs.hints(s) for s in found)
+    sampled = max([s.sample.max_tokens for s in found if s.sample.completions], default=0)
+    evaluated = evaluation_tokens(config)
+    for name, split, most in (("data.train", data.train, sampled), ("data.test", data.test, evaluated)):
+        for number, e in enumerate(split.encoded, start=1):
+            hint = e.step_ends[-1] if hinted and name == "data.train" else 0
+            if len(e.prompt) + hint + most > positions:
+                raise DataError(
+                    f"{name}, row {number}: the prompt ({len(e.prompt)} tokens), its longest hint ({hint}) and a completion "
+                    f"({most}) take more than the {positions} positions of the model. Lower sample.max_tokens to "
+                    f"{max(positions - len(e.prompt) - hint, 0)} or less, or drop the row"
+                )

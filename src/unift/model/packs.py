@@ -1,0 +1,254 @@
+"""Items -> packed tensors. Each item is a prefix (prompt + hint, once) and its members: the completions, and the rest of
+the demonstration where the whole solution is supervised. The last token of a member is only ever a target, so it is not
+forwarded.
+
+Shapes: T forwarded tokens, S loss positions (one per supervised token), D width of the embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unift.config import needs, words
+from unift.config.sections import Rules
+from unift.model.attention.packed import PackedLayout, make_layout
+
+COMPLETION, HINT, DEMO, OWN = 1, 2, 3, 4  # OWN: a sampled completion that is supervised like a demonstration
+
+
+@dataclass(frozen=True)
+class Member:
+    tokens: list[int]
+    role: int
+    advantage: float | list[float] = 0.0  # one for the member, or one a sampled token
+    logps: list[float] | None = None  # under the sampler, of the sampled tokens
+    given: int = 0  # leading tokens that come from the solution: a hint that this member alone has seen
+    pair: int = -1  # members of one item with the same number: preferred (advantage > 0) and rejected
+    label: float = math.nan  # score in [0, 1] of a whole sequence (una)
+    returns: list[float] | None = None  # what the critic should say at each sampled token,
+    values: list[float] | None = None  # and what it said when the completion was sampled
+
+
+@dataclass(frozen=True)
+class Item:
+    """One group ready to be packed. ``supervised``: the likelihood stream is on for its hint and demonstration.
+
+    ``address`` names the group for draws that belong to it (noise on its input embeddings).
+    """
+
+    prompt: list[int]
+    hint: list[int]
+    members: list[Member]
+    supervised: bool = True
+    address: tuple[object, ...] = ()
+
+    @property
+    def tokens_forwarded(self) -> int:
+        return len(self.prompt) + len(self.hint) + sum(len(m.tokens) - 1 for m in self.members)
+
+
+@dataclass(frozen=True)
+class ItemWeights:
+    """Weights of an item's tokens, coefficient / Z: ``policy[j]`` of member j's, ``likelihood`` of the hint and the
+    demonstration, ``own[j]`` of a member that is supervised by itself."""
+
+    policy: Sequence[float]
+    likelihood: float
+    own: Sequence[float]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    tokens_T: Tensor
+    positions_T: Tensor
+    layout: PackedLayout
+    at_S: Tensor  # flat index whose hidden state predicts the target
+    target_S: Tensor
+    role_S: Tensor
+    item_S: Tensor  # index of the group inside this pack
+    member_S: Tensor  # index of the member inside its group; -1 for the hint
+    advantage_S: Tensor
+    policy_w_S: Tensor  # 1/Z on completions, 0 elsewhere
+    likelihood_w_S: Tensor  # weight/Z on hint or demo, 0 elsewhere
+    kl_w_S: Tensor
+    entropy_w_S: Tensor
+    sampler_S: Tensor  # log-prob under the sampler; NaN where nothing was sampled
+    sequence_S: Tensor  # which sequence of this pack; a hint and its demonstration are one
+    pair_S: Tensor  # number of a preference pair inside its item; -1: none
+    label_S: Tensor
+    return_S: Tensor  # NaN without a critic
+    value_S: Tensor
+    old_S: Tensor | None = None  # log-prob at the start of the step; None: this update is the first, ratio = 1
+    ref_S: Tensor | None = None
+    delta_TD: Tensor | None = None  # added to the input embeddings
+    inputs_fixed: bool = False  # no gradient through the input embeddings
+
+    def to(self, device: Any) -> PackedBatch:
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, layout=self.layout.to(device), **moved)
+
+
+def silent(item: Item, rules: Rules) -> bool:
+    """True when the completions of this item cannot move the policy: all advantages 0, no KL, no entropy bonus."""
+    pulled = rules.reference.kl != 0 and not words.INTOS[rules.reference.into].reward
+    quiet = not pulled and rules.policy.entropy == 0 and not words.LOSSES[rules.policy.loss].sequences
+    quiet = quiet and not words.BASELINES[rules.credit.baseline].critic
+    return quiet and not any(np.any(m.advantage) for m in item.members if m.role == COMPLETION)
+
+
+def cut(items: Sequence[Item], budget: int) -> list[list[int]]:
+    """Indices of items per micro-batch, longest first, so that a pack's padded size stays within the token budget.
+
+    Groups are never split; one that is larger than the budget goes alone.
+    """
+    order = sorted(range(len(items)), key=lambda i: (-items[i].tokens_forwarded, i))
+    packs: list[list[int]] = []
+    for i in order:
+        if packs and sum(items[j].tokens_forwarded for j in packs[-1]) + items[i].tokens_forwarded <= budget:
+            packs[-1].append(i)
+        else:
+            packs.append([i])
+    return packs
+
+
+NUMBER = {  # columns of a number a loss position, and what stands there unless it is said
+    "advantage": 0.0,
+    "policy_w": 0.0,
+    "likelihood_w": 0.0,
+    "kl_w": 0.0,
+    "entropy_w": 0.0,
+    "sampler": math.nan,
+    "label": math.nan,
+    "return": math.nan,
+    "value": math.nan,
+}
+WHOLE = ("at", "target", "role", "item", "member", "sequence", "pair")  # columns of whole numbers
+
+
+@dataclass
+class _FlatRow:
+    """A flat row under construction: its tokens, the spans of prefixes and members, and a column for each thing that is
+    known about a loss position. A column becomes the tensor of its name in PackedBatch."""
+
+    tokens: list[int] = field(default_factory=list[int])
+    positions: list[int] = field(default_factory=list[int])
+    prefixes: list[range] = field(default_factory=list[range])
+    members: list[list[range]] = field(default_factory=list[list[range]])
+    sequences: int = 0
+    columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in (*WHOLE, *NUMBER)})
+
+    def extend(self, tokens: Sequence[int], position: int) -> range:
+        """Lay tokens down, from this position of their sequence on; returns where they lie."""
+        start = len(self.tokens)
+        self.tokens += tokens
+        self.positions += range(position, position + len(tokens))
+        return range(start, len(self.tokens))
+
+    def sequence(self) -> int:
+        self.sequences += 1
+        return self.sequences - 1
+
+    def supervise(self, at: Sequence[int], targets: Sequence[int], **values: Any) -> None:
+        """Loss positions ``at`` with their targets. A value is one for all of them or a list."""
+        for name, value in {"pair": -1, **NUMBER, **values}.items():
+            self.columns[name] += value if isinstance(value, list) else [value] * len(targets)
+        self.columns["at"] += at
+        self.columns["target"] += targets
+
+
+def pack(
+    items: Sequence[Item], which: Sequence[int], weights: Sequence[ItemWeights] | None, rules: Rules
+) -> PackedBatch | None:
+    """One micro-batch of the items ``which``. None when nothing in it carries a loss.
+
+    ``weights``: of all items. None: every completion is packed without weights, to measure something at its tokens.
+    """
+    flat = _FlatRow()
+    for b, i in enumerate(which):
+        item = items[i]
+        members = list(enumerate(item.members))
+        if weights is None:
+            weight = ItemWeights([0.0] * len(members), 0.0, [0.0] * len(members))
+        else:
+            weight = weights[i]
+            if silent(item, rules):
+                members = [(j, m) for j, m in members if m.role != COMPLETION]
+        _pack_item(flat, b, item, members, weight, rules)
+    if not flat.columns["target"]:
+        return None
+    # float64: a few numbers per target token; sums of losses then hardly depend on the cut into micro-batches.
+    types = dict.fromkeys(WHOLE, torch.long) | dict.fromkeys(NUMBER, torch.float64)
+    columns: dict[str, Any] = {f"{n}_S": torch.tensor(v, dtype=types[n]) for n, v in flat.columns.items()}
+    return PackedBatch(
+        tokens_T=torch.tensor(flat.tokens),
+        positions_T=torch.tensor(flat.positions),
+        layout=make_layout(flat.prefixes, flat.members, len(flat.tokens)),
+        **columns,
+    )
+
+
+def _pack_item(
+    flat: _FlatRow, number: int, item: Item, members: Sequence[tuple[int, Member]], weight: ItemWeights, rules: Rules
+) -> None:
+    shown = words.TOKENS[rules.likelihood.tokens].alone
+    prefix = flat.extend(item.prompt + item.hint, 0)
+    flat.prefixes.append(prefix)
+    flat.members.append([])
+    solution = flat.sequence()  # of the hint and the demonstration, which are one
+    if item.hint and weight.likelihood:
+        first = prefix.start + len(item.prompt) - 1
+        at = range(first, first + len(item.hint))
+        flat.supervise(
+            at, item.hint, role=HINT, item=number, member=-1, sequence=solution, likelihood_w=weight.likelihood
+        )
+    copies = sum(1 for _, m in members if m.given)  # of a hint that so many members alone have seen
+    for j, m in members:
+        span = flat.extend(m.tokens[:-1], len(prefix))
+        flat.members[-1].append(span)
+        at = [prefix.stop - 1, *span]
+        mine, own = {"item": number, "member": j}, flat.sequence()
+        if m.role == DEMO:
+            pushed = (
+                _pushed(m, weight.policy[j], own) | {"advantage": m.advantage} if needs.solution_pushes(rules) else {}
+            )
+            sequence = solution if weight.likelihood else own
+            values = pushed | {"sequence": sequence, "likelihood_w": weight.likelihood}
+            flat.supervise(at, m.tokens, role=DEMO, **mine, **values)
+        elif m.role == OWN:
+            flat.supervise(at, m.tokens, role=OWN, **mine, sequence=own, likelihood_w=weight.own[j])
+        else:
+            n = m.given
+            if n and (needs.solution_pushes(rules) or (shown and weight.likelihood)):
+                values = _given(m, weight.policy[j], own, rules) | {
+                    "likelihood_w": weight.likelihood / copies if shown else 0.0
+                }
+                flat.supervise(at[:n], m.tokens[:n], role=HINT, **mine, **values)
+            flat.supervise(at[n:], m.tokens[n:], role=COMPLETION, **mine, **_sampled(m, weight.policy[j], own, rules))
+
+
+def _pushed(m: Member, w: float, sequence: int) -> dict[str, Any]:
+    return {"policy_w": w, "pair": m.pair, "label": m.label, "sequence": sequence}
+
+
+def _given(m: Member, w: float, sequence: int, rules: Rules) -> dict[str, Any]:
+    """A given token has one advantage: the member's first."""
+    if not needs.solution_pushes(rules):
+        return {"sequence": sequence}
+    a = m.advantage[0] if isinstance(m.advantage, list) else m.advantage
+    return _pushed(m, w, sequence) | {"advantage": a}
+
+
+def _sampled(m: Member, w: float, sequence: int, rules: Rules) -> dict[str, Any]:
+    kl = 0.0 if words.INTOS[rules.reference.into].reward else rules.reference.kl * w
+    sampler = list(m.logps) if m.logps is not None else [math.nan] * (len(m.tokens) - m.given)
+    values = {"advantage": m.advantage, "kl_w": kl, "entropy_w": rules.policy.entropy * w, "sampler": sampler}
+    if m.returns is not None and m.values is not None:
+        values |= {"return": m.returns, "value": m.values}
+    return _pushed(m, w, sequence) | values

@@ -1,0 +1,235 @@
+"""Which forward a model gets: the shared-prefix path where it reproduces the model's own logits, else the plain path.
+
+Decided when the model is loaded, from its config and by comparing logits. The text of the comparison is several ragged
+groups, so that whatever passes information from one token to the next by another way than attention shows up (a state
+space, a convolution), and the hidden states are blown up once, so that a soft cap shows up in an untrained model too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unift.model import attention, plain
+from unift.types import ConfigError
+
+if TYPE_CHECKING:
+    from unift.model.policy import Policy
+# Lengths of the probe's groups: prompt, then what its members forward.
+PROBE = ((24, (20, 9)), (17, (13, 1)))
+LARGE = 100.0  # size of the blown-up logits
+
+
+class Misfit(ConfigError):
+    """The shared-prefix path does not reproduce this model."""
+
+
+def choose(policy: Policy, setting: str, longest: float) -> None:
+    """Settle the path of a model that was just loaded: its attention is replaced, or ``policy.why_plain`` says why not.
+
+    setting: model.forward (auto, shared, plain). longest: tokens of the longest sequence of the run.
+    """
+    model = policy.model
+    if setting != "plain":
+        try:
+            check_shared(model, policy.device, longest)
+            return
+        except Misfit as error:
+            if setting == "shared":
+                raise ConfigError(f"model.forward=shared does not fit: {error}. Use model.forward=auto") from error
+            policy.why_plain = str(error)
+    else:
+        policy.why_plain = "model.forward=plain"
+    policy.cached = check_plain(model, policy.device)
+
+
+# ---------------------------------------------------------------------------------------------- by the config
+
+
+def obstacle(model: Any, longest: float) -> str:
+    """Why the model's class and config rule the shared-prefix path out; empty where they do not. Needs no weights."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return "it does not let its attention be replaced"
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or [])
+    other = sorted(kinds - {"full_attention", "sliding_attention"})
+    if other:
+        return f"it has layers of other kinds ({', '.join(other)})"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < longest and (not kinds or "sliding_attention" in kinds):
+        return _cuts(window, longest)
+    caps = [f"{name}={value}" for name, value in config.to_dict().items() if "softcap" in name and value is not None]
+    return f"it caps its logits softly ({', '.join(sorted(caps))})" if caps else ""
+
+
+def _cuts(window: int, longest: float) -> str:
+    length = f"sequences of up to {longest} tokens" if longest < math.inf else "sequences"
+    return f"its attention window of {window} tokens cuts {length} (data.max_prompt + sample.max_tokens)"
+
+
+# ---------------------------------------------------------------------------------------------- by its logits
+
+
+def _probe(model: Any, device: torch.device) -> list[tuple[Tensor, list[Tensor]]]:
+    """(prompt, members) of each group. Ids with a meaning of their own are left out."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    special: set[int] = set()
+    for name, value in model.config.get_text_config().to_dict().items():
+        if name.endswith(("token_id", "token_index")) and value is not None:
+            special |= set(value if isinstance(value, list) else [value])
+    usable = np.array([i for i in range(vocabulary) if i not in special])
+    rng = np.random.default_rng(0)
+    draw = lambda n: torch.from_numpy(rng.choice(usable, n)).to(device)  # noqa: E731
+    return [(draw(p), [draw(n) for n in own]) for p, own in PROBE]
+
+
+def _own(model: Any, tokens_T: Tensor) -> Tensor:
+    return model(input_ids=tokens_T[None], use_cache=False).logits[0]
+
+
+def _differ(got: Tensor, expected: Tensor) -> str:
+    """The largest difference, if it is more than rounding; else empty. Relative to the largest logit."""
+    full = expected.dtype in (torch.float32, torch.float64)
+    got, expected = got.double(), expected.double()
+    gap, size = (got - expected).abs().max().item(), expected.abs().max().item()
+    return "" if gap <= (1e-3 if full else 0.1) * size else f"{gap:.3g} of {size:.3g}"
+
+
+@torch.no_grad()
+def check_shared(model: Any, device: torch.device, longest: float = math.inf) -> None:
+    """Replace the model's attention by unift's. Raises Misfit, with the model as it was, if its logits are not its own.
+
+    longest: tokens of the longest sequence of the run; inf, the default, takes every attention window for too short.
+    """
+    name = type(model).__name__
+    reason = obstacle(model, longest)
+    if reason:
+        raise Misfit(f"{name}: {reason}")
+    stock = model.config._attn_implementation
+    try:
+        reason = _head(model, device) or _packed(model, device, longest)
+    except NotImplementedError as error:
+        reason = str(error)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model does that the path does not expect, it is not the path for it
+        reason = f"the shared-prefix path does not fit it ({error})"
+    if reason:
+        model.set_attn_implementation(stock)
+        raise Misfit(f"{name}: {reason}")
+
+
+def _head(model: Any, device: torch.device) -> str:
+    """Are the logits the head's matrix times the last hidden states, however large?"""
+    tokens_T = _probe(model, device)[0][0]
+    hidden_TD = model.base_model(input_ids=tokens_T[None], use_cache=False).last_hidden_state[0]
+    head = model.get_output_embeddings()
+    factor = LARGE / max(_own(model, tokens_T).abs().max().item(), 1e-6)
+
+    met = []
+
+    def enlarge(module: Any, args: Any, output: Any) -> Any:
+        met.append(module)
+        output.last_hidden_state = output.last_hidden_state * factor
+        return output
+
+    handle = model.base_model.register_forward_hook(enlarge)
+    try:
+        expected_TV = _own(model, tokens_T)
+    finally:
+        handle.remove()
+    if not met:  # its head reads from a part of the trunk (OPT): the comparison of the pack has to do
+        return ""
+    gap = _differ(torch.nn.functional.linear(hidden_TD * factor, head.weight, head.bias), expected_TV)
+    return (
+        f"it does more than a product between its last hidden states and its logits (they differ by {gap})"
+        if gap
+        else ""
+    )
+
+
+def _packed(model: Any, device: torch.device, longest: float) -> str:
+    """Does every member of a pack get the logits of a sequence of its own?"""
+    from unift.model.attention.packed import make_layout
+
+    groups = _probe(model, device)
+    expected = [[_own(model, torch.cat([prompt, m])) for m in members] for prompt, members in groups]
+    flat, positions, prefixes, spans, total = [], [], [], [], 0
+    for prompt, members in groups:
+        own = []
+        for part, start in [(prompt, 0), *((m, len(prompt)) for m in members)]:
+            flat.append(part)
+            positions.append(torch.arange(start, start + len(part), device=device))
+            own.append(range(total, total + len(part)))
+            total += len(part)
+        prefixes.append(own[0])
+        spans.append(own[1:])
+    layout = replace(make_layout(prefixes, spans, total).to(device), longest=longest)
+    model.set_attn_implementation(attention.NAME)
+    with attention.layout(layout):
+        hidden = model.base_model(
+            input_ids=torch.cat(flat)[None], position_ids=torch.cat(positions)[None], use_cache=False
+        ).last_hidden_state[0]
+    head = model.get_output_embeddings()
+    for prefix, own, truths in zip(prefixes, spans, expected, strict=True):
+        for member, truth_TV in zip(own, truths, strict=True):
+            at = torch.tensor([*prefix, *member], device=device)
+            gap = _differ(torch.nn.functional.linear(hidden[at], head.weight, head.bias), truth_TV)
+            if gap:
+                return f"logits of the shared-prefix path differ from its own by {gap}"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------- the plain path
+
+
+@torch.no_grad()
+def check_plain(model: Any, device: torch.device) -> bool:
+    """Whether the model's own cache gives its own logits. Raises ConfigError if the model is no causal language model
+    whose rows may be padded on the right."""
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = 0  # RWKV would divide its weights in place outside of training mode
+    (a, (b, c)), (d, _) = _probe(model, device)
+    name = type(model).__name__
+    long_T, short_T = torch.cat([a, b]), torch.cat([a, c])
+    alone = [_own(model, long_T), _own(model, short_T)]
+    gap = _differ(_own(model, a), alone[0][: len(a)])
+    if gap:
+        raise ConfigError(f"{name} is no causal language model: later tokens change its earlier logits by {gap}")
+    padded_NLV = plain.forward(model, plain.pad([long_T.tolist(), short_T.tolist()], device))
+    for row_LV, truth_TV in zip(padded_NLV, alone, strict=True):
+        gap = _differ(row_LV[: len(truth_TV)], truth_TV)
+        if gap:
+            raise ConfigError(
+                f"{name} cannot be trained: other rows or padding in a batch change a row's logits by {gap}"
+            )
+    return _cache_works(model, long_T, torch.cat([d, a, c])[: len(long_T)])
+
+
+def _cache_works(model: Any, one_T: Tensor, two_T: Tensor) -> bool:
+    """Prefill two rows, repeat and drop rows, append tokens: the same logits as without a cache?"""
+    both_2T = torch.stack([one_T, two_T])
+    start = both_2T.shape[1] - 3
+    cached = plain.Decoder(model, cached=True)
+    if cached.name is None:
+        return False
+    whole = plain.Decoder(model, cached=False)
+    try:
+        got = [d.start(both_2T[:, :start]) for d in (cached, whole)]
+        rows = torch.tensor([1, 0, 1], device=both_2T.device)
+        for step, keep in enumerate(([1, 0, 1], [0, 1, 2], [2, 1])):
+            index = torch.tensor(keep, device=both_2T.device)
+            rows = rows if step == 0 else rows[index]
+            for d in (cached, whole):
+                d.select(index)
+            got += [d.append(both_2T[rows, start + step]) for d in (cached, whole)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a cache of another kind: everything works without one, only slower
+        return False
+    return not any(_differ(x, y) for x, y in zip(got[::2], got[1::2], strict=True))

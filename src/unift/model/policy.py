@@ -1,0 +1,116 @@
+"""The policy: any Hugging Face causal LM seen as trunk and head.
+
+On the shared-prefix path the trunk runs once over the flat tokens of a pack. Models that this does not reproduce take
+the plain path (``plain.py``); ``paths.py`` decides when the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unift.model import attention, matmul, plain
+from unift.model.attention.decode import DecodeLayout
+from unift.model.attention.packed import PackedLayout
+from unift.model.packs import PackedBatch
+
+PACK_STEPS = 8  # sampled tokens from which it pays to rearrange the weights for decoding
+
+
+@dataclass
+class Policy:
+    """A causal LM seen as trunk and head. ``model`` may be wrapped by LoRA adapters; ``base`` is what lies below."""
+
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    lora: bool = False
+    autocast: str = "none"  # bfloat16 products: none, sample, all
+    why_plain: str = ""  # why the model takes the plain path; empty on the shared-prefix path
+    cuda_graphs: bool = True  # the sampler may record its steps on a GPU
+    cached: bool = False  # the plain sampler may use the model's own cache
+    critic: nn.Linear | None = None  # value head, while a phase with a critic runs
+
+    @property
+    def shared(self) -> bool:
+        """Read off the model itself, so that no copy of it can be taken for what it is not."""
+        return self.base.config._attn_implementation == attention.NAME
+
+    @property
+    def path(self) -> str:
+        """For people: ``shared``, or ``plain`` with the reason."""
+        return "shared" if self.shared else f"plain ({self.why_plain})"
+
+    @property
+    def base(self) -> Any:
+        return self.model.get_base_model() if self.lora else self.model  # type: ignore[operator]
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.base.base_model
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.base.get_output_embeddings()
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What is trained: of the model, then of the critic."""
+        own = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        return own + [
+            (f"critic.{n}", p) for n, p in (self.critic.named_parameters() if self.critic is not None else ())
+        ]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for _, p in self.named_parameters()]
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        return self.base.get_input_embeddings()
+
+    def precision(self, sampling: bool) -> Any:
+        """Context in which trunk and head multiply in bfloat16, where the setting asks for it."""
+        on = self.autocast == "all" or (sampling and self.autocast == "sample")
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
+    @contextmanager
+    def sampling(self, steps: int) -> Iterator[None]:
+        """Context of a sampler that makes ``steps`` tokens a row: its precision, and weights laid out for few rows."""
+        pays = self.device.type == "cpu" and steps >= PACK_STEPS
+        packed = matmul.packed(self.model, bfloat16=self.autocast != "none") if pays else nullcontext()
+        with self.precision(sampling=True), packed:
+            yield
+
+    def hidden(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        layout: PackedLayout | DecodeLayout,
+        delta_TD: Tensor | None = None,
+        inputs_fixed: bool = False,
+    ) -> Tensor:
+        """Last hidden states [T, width] of a flat row of tokens. ``delta_TD`` is added to the input embeddings;
+        ``inputs_fixed``: no gradient through these."""
+        given: dict[str, Tensor] = {"input_ids": tokens_T[None]}
+        if delta_TD is not None:
+            clean_TD = self.embeddings(tokens_T)
+            given = {"inputs_embeds": ((clean_TD.detach() if inputs_fixed else clean_TD) + delta_TD)[None]}
+        thin = self.device.type == "cpu" and len(tokens_T) < matmul.THIN
+        with attention.layout(layout), matmul.small(thin):
+            out = self.trunk(**given, position_ids=positions_T[None], use_cache=False)
+        return out.last_hidden_state[0]
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        head = self.head
+        with matmul.small(self.device.type == "cpu" and head.weight.numel() < matmul.LARGE):
+            if type(head) is nn.Linear:
+                return head.forward(hidden_SD)  # with a packed weight while sampling
+            return torch.nn.functional.linear(hidden_SD, head.weight, head.bias)
+
+    def tokens_forwarded(self, batch: PackedBatch) -> int:
+        """Tokens that the forward of a pack computes, without padding."""
+        return len(batch.tokens_T) if self.shared else plain.Rows(batch).total

@@ -1,0 +1,220 @@
+"""The one loss, token by token. Everything here is elementwise on the chosen tokens' log-probs ``l``, or couples the
+tokens of one sequence, or the sequences of one group; never more.
+
+    L = - sum_t wp_t * surrogate(l_t) + sum_t wk_t * kl(l_t, l_ref_t) - sum_t we_t * H_t      (policy stream)
+        - sum_t wl_t * g(l_t)                                                                 (likelihood stream)
+
+The weights w carry coefficient / Z with Z counted once over the whole optimizer batch, so micro-batches simply add up
+(UFT, arXiv 2505.16984, eq. 3.3). ``e_t = -dL/dl_t`` is the effective weight that the tests compare with closed forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from unift.config import words
+from unift.config.sections import Likelihood, PolicyStream
+from unift.model.packs import COMPLETION, PackedBatch
+from unift.objectives.likelihood import sequence_sum, shaped, terms
+
+
+def clipped_surrogate(l_S: Tensor, old_S: Tensor, a_S: Tensor, low: float, high: float, dual: float | None) -> Tensor:
+    """PPO's clipped surrogate min(rho A, clip(rho, 1-low, 1+high) A), rho = exp(l - old) (arXiv 1707.06347, eq. 7).
+
+    ``dual`` = c bounds the surrogate from below by c*A where A < 0 (dual clip, arXiv 1912.09729).
+    Gradient at rho = 1 is A; 0 where the clip is active.
+    """
+    return _clip(torch.exp(l_S - old_S), a_S, low, high, dual)
+
+
+def _clip(ratio_S: Tensor, a_S: Tensor, low: float, high: float, dual: float | None) -> Tensor:
+    surrogate_S = torch.minimum(ratio_S * a_S, ratio_S.clamp(1 - low, 1 + high) * a_S)
+    if dual is not None:
+        surrogate_S = torch.where(a_S < 0, torch.maximum(surrogate_S, dual * a_S), surrogate_S)
+    return surrogate_S
+
+
+def reinforce(l_S: Tensor, a_S: Tensor) -> Tensor:
+    """A * l: the score-function estimator without a ratio (Williams 1992)."""
+    return a_S * l_S
+
+
+def clipped_importance(l_S: Tensor, old_S: Tensor, a_S: Tensor, low: float, high: float) -> Tensor:
+    """CISPO (arXiv 2506.13585): sg(clip(rho, 1-low, 1+high)) A l. Every token keeps a gradient; e = clip(rho) A."""
+    return torch.exp(l_S - old_S).clamp(1 - low, 1 + high).detach() * a_S * l_S
+
+
+def sequence_ratio(
+    l_S: Tensor,
+    old_S: Tensor,
+    a_S: Tensor,
+    sequence_S: Tensor,
+    own_S: Tensor,
+    low: float,
+    high: float,
+    dual: float | None,
+) -> Tensor:
+    """GSPO (arXiv 2507.18071, eq. 5 and the token variant): s = exp(mean_t(l - old)) over the completion's own tokens,
+    clipped as a whole; each token has the value of s and its own share of the gradient. e = s A where not clipped."""
+    d_S = torch.where(own_S, l_S - old_S, 0.0)
+    count = sequence_sum(own_S.to(d_S.dtype), sequence_S).clamp(min=1)
+    s_S = (sequence_sum(d_S.detach(), sequence_S) / count)[sequence_S].exp()
+    return _clip(s_S * torch.exp(l_S - l_S.detach()), a_S, low, high, dual)
+
+
+def kl_penalty(l_S: Tensor, ref_S: Tensor, estimator: words.EstimatorName) -> Tensor:
+    """Per-token penalty towards the reference, d = ref - l (Schulman's estimators).
+
+    k3 = exp(d) - d - 1: gradient on sampled tokens is that of the forward KL(ref || pi); e_t = exp(d) - 1.
+    k2 = d^2 / 2: gradient of the reverse KL(pi || ref); e_t = d.
+    """
+    return ESTIMATORS[estimator](ref_S - l_S)
+
+
+ESTIMATORS: Mapping[words.EstimatorName, Callable[[Tensor], Tensor]] = {
+    "k2": lambda d_S: d_S.square() / 2,
+    "k3": lambda d_S: torch.exp(d_S) - d_S - 1,
+}
+
+
+def most_uncertain(entropy_S: Tensor, sequence_S: Tensor, share: float) -> Tensor:
+    """True at the ``share`` of each sequence's tokens with the highest entropy (at least one; ties: the earlier token).
+
+    Prefix-RFT (arXiv 2507.01679). Counted per sequence: its code ranks a whole micro-batch, which depends on the cut.
+    """
+    keep_S = torch.zeros_like(sequence_S, dtype=torch.bool)
+    for number in range(int(sequence_S.max()) + 1 if len(sequence_S) else 0):
+        at = torch.nonzero(sequence_S == number)[:, 0]
+        if not len(at):
+            continue
+        n = max(1, round(share * len(at)))
+        keep_S[at[torch.argsort(entropy_S[at], descending=True, stable=True)[:n]]] = True
+    return keep_S
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a surrogate may look at, [S]. ``own``: tokens that the policy sampled."""
+
+    l: Tensor
+    old: Tensor  # at the start of the step
+    a: Tensor
+    own: Tensor
+    sequence: Tensor
+
+
+Function = Callable[[Pushed, "PolicyStream"], Tensor]
+
+
+def _clipped(t: Pushed, p: PolicyStream) -> Tensor:
+    return clipped_surrogate(t.l, t.old, t.a, p.low, p.high, p.dual_clip)
+
+
+# Losses of whole sequences are in ``preference.LOSSES``.
+LOSSES: Mapping[words.LossName, Function] = {
+    "clip": _clipped,
+    "reinforce": lambda t, p: reinforce(t.l, t.a),
+    "cispo": lambda t, p: clipped_importance(t.l, t.old, t.a, p.low, p.high),
+    "gspo": lambda t, p: sequence_ratio(t.l, t.old, t.a, t.sequence, t.own, p.low, p.high, p.dual_clip),
+    "none": lambda t, p: reinforce(t.l, t.a),  # nothing has a weight
+}
+
+# Tokens of the solution that stand in a group and share its advantage.
+OFF_POLICY: Mapping[words.OffPolicyName, Function] = {
+    "reinforce": lambda t, p: reinforce(t.l, t.a),  # discriminative fine-tuning
+    "ratio": _clipped,  # as if sampled, rho from the start of the step (Prefix-RFT)
+    "shaped": lambda t, p: t.a * shaped(t.l, p.threshold),  # A pi / (pi + gamma) (LUFFY)
+    "probability": lambda t, p: t.a * t.l.exp(),  # A pi, the ratio to an expert whose density is taken as 1 (SRFT)
+}
+
+
+def surrogate(l_S: Tensor, old_S: Tensor, entropy_S: Tensor | None, batch: PackedBatch, policy: PolicyStream) -> Tensor:
+    """What every token's policy weight multiplies."""
+    own_S = batch.role_S == COMPLETION
+    tokens = Pushed(l_S, old_S, batch.advantage_S, own_S, batch.sequence_S)
+    out_S = LOSSES[policy.loss](tokens, policy)
+    if policy.off_policy == "none":
+        return out_S
+    off_S = ~own_S & (batch.policy_w_S != 0)
+    other_S = OFF_POLICY[policy.off_policy](tokens, policy)
+    if policy.off_policy_top < 1:
+        if entropy_S is None:
+            raise ValueError("policy.off_policy_top needs the entropies")
+        keep_S = off_S.clone()
+        keep_S[off_S] = most_uncertain(entropy_S.detach()[off_S], batch.sequence_S[off_S], policy.off_policy_top)
+        other_S = torch.where(keep_S, other_S, 0.0)
+    return torch.where(off_S, other_S, out_S)
+
+
+def losses(
+    l_S: Tensor,
+    entropy_S: Tensor | None,
+    batch: PackedBatch,
+    policy: PolicyStream,
+    estimator: words.EstimatorName,
+    likelihood: Likelihood | None = None,
+) -> dict[str, Tensor]:
+    """Scalar losses of both streams of a packed batch: ``policy`` (with ``kl`` and ``entropy`` inside) and ``likelihood``."""
+    old_S = l_S.detach() if batch.old_S is None else batch.old_S
+    if words.LOSSES[policy.loss].sequences:
+        pushed = -sequence_loss(l_S, batch, policy)
+    else:
+        pushed = (batch.policy_w_S * surrogate(l_S, old_S, entropy_S, batch, policy)).sum()
+    g_S = l_S
+    if likelihood is not None and likelihood.rule != "nll":
+        g_S = terms(l_S, old_S, batch.ref_S, batch.sequence_S, batch.likelihood_w_S != 0, likelihood)
+    out = {"policy": -pushed, "likelihood": -(batch.likelihood_w_S * g_S).sum()}
+    if batch.ref_S is not None and bool(batch.kl_w_S.any()):
+        out["kl"] = (batch.kl_w_S * kl_penalty(l_S, batch.ref_S, estimator)).sum()
+        out["policy"] = out["policy"] + out["kl"]
+    if entropy_S is not None and policy.entropy:
+        out["entropy"] = (batch.entropy_w_S * entropy_S).sum()
+        out["policy"] = out["policy"] - out["entropy"]
+    return out
+
+
+def value_loss(v_S: Tensor, batch: PackedBatch, clip: float | None) -> Tensor:
+    """sum_t w_t max((V - R)^2, (V_clip - R)^2), V_clip within ``clip`` of the value at sampling (as in PPO's code).
+
+    w: 1/Z of the policy stream. Tokens without a return (nothing was sampled there) do not count.
+    """
+    on_S = ~batch.return_S.isnan()
+    v, old, back = v_S[on_S].double(), batch.value_S[on_S], batch.return_S[on_S]
+    error = (v - back).square()
+    if clip is not None:
+        error = torch.maximum(error, (old + (v - old).clamp(-clip, clip) - back).square())
+    return (batch.policy_w_S[on_S] * error).sum()
+
+
+def sequence_loss(l_S: Tensor, batch: PackedBatch, policy: PolicyStream) -> Tensor:
+    """sum over pairs of (w + w') * -log sigmoid(r - r')   (DPO, arXiv 2305.18290, eq. 7; UNA on pairs)
+    + sum over scored sequences of w * (sigmoid(r) - s)^2    (UNA, arXiv 2408.15339; UFT of 2410.21438 with s = 1).
+
+    w: 1 / (number of sequences in the optimizer batch), so pairs count as the two sequences that they are.
+    e on every token of a scored sequence: -2 (sigmoid(r) - s) sigmoid(r) (1 - sigmoid(r)) beta w.
+    """
+    if batch.ref_S is None:
+        raise ValueError(f"policy.loss={policy.loss} needs log-probs under the reference")
+    on_S = batch.policy_w_S != 0
+    if not bool(on_S.any()):
+        return l_S.sum() * 0.0
+    _, owner = batch.sequence_S[on_S].unique(return_inverse=True)
+    n = int(owner.max()) + 1
+    drift = (l_S.double() - batch.ref_S)[on_S]
+    r_N = policy.beta * drift.new_zeros(n).index_add(0, owner, drift)
+    first_N = torch.full((n,), len(owner), device=owner.device).scatter_reduce(
+        0, owner, torch.arange(len(owner), device=owner.device), "amin"
+    )
+    w_N, sign_N, label_N = (x[on_S][first_N] for x in (batch.policy_w_S, batch.advantage_S, batch.label_S))
+    pair_N, item_N = batch.pair_S[on_S][first_N], batch.item_S[on_S][first_N]
+    key_N = item_N * (int(pair_N.max()) + 2) + pair_N  # one number a pair of an item
+    better, other = ((pair_N >= 0) & (side * sign_N > 0) for side in (1, -1))
+    up, down = (torch.nonzero(s)[:, 0][torch.argsort(key_N[s])] for s in (better, other))
+    paired = ((w_N[up] + w_N[down]) * softplus(r_N[down] - r_N[up])).sum()
+    scored = ~label_N.isnan()
+    return paired + (w_N[scored] * (torch.sigmoid(r_N[scored]) - label_N[scored]).square()).sum()

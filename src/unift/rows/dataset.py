@@ -1,0 +1,162 @@
+"""The rows of a run: read or generated, checked for overlap, tokenised once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from unift import rng
+from unift.config import needs
+from unift.config.sections import Config
+from unift.config.stages import stages
+from unift.config.words import SCHEDULES
+from unift.rows.tokens import Encoded, encode_row, encode_rows
+from unift.types import HANDED, ConfigError, DataError, Row
+
+
+@dataclass(frozen=True)
+class Dataset:
+    train: list[Row]
+    test: list[Row]
+
+    @property
+    def fingerprint(self) -> str:
+        """Content of the training rows; a checkpoint refuses another one."""
+        digest = hashlib.sha256()
+        for row in self.train:
+            digest.update(json.dumps([row.id, row.prompt, row.steps, row.ending, row.answer], default=str).encode())
+        return digest.hexdigest()[:16]
+
+
+def load(config: Config, handed: Mapping[str, list[Row]] | None = None) -> Dataset:
+    """Rows of both splits. Raises DataError or ConfigError before any model is loaded.
+
+    handed: "train" and "test" rows of a Python caller, where data.train and data.test say so.
+    """
+    data, handed = config.data, handed or {}
+    if data.task:
+        from unift.rows.tasks import make_rows
+
+        train = make_rows(data.task, data.train_rows or 1000, data.seed, "train", **data.options)
+        test = make_rows(data.task, data.test_rows or 200, data.seed, "test", **data.options)
+    else:
+        from unift.rows.inspect import overlap
+
+        found = [stage.rules for stage in stages(config)]
+        needs_steps = any(needs.solutions(s) for s in found)
+        train = _split(config, "train", handed, needs_steps)
+        graded = [s.show.schedule for s in found if SCHEDULES[s.show.schedule].graded]
+        if graded and all(len(row.steps) == 1 for row in train):
+            raise DataError(
+                f"{data.train}, column 'steps': every solution is a single step, so show.schedule={graded[0]} could only "
+                "show all of it or nothing. Split the solutions into steps (a list of texts), or use method sft or rft"
+            )
+        test = _split(config, "test", handed, False) if data.test else []
+        shared = overlap(train, test)
+        if shared:
+            raise DataError(
+                f"{len(shared)} problems of data.test={data.test!r} also stand in data.train={data.train!r}, "
+                f"for example {shared[0]!r}: accuracy on them would not be held-out. Remove them from one side"
+            )
+    if not train:
+        raise DataError("no training rows")
+    return Dataset(train, test[: config.eval.rows] if config.eval.rows else test)
+
+
+def _split(config: Config, split: Literal["train", "test"], handed: Mapping[str, list[Row]], steps: bool) -> list[Row]:
+    """Rows of data.train or data.test: handed over, or read."""
+    from unift.rows.readers import check_steps, read_rows
+
+    data = config.data
+    path, limit = (data.train, data.train_rows) if split == "train" else (data.test, data.test_rows)
+    if path is None:
+        raise ConfigError(f"no rows: set data.{split}=FILE")
+    if path != HANDED:
+        hub_split = None if split == "train" else "test"
+        return read_rows(path, format=data.format, split=hub_split, limit=limit, need_steps=steps)
+    if split not in handed:
+        raise DataError(
+            f"the {split} rows of this run were handed over from Python and are in no file: pass them again with "
+            f"unift.train({split}=...), or set data.{split}=FILE"
+        )
+    return [check_steps(row, f"{split} row {n}", steps) for n, row in enumerate(handed[split][:limit], start=1)]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows with their tokens. ``rejected``: tokens of the answer that each row's solution is preferred to, where it has one."""
+
+    rows: list[Row]
+    encoded: list[Encoded]
+    rejected: list[list[int] | None] = field(default_factory=list[list[int] | None])
+
+    def first(self, n: int) -> Split:
+        return Split(self.rows[:n], self.encoded[:n], self.rejected[:n])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both splits of a run, and the fingerprint of the training rows."""
+
+    train: Split
+    test: Split
+    fingerprint: str
+
+
+def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
+    """Tokenise both splits. DataError for a row that does not fit."""
+    limit = config.data.max_prompt
+    train, test = encode_rows(tokenizer, dataset.train, limit), encode_rows(tokenizer, dataset.test, limit)
+    columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
+    rejected = encode_column(tokenizer, dataset.train, columns, limit)
+    return Data(Split(dataset.train, train, rejected), Split(dataset.test, test), dataset.fingerprint)
+
+
+def encode_column(tokenizer: Any, rows: Sequence[Row], columns: Iterable[str], limit: int) -> list[list[int] | None]:
+    """Tokens of an answer that stands in a column of its own (+ EOS), per row; None where the row has none.
+
+    It is tokenised with the prompt, as the solution is. DataError for anything but a text.
+    """
+    names = list(columns)
+    if not names:
+        return [None] * len(rows)
+    if len(names) > 1:
+        raise DataError(f"sample.rejected names several columns over the phases: {', '.join(sorted(names))}; use one")
+    out: list[list[int] | None] = []
+    for number, row in enumerate(rows, start=1):
+        text = row.extra.get(names[0])
+        if text is not None and (not isinstance(text, str) or not text):
+            raise DataError(
+                f"row {number} (id {row.id}), column {names[0]!r}: expected a text or nothing, found {text!r}"
+            )
+        other = None if text is None else replace(row, steps=(), ending=text)
+        out.append(None if other is None else encode_row(tokenizer, other, limit, number).solution)
+    if all(tokens is None for tokens in out):
+        known = sorted({name for row in rows for name in row.extra})
+        raise DataError(f"no row has a column {names[0]!r} (sample.rejected). Columns: {', '.join(known) or 'none'}")
+    return out
+
+
+def rows_of_step(seed: int, step: int, prompts: int, n_rows: int) -> list[int]:
+    """Row indices of a step: epochs of independent permutations laid end to end, cut into batches. Nothing is dropped.
+
+    A pure function, so a resumed run sees the rows that it would have seen.
+    """
+    if n_rows < 1:
+        raise ConfigError("no training rows")
+    first = step * prompts
+    rows: list[int] = []
+    while len(rows) < prompts:
+        epoch, offset = divmod(first + len(rows), n_rows)
+        order = rng.generator("rows", seed, epoch).permutation(n_rows)
+        rows += order[offset : offset + prompts - len(rows)].tolist()
+    return rows
+
+
+def refill_rows(seed: int, step: int, attempt: int, n: int, n_rows: int) -> list[int]:
+    """Rows that take the place of ``n`` groups without signal: a fresh permutation for each attempt of a step."""
+    order = rng.generator("refill", seed, step, attempt).permutation(n_rows).tolist()
+    return [order[i % n_rows] for i in range(n)]

@@ -1,0 +1,87 @@
+"""Rows of whole files: written, compared with each other, counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unift.types import Row, UniftError
+
+
+def _record(row: Row) -> dict[str, Any]:
+    prompt = row.prompt if isinstance(row.prompt, str) else [dict(m) for m in row.prompt]
+    own = {"id": row.id, "prompt": prompt, "steps": list(row.steps), "ending": row.ending, "answer": row.answer}
+    return own | {"task": row.task} | dict(row.extra)
+
+
+def write_rows(rows: Sequence[Row], path: str | Path) -> None:
+    """unift's layout, .jsonl or .parquet. The file appears whole or not at all."""
+    from unift.files import write_atomic
+
+    path = Path(path)
+    check_writable(path)
+    if path.suffix == ".jsonl":
+        write_atomic(path, "".join(json.dumps(_record(r), ensure_ascii=False) + "\n" for r in rows))
+    else:
+        import io
+
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist([_record(r) for r in rows]), buffer)
+        write_atomic(path, buffer.getvalue())
+
+
+def check_writable(path: Path) -> None:
+    """Before time is spent on rows that could not be kept."""
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UniftError(f"{path}: unknown kind of file {path.suffix!r}; expected .jsonl or .parquet")
+    if not path.parent.is_dir():
+        raise UniftError(f"{path}: there is no folder {path.parent}; create it first")
+    if path.is_dir():
+        raise UniftError(f"{path} is a folder; expected the name of a file")
+
+
+def canonical(row: Row) -> str:
+    """The problem apart from its wording where the task knows how, else the prompt without case and spaces."""
+    from unift.rows.tasks import get_task, task_names
+
+    if row.task in task_names():
+        try:
+            return repr((row.task, get_task(row.task).canonical(row)))
+        except (UniftError, KeyError, TypeError, ValueError):
+            pass  # a file may use a task's name with other answers
+    text = row.prompt if isinstance(row.prompt, str) else "".join(m["content"] for m in row.prompt)
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def overlap(train: Sequence[Row], test: Sequence[Row]) -> list[str]:
+    """Ids of test rows that pose a problem of the training rows."""
+    if not test:
+        return []
+    seen = {canonical(row) for row in train}
+    return [row.id for row in test if canonical(row) in seen]
+
+
+def inspect(rows: Sequence[Row]) -> dict[str, Any]:
+    """Counts for people: steps, lengths in characters, repeated problems, one example."""
+    counts = sorted(len(r.steps) for r in rows)
+    few = len(set(counts)) <= 10  # derivations have dozens of lengths, which nobody reads
+    steps = dict(Counter(counts)) if few else [counts[0], counts[len(counts) // 2], counts[-1]]
+    lengths = sorted(len(r.solution) for r in rows)
+    digest = hashlib.sha256("".join(r.id for r in rows).encode()).hexdigest()[:12]
+    return {
+        "rows": len(rows),
+        "ids": digest,
+        "tasks": dict(Counter(r.task for r in rows)),
+        "steps per row" if few else "steps per row (min, median, max)": steps,
+        "solution characters (min, median, max)": [lengths[0], lengths[len(lengths) // 2], lengths[-1]],
+        "repeated problems": len(rows) - len({canonical(r) for r in rows}),
+        "example": _record(rows[0]),
+    }

@@ -1,0 +1,291 @@
+"""Rows from files: JSONL, JSON, Parquet and the Hub, in four layouts. Errors name file, row (from 1) and column.
+
+unift          prompt, steps, answer [, ending | solution | completion] [, id, task, any other column]
+UFT / verl     prompt (chat list), hint (list), answer (whole target text), reward_model.ground_truth, data_source
+TRL            prompt, completion (text or messages) [, answer | solution]
+reasoning-gym  question, answer, metadata [, solution]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unift.rows.tasks.base import content_id
+from unift.types import DataError, Row
+
+# data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
+TASK_OF = {"countdown": "countdown", "kk_logic": "knights", "knights": "knights", "lock": "lock", "math": "math"}
+TASK_OF |= dict.fromkeys(("aime", "amc", "openai/gsm8k", "gsm8k", "minerva", "olympiad_bench", "cais/hle"), "math")
+
+
+def read_rows(
+    path: str, *, format: str = "auto", split: str | None = None, limit: int | None = None, need_steps: bool = True
+) -> list[Row]:
+    """Rows of a file, or of ``hf:owner/name`` (the datasets library and a network are then needed) or ``hf:FOLDER``, a
+    folder of data files or one that datasets saved. split: of a Hub data set, "train" by default.
+
+    need_steps: refuse rows without a worked solution. Raises DataError.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit}: expected 1 row or more")
+    records = _hub(path[3:], split or "train") if path.startswith("hf:") else _file(path)
+    return rows_of(records, path, format=format, limit=limit, need_steps=need_steps)
+
+
+def rows_of(
+    source: Any, name: str = "rows", *, format: str = "auto", limit: int | None = None, need_steps: bool = True
+) -> list[Row]:
+    """Rows of an iterable of mappings (or of Rows), of a ``datasets.Dataset`` or of a pandas frame; ``name`` is what messages
+    call it. Raises DataError."""
+    if hasattr(source, "to_list"):  # datasets
+        source = source.to_list()
+    elif hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
+        source = source.to_dict("records")
+    if isinstance(source, (str, bytes, Mapping)) or not isinstance(source, Iterable):
+        raise DataError(f"{name}: expected a list of mappings, found {type(source).__name__}")
+    records = list(source)[:limit]
+    if not records:
+        raise DataError(f"{name} holds no rows")
+    if all(isinstance(record, Row) for record in records):
+        return [check_steps(row, f"{name}, row {number}", need_steps) for number, row in enumerate(records, start=1)]
+    layout = detect(records[0], name) if format == "auto" else format
+    if layout not in _READERS:
+        raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
+    rows: list[Row] = []
+    for number, record in enumerate(records, start=1):
+        where = f"{name}, row {number}"
+        if not isinstance(record, Mapping):
+            raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
+        row = _READERS[layout](record, where)
+        _check_text(row, where)
+        rows.append(check_steps(row, where, need_steps))
+    return rows
+
+
+def check_steps(row: Row, where: str, need_steps: bool) -> Row:
+    """The row; DataError if it has no worked solution and one is needed."""
+    if need_steps and not row.steps:
+        raise DataError(f"{where}, column 'steps': no worked solution, which this method learns from")
+    return row
+
+
+def _file(path: str) -> list[Any]:
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise DataError(f"{path} is a folder; expected a file of rows, .jsonl, .json or .parquet")
+    if not file.is_file():
+        raise DataError(f"{path}: no such file (looked in {Path.cwd()})")
+    if file.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    try:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return pq.read_table(file).to_pylist()
+        if file.suffix == ".json":
+            records = json.loads(file.read_text(encoding="utf-8-sig"))
+            if not isinstance(records, list):
+                raise DataError(f"{path}: expected a JSON list of rows, found {type(records).__name__}")
+            return records
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as {file.suffix[1:]}: {error}") from error
+    if file.suffix not in (".jsonl", ".ndjson"):
+        raise DataError(f"{path}: unknown kind of file {file.suffix!r}; expected .jsonl, .json or .parquet")
+    return _json_lines(file, path)
+
+
+def _json_lines(file: Path, path: str) -> list[Any]:
+    """Lines end at \\n alone: JSON texts may hold the other characters that str.splitlines takes for line ends."""
+    records = []
+    try:
+        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line.decode("utf-8")))
+            except UnicodeDecodeError as error:
+                bad = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
+                raise DataError(f"{path}, line {number}: not UTF-8 text ({bad}). Save the file as UTF-8") from None
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})"
+                ) from None
+            except (RecursionError, ValueError) as error:
+                raise DataError(f"{path}, line {number}: cannot be read as JSON ({error})") from None
+    return records
+
+
+def _hub(name: str, split: str) -> list[Any]:
+    try:
+        from datasets import DatasetDict, load_dataset, load_from_disk
+
+        saved = [f for f in ("dataset_dict.json", "state.json") if (Path(name) / f).is_file()]
+        found = load_from_disk(name) if saved else load_dataset(name, split=split)
+        return (found[split] if isinstance(found, DatasetDict) else found).to_list()  # type: ignore[union-attr]
+    except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
+        raise DataError(f"hf:{name} (split {split!r}) could not be loaded: {type(error).__name__}: {error}") from error
+
+
+def detect(record: Any, path: str) -> str:
+    """Layout of a file from the columns of its first row."""
+    if not isinstance(record, Mapping):
+        raise DataError(f"{path}, row 1: expected a mapping of columns, found {type(record).__name__} {record!r:.80}")
+    columns = set(record)
+    if {"prompt", "hint"} <= columns or {"prompt", "reward_model"} <= columns:
+        return "verl"
+    if "prompt" in columns and columns & {"steps", "ending"}:
+        return "unift"
+    if "prompt" in columns and "completion" in columns:
+        return "trl"
+    if {"question", "metadata"} <= columns:
+        return "reasoning-gym"
+    if "prompt" in columns:
+        return "unift"
+    raise DataError(
+        f"{path}, row 1, column 'prompt': missing. Found columns {sorted(columns)}; expected prompt, steps, answer, or "
+        "the layout of UFT/verl, TRL or reasoning-gym"
+    )
+
+
+def split_steps(solution: str) -> tuple[str, ...]:
+    """A solution in one text -> steps: at line ends, else at sentence ends. Joined they give back the exact text."""
+    parts = re.findall(r"[^\n]*\n+|[^\n]+$", solution)
+    if len(parts) <= 1:
+        parts = re.findall(r".+?(?:[.!?]\s+|$)", solution, flags=re.DOTALL)
+    return tuple(p for p in parts if p)
+
+
+def _prompt(value: Any, where: str) -> str | tuple[Mapping[str, str], ...]:
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, (list, tuple)) and value and all(_is_message(m) for m in value):
+        return tuple(dict(m) for m in value)
+    found = "nothing" if value is None else f"{value!r:.80}"
+    raise DataError(
+        f"{where}, column 'prompt': expected a text or a list of messages {{role, content}} with text in them, found {found}"
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("content"), str)
+
+
+def _steps(value: Any, where: str, column: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return split_steps(value)
+    if not isinstance(value, Sequence) or not all(isinstance(s, str) for s in value):
+        raise DataError(f"{where}, column {column!r}: expected a list of texts, found {value!r:.80}")
+    if not value or not "".join(value).strip():
+        raise DataError(f"{where}, column {column!r}: the solution is empty")
+    return tuple(value)
+
+
+def _text(value: Any, where: str) -> str:
+    """A completion given as text, or the assistant's content of a message list."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, (list, tuple)) and all(_is_message(m) for m in value):
+        return "".join(m["content"] for m in value)
+    raise DataError(f"{where}, column 'completion': expected a text or a list of messages, found {value!r:.80}")
+
+
+def _string(value: Any, where: str, column: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}, column {column!r}: expected a text, found {type(value).__name__} {value!r:.80}")
+    return value
+
+
+def _check_text(row: Row, where: str) -> None:
+    """JSON can spell half a surrogate pair, which no tokenizer takes."""
+    texts = [row.prompt] if isinstance(row.prompt, str) else [m["content"] for m in row.prompt]
+    for column, text in (("prompt", "".join(texts)), ("steps", row.solution)):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}, column {column!r}: {text[error.start]!r} is no character (half a pair)"
+            ) from None
+
+
+def _build(
+    prompt: Any, steps: tuple[str, ...], ending: str, answer: Any, record: Mapping[str, Any], used: Iterable[str]
+) -> Row:
+    source = str(record.get("task") or record.get("data_source") or "")
+    task = TASK_OF.get(source, "math" if "math" in source.lower() else source)
+    extra = {k: v for k, v in record.items() if k not in {*used, "id", "task"}}
+    plain = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
+    row_id = str(record.get("id") or content_id(plain, steps, ending, answer))
+    return Row(row_id, prompt, steps, ending, answer, task, extra)
+
+
+def _unift(record: Mapping[str, Any], where: str) -> Row:
+    """``ending`` is what follows the steps; without one it is written from the answer in answer tags."""
+    if record.get("answer") is None:
+        raise DataError(f"{where}, column 'answer': missing; the verifier needs it")
+    answer, column = record["answer"], "steps" if record.get("steps") is not None else "solution"
+    steps = _steps(record.get(column) or (record.get("completion") if column == "solution" else None), where, column)
+    if column == "steps" and record.get("steps") is not None and not record["steps"]:
+        raise DataError(f"{where}, column 'steps': the solution is empty")
+    ending = record.get("ending")
+    if ending is None:
+        ending = f"\n<answer> {answer} </answer>" if steps and isinstance(answer, (str, int, float)) else ""
+    ending = _string(ending, where, "ending")
+    return _build(
+        _prompt(record.get("prompt"), where),
+        steps,
+        ending,
+        answer,
+        record,
+        ("prompt", "steps", "ending", "answer", column),
+    )
+
+
+def _verl(record: Mapping[str, Any], where: str) -> Row:
+    """The UFT release: the content of a single user message is the whole prompt text (no template)."""
+    prompt = _prompt(record.get("prompt"), where)
+    if not isinstance(prompt, str) and len(prompt) == 1:
+        prompt = prompt[0]["content"]
+    hint = record.get("hint")
+    if isinstance(hint, (list, tuple)) and all(text == "" for text in hint):
+        hint = None  # the release's evaluation file: problems without a worked solution
+    steps, target = _steps(hint, where, "hint"), _string(record.get("answer") or "", where, "answer")
+    judge = record.get("reward_model")
+    truth = judge.get("ground_truth") if isinstance(judge, Mapping) else None
+    if truth is None:
+        raise DataError(f"{where}, column 'reward_model.ground_truth': missing; the verifier needs it")
+    shown = "".join(steps)
+    if not target.startswith(shown):
+        raise DataError(
+            f"{where}, column 'answer': does not begin with the joined hint chunks, so hints are no prefix of it"
+        )
+    ending = target[len(shown) :]
+    return _build(prompt, steps, ending, truth, record, ("prompt", "hint", "answer", "reward_model", "question"))
+
+
+def _trl(record: Mapping[str, Any], where: str) -> Row:
+    answer = record.get("answer", record.get("solution"))
+    if answer is None:
+        raise DataError(f"{where}, column 'answer': missing; the verifier needs it (TRL rows may name it 'solution')")
+    steps = _steps(_text(record.get("completion"), where), where, "completion")
+    return _build(_prompt(record.get("prompt"), where), steps, "", answer, record, ("prompt", "completion", "answer"))
+
+
+def _gym(record: Mapping[str, Any], where: str) -> Row:
+    if record.get("answer") is None:
+        raise DataError(f"{where}, column 'answer': missing; the verifier needs it")
+    steps = _steps(record.get("solution"), where, "solution")
+    ending = f"\n<answer> {record['answer']} </answer>" if steps else ""
+    return _build(
+        _prompt(record.get("question"), where), steps, ending, record["answer"], record, ("question", "answer")
+    )
+
+
+_READERS = {"unift": _unift, "verl": _verl, "trl": _trl, "reasoning-gym": _gym}

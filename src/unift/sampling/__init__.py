@@ -1,0 +1,1 @@
+"""Sampling: prompts with hints in, groups of scored completions out."""

@@ -1,0 +1,303 @@
+"""Sampling in-process: each prompt+hint is prefilled once for its group, keys and values lie in preallocated caches,
+finished rows are dropped, and every sample draws from its own addressed random numbers.
+
+The same attention, trunk and head as training, so a sampled token's log-prob is the trainer's up to rounding. Models on
+the plain path are sampled by their own forward and cache, rows of equal prompt length together and without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unift.model.attention.decode import DecodeLayout
+from unift.model.attention.packed import PackedLayout, make_layout
+from unift.model.plain import Decoder
+from unift.model.policy import Policy
+from unift.sampling.engines import cuda_graph
+from unift.types import Sample
+
+ROWS = 256  # rows decoded side by side
+BLOCK = 32  # cached member positions added at a time
+LOOK = 16  # on a GPU, steps between two looks at which rows have ended
+VOCAB_BLOCK = 256  # tokens whose probabilities are summed first when sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt (with its hint) and the uniforms [G, max_tokens] of its samples; G rows of None mean greedy."""
+
+    prompt: list[int]
+    uniforms_GL: np.ndarray | None  # float64; None: one greedy completion
+
+
+def generate(
+    policy: Policy,
+    requests: Sequence[Request],
+    max_tokens: int,
+    temperature: float = 1.0,
+    rows: int = ROWS,
+) -> list[list[Sample]]:
+    """Samples of every request, in order: token ids (EOS kept as the last), log-probs under softmax(logits/T)."""
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt), i))  # little padding in a batch
+    results: list[list[Sample]] = [[] for _ in requests]
+    batches: list[list[int]] = []
+    width = 0
+    for i in order:
+        width = max(width, _members(requests[i]))
+        # The plain sampler pads nothing: its prompts have one length.
+        fits = policy.shared or not batches or len(requests[i].prompt) == len(requests[batches[-1][0]].prompt)
+        if not batches or not fits or (len(batches[-1]) + 1) * width > rows:
+            batches.append([])
+            width = _members(requests[i])
+        batches[-1].append(i)
+    with policy.sampling(max_tokens * len(batches)):  # outside of the loop: weights made for it are kept until it ends
+        for batch in batches:
+            picked = [requests[i] for i in batch]
+            if policy.shared:
+                sampled = _run(policy, picked, max_tokens, temperature)
+            else:
+                sampled = _run_plain(policy, picked, max_tokens, temperature)
+            for i, samples in zip(batch, sampled, strict=True):
+                results[i] = samples
+    return results
+
+
+def _members(request: Request) -> int:
+    return 1 if request.uniforms_GL is None else len(request.uniforms_GL)
+
+
+def _chooser(
+    requests: Sequence[Request], g: int, max_tokens: int, temperature: float, device: torch.device
+) -> Callable:
+    """f(logits [N, V], slots [N], t) -> (tokens [N], logps [N]): inverse-CDF sampling, or argmax for greedy requests.
+    ``t``, an int or an int64 tensor [1], counts the tokens drawn before."""
+    u_BGL = np.full((len(requests), g, max_tokens), -1.0)
+    for b, request in enumerate(requests):
+        if request.uniforms_GL is not None:
+            u_BGL[b, : len(request.uniforms_GL)] = request.uniforms_GL[:, :max_tokens]
+    u_NL = torch.from_numpy(u_BGL.reshape(-1, max_tokens)).to(device)
+    greedy_N = u_NL[:, 0] < 0
+    all_greedy, any_greedy = bool(greedy_N.all()), bool(greedy_N.any())
+
+    def choose(logits_NV: Tensor, slot_N: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        z_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+        z_NV = z_NV if temperature == 1.0 else z_NV / temperature
+        logp_NV = torch.log_softmax(z_NV, dim=-1)
+        if all_greedy:
+            token_N = logp_NV.argmax(-1)
+        else:
+            token_N = inverse_cdf(logp_NV, u_NL[slot_N, t])
+            if any_greedy:
+                token_N = torch.where(greedy_N[slot_N], logp_NV.argmax(-1), token_N)
+        return token_N, logp_NV.gather(1, token_N[:, None])[:, 0]
+
+    return choose
+
+
+def inverse_cdf(logp_NV: Tensor, u_N: Tensor, block: int = VOCAB_BLOCK) -> Tensor:
+    """The first token whose cumulative probability exceeds u * total, sums in float64, ``u_N`` in [0, 1).
+
+    Two levels: sums over blocks of the vocabulary, then the sum inside the one block that u falls into; so float64
+    numbers are made for a block and not for the vocabulary.
+    """
+    n, v = logp_NV.shape
+    blocks = -(-v // block)
+    p_NV = logp_NV.new_zeros(n, blocks * block)
+    torch.exp(logp_NV, out=p_NV[:, :v])
+    p_NCW = p_NV.view(n, blocks, block)
+    cdf_NC = p_NCW.sum(-1, dtype=torch.float64).cumsum(-1)
+    u_N1 = u_N[:, None] * cdf_NC[:, -1:]
+    at_N1 = torch.searchsorted(cdf_NC, u_N1, right=True).clamp_(max=blocks - 1)
+    before_N1 = torch.where(at_N1 > 0, cdf_NC.gather(1, (at_N1 - 1).clamp_(min=0)), 0.0)
+    inside_NW = p_NCW[torch.arange(n, device=p_NV.device), at_N1[:, 0]].double().cumsum(-1) + before_N1
+    token_N = at_N1[:, 0] * block + torch.searchsorted(inside_NW, u_N1, right=True)[:, 0].clamp_(max=block - 1)
+    return token_N.clamp_(max=v - 1)
+
+
+class _Rows:
+    """The rows of a batch while they are sampled, on the shared-prefix path: B groups of G rows.
+
+    All that a step reads and writes lies on the device and stays at its address until ``drop`` or ``grow``, and a step never
+    waits for the device, so that it can be recorded.
+    """
+
+    def __init__(self, policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> None:
+        self.policy, self.max_tokens, self.eos = policy, max_tokens, _eos_ids(policy)
+        self.counts = [_members(r) for r in requests]
+        device, b, g = policy.device, len(requests), max(self.counts)
+        self.choose = _chooser(requests, g, max_tokens, temperature, device)
+        logits_BV, layout = self._prefill(requests)
+        some = next(iter(layout.cache.values()))[1]
+        capacity = min(self._block(0), max_tokens)
+        members = {
+            n: (
+                k.new_zeros(b, k.shape[1], g, capacity, k.shape[2]),
+                v.new_zeros(b, v.shape[1], g, capacity, v.shape[3]),
+            )
+            for n, (k, v) in layout.cache.items()
+        }
+        filled_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.state = DecodeLayout(layout.cache, layout.padding(some), members, (b, g), filled_1)
+        # slot_N: each live row's place in the original B*G grid. A slot without a sample counts as done.
+        self.grid = np.arange(b * g).reshape(b, g)
+        self.slot_N = torch.arange(b * g, device=device)
+        self.done_N = torch.tensor([j >= n for n in self.counts for j in range(g)], device=device)
+        self.start_N = layout.prefix_len_B.repeat_interleave(g)
+        self.token_N = torch.zeros(b * g, dtype=torch.long, device=device)
+        self.tokens_NL = torch.zeros(b * g, max_tokens, dtype=torch.long, device=device)
+        self.logps_NL = torch.zeros(b * g, max_tokens, dtype=torch.float64, device=device)
+        self.length_N = torch.zeros(b * g, dtype=torch.long, device=device)  # of the rows that ended; 0: not ended
+        self._draw(logits_BV.repeat_interleave(g, 0))
+
+    def _prefill(self, requests: Sequence[Request]) -> tuple[Tensor, PackedLayout]:
+        """Every prefix once, no padding in the linear layers: logits [B, V] after it, and its keys and values."""
+        device = self.policy.device
+        flat = [t for r in requests for t in r.prompt]
+        ends = np.cumsum([len(r.prompt) for r in requests])
+        spans = [range(int(e) - len(r.prompt), int(e)) for e, r in zip(ends, requests, strict=True)]
+        layout = make_layout(spans, [[] for _ in requests], len(flat)).to(device)
+        layout.keep = True
+        positions = torch.tensor([p for r in requests for p in range(len(r.prompt))], device=device)
+        hidden = self.policy.hidden(torch.tensor(flat, device=device), positions, layout)
+        return self.policy.logits(hidden[torch.from_numpy(ends - 1).to(device)]), layout
+
+    def step(self) -> None:
+        """Forward of the last tokens, and a draw of the next."""
+        self.state.begin()
+        logits_NV = self.policy.logits(self.policy.hidden(self.token_N, self.start_N + self.state.filled_1, self.state))
+        self.state.end()
+        self._draw(logits_NV)
+
+    def _draw(self, logits_NV: Tensor) -> None:
+        drawn_1 = self.state.filled_1  # tokens drawn before this one: all of them are in the caches by now
+        at = self.slot_N, drawn_1
+        token_N, logp_N = self.choose(logits_NV, *at)
+        stop_N = (token_N[:, None] == self.eos).any(1)
+        self.tokens_NL[at], self.logps_NL[at] = token_N, logp_N.double()  # of done rows too: cut off at the end
+        length_N = torch.where(stop_N & ~self.done_N, drawn_1 + 1, self.length_N[self.slot_N])
+        self.length_N[self.slot_N] = length_N
+        self.done_N |= stop_N
+        self.token_N.copy_(token_N)
+
+    def live(self) -> np.ndarray:
+        """bool [B, G]: rows that have not ended. Waits for the device."""
+        return ~self.done_N.view(self.state.shape).cpu().numpy()
+
+    def drop(self, live_BG: np.ndarray) -> bool:
+        """Drop rows that have ended, where that saves enough. Returns whether it did."""
+        kept = _compact(live_BG)
+        if kept is None:
+            return False
+        groups, slots = (torch.from_numpy(x).to(self.policy.device) for x in kept)
+        flat_N = (groups[:, None] * self.state.shape[1] + slots).flatten()
+        self.state = self.state.select(groups, slots)
+        rows = self.token_N, self.slot_N, self.start_N, self.done_N
+        self.token_N, self.slot_N, self.start_N, self.done_N = (x[flat_N] for x in rows)
+        return True
+
+    def _block(self, capacity: int) -> int:
+        """Positions to add: few on the CPU, which computes all of them; on a GPU, whose steps are recorded anew, twice as many."""
+        return BLOCK if self.policy.device.type == "cpu" else max(capacity, 2 * BLOCK)
+
+    def grow(self, filled: int) -> bool:
+        """Room for one more position than ``filled``. Returns whether the caches were too small for it."""
+        capacity = self.state.capacity
+        if filled < capacity:
+            return False
+        self.state.grow(min(capacity + self._block(capacity), self.max_tokens))
+        return True
+
+    def samples(self) -> list[list[Sample]]:
+        tokens, logps, lengths = self.tokens_NL.tolist(), self.logps_NL.tolist(), self.length_N.tolist()
+        drawn, found = int(self.state.filled_1) + 1, []
+        for i, count in enumerate(self.counts):
+            ends = [lengths[s] or drawn for s in self.grid[i, :count]]
+            rows = zip(self.grid[i, :count], ends, strict=True)
+            found.append([Sample(tokens[s][:n], logps[s][:n], lengths[s] > 0) for s, n in rows])
+        return found
+
+
+def _look(device: torch.device) -> int:
+    """Steps between two looks at which rows have ended. Each waits for the device, which otherwise runs ahead."""
+    return 1 if device.type == "cpu" else LOOK
+
+
+@torch.no_grad()
+def _run(policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> list[list[Sample]]:
+    rows = _Rows(policy, requests, max_tokens, temperature)
+    recorded = cuda_graph.Recorded(rows.step) if policy.device.type == "cuda" and policy.cuda_graphs else None
+    look = _look(policy.device)
+    for drawn in range(1, max_tokens):
+        changed = False
+        if (drawn - 1) % look == 0:
+            live = rows.live()
+            if not live.any():
+                break
+            changed = rows.drop(live)
+        changed |= rows.grow(drawn - 1)
+        if recorded is None:
+            rows.step()
+            continue
+        if changed:
+            recorded.forget()
+        recorded(max_tokens - drawn)
+    return rows.samples()
+
+
+@torch.no_grad()
+def _run_plain(policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> list[list[Sample]]:
+    """As ``_run``, by the model's own forward. The prompts have the same length."""
+    device, eos = policy.device, _eos_ids(policy)
+    counts = [_members(r) for r in requests]
+    g = max(counts)
+    choose = _chooser(requests, g, max_tokens, temperature, device)
+    decoder = Decoder(policy.base, policy.cached)
+    logits_NV = decoder.start(torch.tensor([r.prompt for r in requests], device=device))
+    # From here on a row is a sample: its prompt's row again, and its place in the B*G grid of the uniforms.
+    row_N = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], device=device)
+    slot_N = torch.tensor([i * g + j for i, n in enumerate(counts) for j in range(n)], device=device)
+    decoder.select(row_N)
+    logits_NV = logits_NV[row_N]
+    samples = {s: Sample([], [], False) for s in slot_N.tolist()}
+    for t in range(max_tokens):
+        token_N, logp_N = choose(logits_NV, slot_N, t)
+        stop_N = torch.isin(token_N, eos)
+        for slot, token, logp, stop in zip(
+            slot_N.tolist(), token_N.tolist(), logp_N.tolist(), stop_N.tolist(), strict=True
+        ):
+            samples[slot].tokens.append(token)
+            samples[slot].logps.append(logp)
+            samples[slot].finished = stop
+        live = (~stop_N).nonzero()[:, 0]
+        if t + 1 == max_tokens or not len(live):
+            break
+        if len(live) < len(slot_N):
+            decoder.select(live)
+            token_N, slot_N = token_N[live], slot_N[live]
+        logits_NV = decoder.append(token_N)
+    return [[samples[i * g + j] for j in range(n)] for i, n in enumerate(counts)]
+
+
+def _compact(live_BG: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Groups and, in each, slots to keep; None while too little would be saved. Ragged groups keep some done slots."""
+    b, g = live_BG.shape
+    groups = np.flatnonzero(live_BG.any(1))
+    width = int(live_BG.sum(1).max())
+    if len(groups) * width > 0.8 * b * g:
+        return None
+    slots = np.argsort(~live_BG[groups], axis=1, kind="stable")[:, :width]
+    return groups, slots
+
+
+def _eos_ids(policy: Policy) -> Tensor:
+    """End tokens: the tokenizer's EOS, and those of the model's generation config (instruct models have several)."""
+    ids = {policy.tokenizer.eos_token_id}
+    more = getattr(getattr(policy.base, "generation_config", None), "eos_token_id", None)
+    if more is not None:
+        ids |= set(more if isinstance(more, list) else [more])
+    return torch.tensor(sorted(ids), device=policy.device)

@@ -1,0 +1,117 @@
+"""The groups of a step: which prompt, which hint, which completions. Every draw is addressed (see ``rng``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from unift import rng
+from unift.config import needs
+from unift.config.sections import Rules
+from unift.config.stages import Moment
+from unift.hints import schedules
+from unift.model.policy import Policy
+from unift.rewards import score_groups
+from unift.rewards.pool import Scorer
+from unift.rows.dataset import Split
+from unift.sampling.engines.native import Request, generate
+from unift.types import Group, Row, Sample, Score
+
+
+def completed(
+    policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float = 1.0
+) -> list[list[Sample]]:
+    """Samples of every request, with their texts."""
+    groups = generate(policy, requests, max_tokens, temperature)
+    flat = [s for g in groups for s in g]
+    texts = policy.tokenizer.batch_decode([s.tokens for s in flat], skip_special_tokens=True)
+    for sample, text in zip(flat, texts, strict=True):
+        sample.text = text
+    return groups
+
+
+def hinted(indices: Sequence[int], split: Split, moment: Moment, known: Mapping[str, schedules.Span]) -> list[Group]:
+    """Groups with their prompts and hints, without completions. ``known``: what was learnt about rows, by id."""
+    show, groups = moment.rules.show, []
+    for index in indices:
+        row, e = split.rows[index], split.encoded[index]
+        at, span = schedules.At(moment.seed, moment.within, moment.stage.total, row.id), known.get(row.id)
+        if show.unit == "tokens":
+            most = e.steps_tokens
+            k = math.floor(schedules.share(show, at, span) * most + 1e-9)
+            groups.append(Group(index, row.id, e.prompt, e.solution[:k], k, most))
+        else:
+            k = schedules.draw(show, at, e.n_steps, span)
+            groups.append(Group(index, row.id, e.prompt, e.hint(k, show.cuts), k, min(show.cuts, e.n_steps)))
+    return groups
+
+
+@dataclass
+class _Wanted:
+    """Requests of one length limit, and whose each is: a group, and the hint that its members alone have seen."""
+
+    max_tokens: int
+    requests: list[Request] = field(default_factory=list[Request])
+    owners: list[tuple[Group, list[int]]] = field(default_factory=list[tuple[Group, list[int]]])
+
+    def add(self, group: Group, given: list[int], uniforms_GL: np.ndarray) -> None:
+        if len(uniforms_GL):
+            self.requests.append(Request(group.prompt + (given or group.hint), uniforms_GL))
+            self.owners.append((group, given))
+
+
+def complete(policy: Policy, groups: Sequence[Group], places: Sequence[int], moment: Moment, attempt: int = 0) -> None:
+    """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those.
+
+    places: each group's position in the batch of all processes. It is part of the address of its random numbers, since a
+    small data set may bring a row twice in one step.
+    """
+    sample, members, seed, step = moment.rules.sample, moment.rules.show.members, moment.seed, moment.step
+    whole = _Wanted(sample.max_tokens)
+    short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens))  # only the first tokens
+    for i, group in zip(places, groups, strict=True):
+        place = ("sample", seed, step, i, group.row_id, *([attempt] if attempt else []))
+        uniforms = rng.uniforms(*place, shape=(sample.completions, sample.max_tokens))
+        cut = (
+            sample.first is not None
+            and float(rng.uniforms("full", seed, step, group.row_id, shape=1)[0]) >= sample.full
+        )
+        wanted = short if cut else whole
+        if members is None:
+            wanted.add(group, [], uniforms)
+            continue
+        bare, hint = sample.completions - members, group.hint
+        group.hint = []
+        wanted.add(group, [], uniforms[:bare])
+        wanted.add(group, hint, uniforms[bare:])
+    for wanted in (whole, short):
+        if not wanted.requests:
+            continue
+        sampled = completed(policy, wanted.requests, wanted.max_tokens, sample.temperature)
+        for (group, given), samples in zip(wanted.owners, sampled, strict=True):
+            if given:
+                samples = [replace(s, tokens=given + s.tokens, given=len(given)) for s in samples]
+            group.samples += samples
+
+
+def judge(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: Rules, tokenizer: Any) -> None:
+    """Scores of all samples; a hint that one sample alone has seen is told to the scorer for that sample only."""
+    if not needs.verifier(rules):
+        for s in (s for g in groups for s in g.samples):
+            s.score = Score(0.0, None, note="not scored")
+        return
+    views: list[Group] = []
+    for g in groups:
+        views += [replace(g, hint=s.tokens[: s.given], samples=[s]) for s in g.samples if s.given]
+        views.append(replace(g, samples=[s for s in g.samples if not s.given]))
+    texts = tokenizer.batch_decode([v.hint for v in views], skip_special_tokens=True)
+    score_groups(scorer, rows, views, texts)
+
+
+def equal_scores(group: Group) -> bool:
+    """All scores equal: nothing to tell its completions apart."""
+    return len({s.score.value for s in group.samples if s.score is not None}) <= 1

@@ -1,0 +1,132 @@
+"""Accuracy without hints: greedy, and pass@k from samples, with intervals. Correct means the verifier's verdict, never
+the reward (format credit does not count, trap 33)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from unift import processes, rng
+from unift.config.sections import Config
+from unift.config.stages import evaluation_tokens, longest
+from unift.intervals import wilson
+from unift.model.load import check_positions, load_policy, load_tokenizer, pick_device
+from unift.model.policy import Policy
+from unift.rewards import open_scorer
+from unift.rewards.pool import Scorer
+from unift.rows import dataset
+from unift.rows.dataset import Split
+from unift.sampling.engines.native import Request
+from unift.sampling.groups import completed
+from unift.types import ConfigError, Row, Sample
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of rows solved, Wilson interval, and the number of rows."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Unbiased chance that k of n samples hold a right one: 1 - C(n-right, k)/C(n, k) (arXiv 2107.03374, eq. 1)."""
+    if n - right < k:
+        return 1.0
+    return 1.0 - float(np.prod(1.0 - k / np.arange(n - right + 1, n + 1)))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who answers, who judges, and the length limit of an answer in tokens."""
+
+    policy: Policy
+    scorer: Scorer
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Sampled answers a row."""
+
+    samples: int
+    seed: int
+    temperature: float = 1.0
+
+
+def verdicts(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Sequence[Sample]]) -> list[list[bool]]:
+    """Right or not, per row and sample. A scorer's failure counts as not right, and the scorer counts it."""
+    flat_rows = [row for row, group in zip(rows, groups, strict=True) for _ in group]
+    texts = [s.text for group in groups for s in group]
+    results = scorer.score(flat_rows, texts, [""] * len(texts))
+    right = iter(bool(getattr(r, "right", False)) for r in results)
+    return [[next(right) for _ in group] for group in groups]
+
+
+def _judged(judge: Judge, split: Split, requests: Sequence[Request], temperature: float = 1.0) -> list[list[bool]]:
+    """Sample and judge: right or not, per row and sample. Each process takes its share of the rows; all get the whole."""
+    own = processes.share(len(split.rows))
+    groups = completed(judge.policy, [requests[i] for i in own], judge.max_tokens, temperature)
+    right = verdicts(judge.scorer, [split.rows[i] for i in own], groups)
+    return processes.interleave(processes.gather("an evaluation", right))
+
+
+def greedy(judge: Judge, split: Split) -> Accuracy:
+    """Greedy accuracy without a hint."""
+    right = sum(v[0] for v in _judged(judge, split, [Request(e.prompt, None) for e in split.encoded]))
+    n = len(split.rows)
+    return Accuracy(right / max(n, 1), *wilson(right, n), n)
+
+
+def pass_curve(judge: Judge, split: Split, draws: Draws) -> dict[str, dict[str, float]]:
+    """pass@1, 2, 4, ... ``draws.samples``: mean over rows with a bootstrap interval (95 %, over rows)."""
+    samples, n = draws.samples, len(split.rows)
+    requests = [
+        Request(e.prompt, rng.uniforms("eval", draws.seed, row.id, shape=(samples, judge.max_tokens)))
+        for row, e in zip(split.rows, split.encoded, strict=True)
+    ]
+    counts = [sum(v) for v in _judged(judge, split, requests, draws.temperature)]
+    ks = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
+    picks = rng.generator("bootstrap", draws.seed).integers(0, n, (1000, n))
+    curve = {}
+    for k in ks:
+        values = np.array([pass_at_k(samples, c, k) for c in counts])
+        low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
+        curve[f"pass@{k}"] = {"accuracy": float(values.mean()), "low": float(low), "high": float(high)}
+    return curve
+
+
+def evaluate_split(config: Config, split: str, samples: int) -> str:
+    """Greedy accuracy, and pass@k from ``samples`` completions a row, as text. Nothing is written."""
+    if split not in ("train", "test"):
+        raise ConfigError(f"--split: found {split!r}, expected train or test")
+    with processes.joined(pick_device(config.model.device).type == "cuda"):
+        return _evaluate(config, split, samples)
+
+
+def _evaluate(config: Config, split: str, samples: int) -> str:
+    tokenizer = load_tokenizer(config.model)
+    data = dataset.encode(tokenizer, dataset.load(config), config)
+    check_positions(config, data)
+    asked = data.test if split == "test" else data.train
+    if not asked.rows:
+        raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")
+    with open_scorer(config.reward, data.train.rows) as scorer:
+        policy = load_policy(config.model, tokenizer, longest(config))
+        judge = Judge(policy, scorer, evaluation_tokens(config))
+        a = greedy(judge, asked)
+        lines = [f"{split}, greedy, no hint: {_percent(asdict(a))} of {a.n} rows"]
+        if not policy.shared:
+            lines.insert(0, f"forward: {policy.path}")
+        if samples:
+            curve = pass_curve(judge, asked, Draws(samples, config.seed))
+            lines += [f"{name}: {_percent(v)}" for name, v in curve.items()]
+    return "\n".join(lines)
+
+
+def _percent(a: Mapping[str, float]) -> str:
+    return f"{100 * a['accuracy']:.2f} % [{100 * a['low']:.2f}, {100 * a['high']:.2f}]"

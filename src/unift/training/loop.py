@@ -1,0 +1,274 @@
+"""The loop: rows -> hints -> groups of completions -> scores -> credit -> packs -> loss -> one optimizer step.
+
+Which rows, hints and tokens are functions of (seed, step, row, sample); weights, optimizer and row memory are the whole
+state, and what was sampled is on disk before it trains. ``step.py`` is what happens in a step.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from unift import processes
+from unift.config import needs
+from unift.config.identity import config_hash
+from unift.config.sections import Config, Rules
+from unift.config.stages import Moment, Stage, longest
+from unift.files import write_atomic, writing
+from unift.model import critic
+from unift.model.load import check_positions, load_policy, load_tokenizer, pick_device, save_pretrained
+from unift.model.policy import Policy
+from unift.objectives import input_noise
+from unift.rewards import open_scorer
+from unift.rows import dataset
+from unift.rows.tasks.format import check_format
+from unift.training import evaluate, update
+from unift.training.evaluate import Draws, Judge
+from unift.training.progress import Given, Metrics, Report, Run, State, silent
+from unift.training.reference import Reference
+from unift.training.row_memory import RowMemory
+from unift.training.run import check_trackers, checkpoint, claim, open_run, trackers, write_result
+from unift.training.run.metrics import append_metrics, rewind_metrics
+from unift.training.step import one_step
+from unift.types import ConfigError, Stopped
+
+T = TypeVar("T")
+FIRST = 500  # training rows whose accuracy the end of a run measures
+
+
+def train(config: Config, folder: Path, report: Report = silent, given: Given | None = None) -> dict[str, Any]:
+    """Run, or continue, the run in ``folder``; returns its result (also written to ``result.json``).
+
+    ``given``: rows and reward that the settings cannot name. Under torchrun or accelerate launch every process calls this;
+    they share the work and all return the result.
+    Raises Stopped once a signal, or a true answer of ``report``, asked for it and the run was saved.
+    """
+    given = given or Given()
+    check_trackers(config)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    with processes.joined(pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
+        tokenizer = load_tokenizer(config.model)
+        data = dataset.encode(tokenizer, dataset.load(config, given.rows), config)
+        check_positions(config, data)
+        processes.agree("settings and rows", (config_hash(config), data.fingerprint))
+        with claim(folder):
+            finished = processes.lead("the run folder", lambda: open_run(folder, config, data.fingerprint))
+            if finished is not None:
+                return finished
+            with open_scorer(config.reward, data.train.rows, given.reward) as scorer, trackers(config, folder) as track:
+                check_format(data.train.rows, config.reward.function, config.reward.rule, scorer.answer)
+                scorer.check(data.train.rows[0])
+                torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
+                policy = load_policy(config.model, tokenizer, longest(config))
+                return run_to_end(Run(config, folder, policy, scorer, data, report, track), asked)
+
+
+def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
+    """All steps that are left, then the result."""
+    base = begin(run)
+    for stage in run.left():
+        state = begin_stage(run, stage)
+        for step in range(max(stage.start, run.done), stage.stop):
+            began = time.perf_counter()
+            metrics = one_step(run, Moment(run.config.seed, step, stage), state)
+            if due(run.config.eval.every, step + 1, stage):
+                metrics |= evaluated(run, step + 1)
+            wanted = log_step(run, step + 1, metrics, time.perf_counter() - began)
+            stop = any(processes.gather("whether to stop", bool(wanted or asked.is_set())))
+            saving = time.perf_counter()
+            if stop or due(run.config.save.every, step + 1, stage):
+                save(run, step + 1, state)
+            run.saving = time.perf_counter() - saving
+            if stop:
+                raise Stopped(f"stopped after step {step + 1} of {run.total}, which is saved in {run.folder}")
+        run.done = max(run.done, stage.stop)
+    return finish(run, base)
+
+
+def due(every: int, finished: int, stage: Stage) -> bool:
+    return finished == stage.stop or (every > 0 and finished % every == 0)
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets, so that a run can be saved first. The second signal ends it at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield event
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        print("\nunift: stopping after this step, which is saved; once more to stop at once", flush=True)
+
+    names = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]  # as under nohup
+    before = {n: signal.signal(n, ask) for n in names}
+    try:
+        yield event
+    finally:
+        for n, old in before.items():
+            signal.signal(n, old)
+
+
+# ---------------------------------------------------------------------------------------------- beginnings and ends
+
+
+def begin(run: Run) -> dict[str, Any]:
+    """Find the last checkpoint; evaluate the untouched model, or read what an earlier attempt measured. Returns that."""
+    for stage in run.stages:
+        check_path(run.policy, stage.rules)
+    saved = processes.lead("the list of checkpoints", lambda: checkpoint.steps_saved(run.folder))
+    run.done = saved[-1] if saved else 0
+    earlier = processes.lead("the metrics so far", lambda: rewind_metrics(run.folder / "metrics.jsonl", run.done))
+    if earlier and earlier[0]["step"] == 0:
+        for record in earlier if processes.first() else ():
+            run.report(record, run.total)
+        run.progress.judged |= earlier[0].get("judged", {})  # a checkpoint, if there is one, knows more
+        return earlier[0]["base"]
+    base = asdict(greedy(run, run.data.test)) if run.data.test.rows else {}
+    first = {"forward": run.policy.path, "base": base, "judged": dict(run.progress.judged)}
+    log(run, 0, first | ({"eval/test/accuracy": base["accuracy"]} if base else {}))
+    return base
+
+
+def begin_stage(run: Run, stage: Stage) -> State:
+    """A new optimizer and reference, and no memory of rows; or those of the checkpoint in the middle of the stage."""
+    rules = stage.rules
+    run.policy.critic = critic.new_critic(run.policy) if needs.critic(rules) else None
+    optimizer = update.make_optimizer(run.policy, rules.train)
+    reference = None
+    if needs.reference(rules):
+        reference = Reference(run.policy, run.folder, stage.start, rules.sample.temperature)
+    state = State(optimizer, reference)
+    if run.done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
+        within = run.done > stage.start
+        stored = checkpoint.restore(run.folder, run.done, run.policy, optimizer if within else None)
+        run.progress.recall(stored["counters"], stored["scorer"]["train"], stored["scorer"]["eval"])
+        recent = stored["scorer"]["recent"]
+        run.scorer.recall([recent[i] for i in processes.share(len(recent))])
+        if within:
+            state.memory = RowMemory.load(stored.get("memory"))
+    return state
+
+
+def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate, save the final model, write the result."""
+    config, progress = run.config, run.progress
+    result: dict[str, Any] = {
+        "method": config.method,
+        "seed": config.seed,
+        "steps": run.total,
+        "seconds": progress.seconds,
+        "seconds_training": progress.training,
+        "tokens_sampled": progress.tokens_sampled,
+        "tokens_trained": progress.tokens_trained,
+        "reward_seen": progress.seen,
+        "base": base,
+    }
+    if run.data.test.rows:
+        result["test"] = asdict(greedy(run, run.data.test))
+        if config.eval.samples:
+            draws = Draws(config.eval.samples, config.seed)
+            result["test"]["pass@k"] = judged(run, lambda judge: evaluate.pass_curve(judge, run.data.test, draws))
+    result["train"] = asdict(greedy(run, run.data.train.first(FIRST)))
+    run.track({f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, run.total)
+    result["scorer"] = {"train": progress.scored, "eval": progress.judged}
+
+    def write() -> None:
+        with writing("the final model", run.folder):
+            save_pretrained(run.policy, run.folder / "model")
+        write_result(run.folder, result)
+
+    processes.lead("the final model", write)
+    return result
+
+
+def check_path(policy: Policy, rules: Rules) -> None:
+    """A critic and changed inputs read and write inside the trunk, which the plain path leaves to the model."""
+    wants = "a critic" if needs.critic(rules) else "changed input embeddings" if input_noise.active(rules) else ""
+    if wants and not policy.shared:
+        raise ConfigError(
+            f"method {rules.method} needs {wants}, which works on the shared-prefix path only; this model takes the "
+            f"plain one: {policy.why_plain}. Use another method or another model"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluated(run: Run, finished: int) -> Metrics:
+    """Accuracy on the test rows, as a metric; remembers the best. Nothing without test rows."""
+    if not run.data.test.rows:
+        return {}
+    accuracy = greedy(run, run.data.test).accuracy
+    if accuracy > run.progress.best:
+        run.progress.best, run.progress.best_step = accuracy, finished
+    return {"eval/test/accuracy": accuracy}
+
+
+def greedy(run: Run, split: dataset.Split) -> evaluate.Accuracy:
+    return judged(run, lambda judge: evaluate.greedy(judge, split))
+
+
+def judged(run: Run, evaluation: Callable[[Judge], T]) -> T:
+    """The evaluation's result; what became of its completions, in all processes, is added to ``progress.judged``."""
+    before = list(run.scorer.counts.values())
+    result = evaluation(Judge(run.policy, run.scorer, run.eval_tokens))
+    new = [n - old for n, old in zip(run.scorer.counts.values(), before, strict=True)]
+    for name, n in zip(run.scorer.counts, processes.sums("an evaluation", new), strict=True):
+        run.progress.judged[name] += int(n)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def log_step(run: Run, finished: int, metrics: Metrics, seconds: float) -> Any:
+    """Metrics of a step to file, trackers and people; returns what the report says."""
+    run.progress.training += metrics["time/step"]
+    run.progress.seconds += seconds
+    return log(run, finished, metrics | {"time/elapsed": run.progress.seconds})
+
+
+def log(run: Run, step: int, metrics: Metrics) -> Any:
+    if not processes.first():
+        return None
+    record = {"step": step, **metrics}
+    append_metrics(run.folder / "metrics.jsonl", record)
+    run.track(record, step)
+    return run.report(record, run.total)
+
+
+def save(run: Run, finished: int, state: State) -> None:
+    """A checkpoint, by the first process."""
+    if processes.size() > 1:
+        processes.agree(f"weights after step {finished} (checksum)", checkpoint.fingerprint(run.policy))
+    recent = processes.interleave(processes.gather("a checkpoint", run.scorer.recent))
+    progress = run.progress
+    stored = {
+        "counters": progress.counters(),
+        "scorer": {"train": progress.scored, "eval": progress.judged, "recent": recent},
+        "memory": state.memory.dump(),
+        "data": run.data.fingerprint,
+        "config": config_hash(run.config),
+        "seed": run.config.seed,
+    }
+
+    def write() -> None:
+        checkpoint.save(run.folder, finished, run.policy, state.optimizer, stored)
+        if progress.best_step == finished:
+            write_atomic(run.folder / "checkpoints" / "best", checkpoint.step_name(finished))
+        starts = [stage.start for stage in run.stages]
+        checkpoint.prune(run.folder, run.config.save.keep, [*starts, progress.best_step])
+
+    processes.lead("a checkpoint", write)

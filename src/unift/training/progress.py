@@ -1,0 +1,111 @@
+"""A run while it goes: what was opened once, what changes within a stage, and what was counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unift.config.sections import Config
+from unift.config.stages import Stage, evaluation_tokens, stages
+from unift.model.policy import Policy
+from unift.rewards.journal import COUNTS
+from unift.rewards.pool import Scorer
+from unift.rows.dataset import Data
+from unift.training.reference import Reference
+from unift.training.row_memory import RowMemory
+from unift.types import Row
+
+Metrics = dict[str, Any]
+Report = Callable[[Metrics, int], Any]  # (metrics of a step, steps of the run); a true result asks the run to stop
+
+
+def silent(metrics: Metrics, total: int) -> None:
+    """The report of whoever wants none."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a Python caller hands over in place of names in the settings: rows of both splits, and a reward."""
+
+    rows: Mapping[str, list[Row]] = field(default_factory=dict[str, list[Row]])
+    reward: Any = None
+
+
+@dataclass
+class Progress:
+    """What a run has counted so far. It is in every checkpoint, so it survives kills."""
+
+    tokens_sampled: int = 0
+    tokens_trained: int = 0
+    seconds: float = 0.0  # evaluations included
+    training: float = 0.0
+    best: float = -1.0  # accuracy of the best evaluation
+    best_step: int = 0
+    seen: int = 0  # completions that earned the reward
+    scored: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))  # outcomes of training completions
+    judged: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))  # outcomes in evaluations
+
+    def counters(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if not isinstance(value, dict)}
+
+    def recall(self, counters: Mapping[str, Any], scored: Mapping[str, int], judged: Mapping[str, int]) -> None:
+        """Go on from what a checkpoint holds."""
+        for name, value in counters.items():
+            setattr(self, name, value)
+        self.scored |= scored
+        self.judged |= judged
+
+
+@dataclass
+class Run:
+    """What a run opens once. Of all this only ``progress`` and ``done`` change."""
+
+    config: Config
+    folder: Path
+    policy: Policy
+    scorer: Scorer
+    data: Data
+    report: Report
+    track: Report
+    progress: Progress = field(default_factory=Progress)
+    done: int = 0  # steps that the last checkpoint holds
+    saving: float = 0.0  # seconds of the checkpoint after the last step, which the next step's metrics report
+
+    def __post_init__(self) -> None:
+        self.stages = stages(self.config)
+        self.total = self.stages[-1].stop
+        self.eval_tokens = evaluation_tokens(self.config)
+
+    def left(self) -> list[Stage]:
+        """Stages with steps still to do."""
+        return [stage for stage in self.stages if stage.stop > self.done]
+
+
+@dataclass
+class State:
+    """What changes from step to step within a stage, beside the weights."""
+
+    optimizer: torch.optim.Optimizer
+    reference: Reference | None
+    memory: RowMemory = field(default_factory=RowMemory)
+
+
+class Clock:
+    """Seconds of the parts of a step, as ``time/<name>``."""
+
+    def __init__(self) -> None:
+        self.began = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + now - self.last
+        self.last = now
+
+    def total(self) -> float:
+        return time.perf_counter() - self.began

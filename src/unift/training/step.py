@@ -1,0 +1,197 @@
+"""One step: rows -> hints -> groups of completions -> scores -> credit -> packs -> optimizer updates.
+
+Which rows, hints and tokens are functions of (seed, step, row, sample); what a step changes are the weights, the optimizer,
+the row memory and the counts, in this order and at its end, so a step that is killed can be done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from unift import processes
+from unift.config import needs
+from unift.config.sections import Rules
+from unift.config.stages import Moment
+from unift.config.words import SCHEDULES, SOURCES
+from unift.credit import assign
+from unift.hints import schedules
+from unift.model.packs import DEMO, Item, Member, PackedBatch
+from unift.rewards import count_outcomes
+from unift.rows.dataset import refill_rows, rows_of_step
+from unift.sampling.groups import complete, equal_scores, hinted, judge
+from unift.training import annealing, update
+from unift.training.progress import Clock, Metrics, Run, State
+from unift.training.run import checkpoint
+from unift.training.run.metrics import group_metrics, merged
+from unift.training.run.rollouts import read_rollouts, write_rollouts
+from unift.training.update import Order
+from unift.types import Group
+
+
+def one_step(run: Run, moment: Moment, state: State) -> Metrics:
+    """Everything between two optimizer states; returns the step's metrics."""
+    clock = Clock()
+    groups = groups_of_step(run, moment, state, clock)
+    _count(run, groups)
+    rules = annealing.at(
+        moment.rules, moment.within, moment.stage.total, groups
+    )  # this step's weights for their schedules
+    items = assign.credited(groups, run.data.train, rules, _models(run, state), (moment.seed, moment.step))
+    updates = update.prepare(run.policy, items, rules, state.reference)
+    updates += _waiting(run, state, groups, rules)
+    shown = _share_shown(state, groups, moment, rules)
+    state.memory.see(groups, rules.show)
+    clock.lap("reference")
+    order = Order(
+        lr=update.learning_rate(rules.train, moment.within, moment.stage.total),
+        measure=bool(run.config.log.gradients_every) and moment.step % run.config.log.gradients_every == 0,
+        dump=_dump(run.folder, moment.step),
+    )
+    parts = [update.apply(run.policy, state.optimizer, packs, rules, order) for packs in updates]
+    clock.lap("update")
+    metrics = merged(parts) | group_metrics(groups, rules) | {"hint/prob": shown}
+    return metrics | _work(run, groups, items, metrics, rules, clock)
+
+
+# ---------------------------------------------------------------------------------------------- groups
+
+
+def groups_of_step(run: Run, moment: Moment, state: State, clock: Clock) -> list[Group]:
+    """The step's groups with scores: from disk if these very weights sampled them before a kill, else sampled now."""
+    sampled = moment.rules.sample.completions > 0
+    keep, weights = run.config.save.rollouts and sampled, ""
+    if keep:
+        weights, stored = processes.lead("stored rollouts", lambda: _stored(run, moment.step))
+        clock.lap("save")
+        if stored is not None:
+            clock.lap("generate")
+            return stored
+    rows = rows_of_step(moment.seed, moment.step, moment.rules.train.prompts, len(run.data.train.rows))
+    groups = sampled_groups(run, rows, moment, state, clock)
+    if sampled:
+        groups = refilled(run, groups, moment, state, clock)
+    if keep and processes.first():
+        decode = run.policy.tokenizer.batch_decode
+        prompts, shown = (
+            decode(x, skip_special_tokens=True) for x in ([g.prompt for g in groups], [g.hint for g in groups])
+        )
+        write_rollouts(run.folder, moment.step, weights, groups, list(zip(prompts, shown, strict=True)))
+        clock.lap("save")
+    return groups
+
+
+def _stored(run: Run, step: int) -> tuple[str, list[Group] | None]:
+    """The fingerprint of the weights, and the groups of the step if they were sampled by these weights."""
+    weights, stored = checkpoint.fingerprint(run.policy), read_rollouts(run.folder, step)
+    return weights, stored[1] if stored is not None and stored[0] == weights else None
+
+
+def sampled_groups(
+    run: Run, rows: Sequence[int], moment: Moment, state: State, clock: Clock, attempt: int = 0
+) -> list[Group]:
+    """Groups of these rows with completions and scores.
+
+    Every process draws all rows and hints, samples and scores its share of the groups, and gets those of the others.
+    """
+    groups = hinted(rows, run.data.train, moment, state.memory.hints)
+    if moment.rules.sample.completions == 0:
+        return groups
+    places = processes.share(len(groups))
+    own = [groups[i] for i in places]
+    if SOURCES[moment.rules.sample.source].reference and state.reference is not None:
+        with state.reference.policy() as frozen:
+            complete(frozen, own, places, moment, attempt)
+    else:
+        complete(run.policy, own, places, moment, attempt)
+    clock.lap("generate")
+    judge(run.scorer, run.data.train.rows, own, moment.rules, run.policy.tokenizer)
+    clock.lap("score")
+    if processes.size() > 1:
+        groups = processes.interleave(processes.gather("the groups of a step", own))
+        clock.lap("wait")
+    return groups
+
+
+def refilled(run: Run, groups: list[Group], moment: Moment, state: State, clock: Clock) -> list[Group]:
+    """Groups whose scores are all equal are replaced by other rows, ``sample.refill`` times at most (DAPO, arXiv 2503.14476).
+
+    A replaced group's tokens were sampled all the same: the one that stays in its place counts them as discarded.
+    """
+    groups = list(groups)
+    for attempt in range(1, moment.rules.sample.refill + 1):
+        equal = [i for i, g in enumerate(groups) if equal_scores(g)]
+        if not equal:
+            break
+        others = refill_rows(moment.seed, moment.step, attempt, len(equal), len(run.data.train.rows))
+        for i, fresh in zip(equal, sampled_groups(run, others, moment, state, clock, attempt), strict=True):
+            kept, dropped = (groups[i], fresh) if equal_scores(fresh) else (fresh, groups[i])
+            kept.discarded = groups[i].discarded + sum(s.sampled for s in dropped.samples)
+            groups[i] = kept
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------- pieces
+
+
+def _count(run: Run, groups: Sequence[Group]) -> None:
+    """Count outcomes and tokens; a sample whose scorer failed takes no further part."""
+    for name, n in count_outcomes(groups).items():
+        run.progress.scored[name] += n
+    run.progress.tokens_sampled += _sampled_tokens(groups)
+    for group in groups:
+        group.samples = [s for s in group.samples if s.score is not None]
+    run.progress.seen += sum(s.score is not None and s.score.value >= 1 for g in groups for s in g.samples)
+
+
+def _sampled_tokens(groups: Sequence[Group]) -> int:
+    return sum(s.sampled for g in groups for s in g.samples) + sum(g.discarded for g in groups)
+
+
+def _models(run: Run, state: State) -> assign.Models:
+    return assign.Models(run.policy, state.reference, state.memory.partition)
+
+
+def _waiting(run: Run, state: State, groups: Sequence[Group], rules: Rules) -> list[list[PackedBatch]]:
+    """An update of the likelihood alone, once enough gated rows wait for one (ReLIFT, arXiv 2506.07527)."""
+    rows = [run.data.train.encoded[r] for r in state.memory.collect(groups, rules.likelihood)]
+    if not rows:
+        return []
+    alone = [Item(e.prompt, [], [Member(e.solution, DEMO)]) for e in rows]
+    return update.prepare(run.policy, alone, annealing.one_update(rules), state.reference)
+
+
+def _share_shown(state: State, groups: Sequence[Group], moment: Moment, rules: Rules) -> float:
+    """The schedule's p of this step; mean over the rows where each has its own."""
+    if SCHEDULES[rules.show.schedule].follows:
+        return state.memory.mean_share(groups, rules.show)
+    return schedules.probability(rules.show, moment.within, moment.stage.total)
+
+
+def _dump(folder: Path, step: int) -> Path:
+    """Where the batch goes if something is not finite: a file of this process."""
+    own = "" if processes.first() else f"-process{processes.rank()}"
+    return folder / "nonfinite" / f"{checkpoint.step_name(step)}{own}.pt"
+
+
+def _work(
+    run: Run, groups: Sequence[Group], items: Sequence[Item], metrics: Metrics, rules: Rules, clock: Clock
+) -> Metrics:
+    """Tokens and seconds of the step."""
+    unshared = sum(
+        len(i.prompt + i.hint) * max(len(i.members), 1) + sum(len(m.tokens) for m in i.members) for i in items
+    )
+    sampled, progress = _sampled_tokens(groups), run.progress
+    progress.tokens_trained += int(metrics["tokens/supervised"])
+    found: Metrics = {
+        "tokens/sampled": progress.tokens_sampled,
+        "tokens/trained": progress.tokens_trained,
+        "tokens/shared_ratio": 1 - metrics["tokens/forwarded"] / max(unshared, 1),
+        "tokens/per_second": (sampled or metrics["tokens/supervised"]) / clock.total(),
+        **clock.laps,
+        "time/checkpoint": run.saving,
+        "time/step": clock.total(),
+    }
+    if needs.completions(rules):
+        found |= {f"reward/{k}": v for k, v in progress.scored.items() if k != "total"}
+    return found

@@ -1,0 +1,424 @@
+"""Comparisons: intervals, words that follow the numbers, runs in processes, pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from unift.commands import compare
+from unift.commands.compare import Job, plots, run_many, write_report
+from unift.commands.compare import budget as budgets
+from unift.commands.compare.table import accuracy_of, reading, table
+from unift.config.identity import to_yaml
+from unift.config.resolve import resolve
+from unift.config.stages import stages
+from unift.intervals import interval, wilson
+from unift.types import ConfigError, UniftError
+
+
+def result(method, seed, test, train=1.0, seen=0, completions=0, n=500):
+    def part(share, n):
+        low, high = wilson(share * n, n)
+        return {"accuracy": share, "low": low, "high": high, "n": n}
+
+    return {
+        "method": method, "seed": seed, "steps": 10, "seconds": 60.0, "tokens_sampled": 1_500_000 if completions else 0,
+        "tokens_trained": 900, "reward_seen": seen, "completions": completions, "base": part(0.0, n),
+        "test": part(test, n), "train": part(train, 100),
+    }  # fmt: skip
+
+
+def three(uft, sft, rft, seen=100, fit=1.0):
+    runs = [result("uft", s, v, seen=50_000, completions=100_000) for s, v in enumerate(uft)]
+    runs += [result("sft", s, v, fit) for s, v in enumerate(sft)]
+    return runs + [result("rft", s, v, 0.0, seen, 100_000) for s, v in enumerate(rft)]
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 500), (1, 10), (37, 100), (500, 500)])
+def test_wilson_is_scipys(k, n):
+    expected = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+    assert wilson(k, n, z=stats.norm.ppf(0.975)) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_wilson_of_nothing_says_nothing():
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 11, 31])
+def test_interval_is_scipys_t(n):
+    values = list(np.random.default_rng(n).uniform(0.45, 0.55, n))
+    expected = stats.t.interval(0.95, n - 1, np.mean(values), stats.sem(values))
+    assert interval(values) == pytest.approx(tuple(np.clip(expected, 0, 1)), abs=1e-3)
+
+
+def test_interval_of_equal_seeds_keeps_the_uncertainty_of_the_rows():
+    mean, low, high = accuracy_of([result("uft", s, 0.98) for s in range(3)])
+    assert (low, high) == wilson(490, 500) and low < mean < high
+
+
+def test_table_has_base_means_and_every_seed():
+    text = table([result("sft", 1, 0.8), result("sft", 0, 0.9), result("rft", 0, 0.002, 0.0, 1, 1000)])
+    lines = text.splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| base | - | 0.0 |")
+    assert "| sft | 2 | 85.0 |" in lines[3] and "| 90.0 80.0 | 100.0 | 0 | 900 | 60 |" in lines[3]
+    assert "| rft | 1 | 0.2 |" in lines[4] and "1.50 M" in lines[4]
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+
+def test_reading_when_uft_wins():
+    rft, sft, uft = reading(three([0.99, 0.992, 0.988], [0.83, 0.84, 0.82], [0.002, 0.0, 0.004]))
+    assert "300 of its 300,000 completions (0.1 %) earned the reward, so it had almost nothing to learn from" in rft
+    assert "100.0 % on its training rows" in sft and "83.0 % on held-out" in sft and "17 points better" in sft
+    assert "99.0 %" in uft and "ahead of SFT by 16.0 points, intervals do not overlap (the best" in uft
+
+
+def test_reading_when_uft_loses():
+    rft, sft, uft = reading(three([0.5], [0.6], [0.9], seen=60_000, fit=0.6))
+    assert "enough to learn from" in rft
+    assert "no measurable gap" in sft
+    assert (
+        "NOT ahead: behind RFT by 40.0 points, intervals do not overlap" in uft
+        and "NOT ahead: behind SFT by 10.0" in uft
+    )
+
+
+def test_reading_when_nothing_is_sure():
+    assert "ahead of SFT by 1.0 points, but the intervals overlap" in reading(three([0.61], [0.6], [0.0]))[2]
+    assert "level with SFT" in reading(three([0.6], [0.6], [0.0]))[2]
+    assert "did not measurably leave the base" in reading(three([0.6], [0.6], [0.0], seen=50_000))[0]
+
+
+def test_reading_names_the_best_rival_of_all():
+    runs = [*three([0.9], [0.5], [0.0]), result("r3", 0, 0.95)]
+    assert "NOT ahead: behind R3 by 5.0 points" in reading(runs)[2] and "ahead of SFT by 40.0" in reading(runs)[2]
+
+
+def test_reading_of_one_method():
+    assert reading([result("uft", 0, 0.5)]) == [
+        "UFT: 50.0 % on held-out rows without hints; nothing else was trained beside it."
+    ]
+    assert reading([result("stage", 0, 0.5)]) == []
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+SCRIPT = """
+import json, os, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+with open(folder / "started", "a") as f: f.write("x")
+assert os.environ["OMP_NUM_THREADS"] == "1"
+if not (folder / "mended").exists() and sys.argv[2] == "bad":
+    sys.exit("error: rows.jsonl row 7 has no answer")
+(folder / "result.json").write_text(sys.argv[3])
+"""
+
+
+def fake(folder: Path, method: str, seed: int, kind: str = "good") -> Job:
+    own = folder / f"{method}-seed{seed}"
+    text = json.dumps(result(method, seed, 0.5))
+    return Job(method, seed, own, [sys.executable, "-S", "-c", SCRIPT, str(own), kind, text])
+
+
+def test_failure_is_reported_and_what_is_earned_is_kept(tmp_path):
+    jobs = [fake(tmp_path, "sft", 0), fake(tmp_path, "uft", 0, "bad"), fake(tmp_path, "rft", 0)]
+    said: list[str] = []
+    with pytest.raises(
+        UniftError, match=r"1 of 3 runs failed(.|\n)*uft seed 0 \(exit code 1\)(.|\n)*row 7 has no answer"
+    ):
+        run_many(jobs, 2, said.append)
+    assert len(said) == 3 and sum("failed" in line for line in said) == 1
+    (jobs[1].folder / "mended").touch()
+    assert [r["method"] for r in run_many(jobs, 2, said.append)] == ["sft", "uft", "rft"]
+    assert [(j.folder / "started").read_text() for j in jobs] == ["x", "xx", "x"]
+    assert sum("finished before" in line for line in said) == 2
+
+
+def test_the_others_are_shown_when_one_fails(tmp_path, monkeypatch, capsys):
+    """Table and files of the runs that ended, with a line that says that some are missing; then the failure."""
+    kinds = iter(["good", "bad", "good", "good"])
+    monkeypatch.setattr(compare, "train_job", lambda m, seed, *_: fake(tmp_path, m, seed, next(kinds)))
+    with pytest.raises(UniftError, match="1 of 4 runs failed") as error:
+        compare.compare_methods(["sft", "uft"], 2, "lock", tmp_path, [], 2)
+    assert [(r["method"], r["seed"]) for r in error.value.results] == [("sft", 0), ("sft", 1), ("uft", 1)]
+    shown, kept = capsys.readouterr().out, (tmp_path / "table.md").read_text()
+    for text in (shown, kept):
+        assert "Not complete: 1 of 4 runs failed" in text
+        assert "| sft | 2 |" in text and "| uft | 1 |" in text
+    assert len(json.loads((tmp_path / "compare.json").read_text())) == 3 and (tmp_path / "curves.png").is_file()
+    (tmp_path / "uft-seed0" / "mended").touch()
+    kinds = iter(["good", "bad", "good", "good"])
+    assert "| uft | 2 |" in compare.compare_methods(["sft", "uft"], 2, "lock", tmp_path, [], 2)
+    assert "Not complete" not in (tmp_path / "table.md").read_text()
+
+
+def test_nothing_to_show_when_all_fail(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "train_job", lambda m, seed, *_: fake(tmp_path, m, seed, "bad"))
+    with pytest.raises(UniftError, match="2 of 2 runs failed"):
+        compare.compare_methods(["sft"], 2, "lock", tmp_path, [], 2)
+    assert "|" not in capsys.readouterr().out and not (tmp_path / "table.md").exists()
+
+
+def test_a_result_of_another_command_is_not_taken(tmp_path):
+    job = fake(tmp_path, "sft", 0)
+    run_many([job], 1)
+    changed = Job(job.method, job.seed, job.folder, [*job.command, "train.lr=1"])
+    run_many([changed], 1)
+    assert (job.folder / "started").read_text() == "xx"
+    refused = Job(job.method, job.seed, job.folder, [sys.executable, "-S", "-c", "raise SystemExit(2)"])
+    for _ in range(2):  # the result that lies there is not its own, the second time neither
+        with pytest.raises(UniftError, match="exit code 2"):
+            run_many([refused], 1)
+
+
+def test_no_result_is_a_failure_and_so_is_no_program(tmp_path):
+    with pytest.raises(UniftError, match="exit code 0, but no result.json"):
+        run_many([Job("sft", 0, tmp_path / "a", [sys.executable, "-S", "-c", ""])], 1)
+    with pytest.raises(UniftError, match="cannot start sft seed 0"):
+        run_many([Job("sft", 0, tmp_path / "b", ["/no/such/program"])], 1)
+
+
+def test_interrupted_ends_its_processes(tmp_path, monkeypatch):
+    started = []
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=interrupt, monotonic=time.monotonic))
+    monkeypatch.setattr(compare, "_start", lambda job, old=compare._start: started.append(old(job)) or started[-1])
+    with pytest.raises(KeyboardInterrupt):
+        run_many([Job("sft", 0, tmp_path / "a", [sys.executable, "-S", "-c", "import time; time.sleep(60)"])], 1)
+    assert started[0][0].wait(10) != 0
+
+
+def test_settings_are_checked_before_anything_runs(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.stepz.*steps"):
+        compare.compare_methods(["uft"], 1, "lock", tmp_path / "x", ["train.stepz=3"], 1)
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        compare.compare_methods([""], 1, "lock", tmp_path / "x", [], 1)
+    assert not (tmp_path / "x").exists()
+
+
+def test_completions_come_from_the_settings(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"seconds": 1.0}))
+    c = resolve("rft", recipe="lock", overrides={"train": {"steps": 7, "prompts": 4}, "sample": {"completions": 3}})
+    (tmp_path / "config.yaml").write_text(to_yaml(c))
+    assert compare._read(tmp_path)["completions"] == 7 * 4 * 3
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def metrics(method: str, seed: int, steps: int = 60) -> list[dict]:
+    noise = np.random.default_rng(seed)
+    lines: list[dict] = [{"step": 0, "eval/test/accuracy": 0.0}]
+    for step in range(1, steps + 1):
+        line = {"step": step, "hint/fraction": max(0.0, 0.95 - step / steps * 1.5)}
+        if method != "sft":
+            line["reward"] = float(np.clip(step / steps + noise.normal(0, 0.1), 0, 1))
+        if step % 10 == 0:
+            line["eval/test/accuracy"] = 1 / (1 + math.exp(6 - 10 * step / steps - seed / 3))
+        lines.append(line)
+    return lines
+
+
+def test_report_writes_its_three_files(tmp_path):
+    results = [result(m, s, 0.5) for m in ("sft", "rft", "uft", "mine") for s in range(2)]
+    for r in results[:-1]:  # one run without metrics
+        folder = tmp_path / f"{r['method']}-seed{r['seed']}"
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics(r["method"], r["seed"]))) + "\n")
+    path = write_report(tmp_path, results)
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+    assert json.loads((tmp_path / "compare.json").read_text()) == results
+    assert "| uft | 2 |" in (tmp_path / "table.md").read_text()
+
+
+def test_curves_without_anything_to_draw(tmp_path):
+    plots.curves({"uft": [[]], "sft": []}, tmp_path / "a.png", "nothing")
+    plots.curves({"uft": [[{"step": 0, "eval/test/accuracy": 0.1}]]}, tmp_path / "b.png", "a point")
+    assert (tmp_path / "a.png").stat().st_size and (tmp_path / "b.png").stat().st_size
+
+
+def test_smoothing_keeps_a_level_curve_level():
+    assert plots.smooth(np.ones(20), 9) == pytest.approx(np.ones(20))
+    assert plots.smooth(np.array([1.0, 2.0]), 9).shape == (2,)
+    assert plots.smooth(np.array([]), 9).shape == (0,)
+
+
+def test_a_phase_without_reward_draws_no_reward():
+    lines = [{"step": s, **({"reward": 1.0} if s > 5 else {})} for s in range(1, 11)]
+    (row,) = plots.over_seeds([lines, []], "reward", np.linspace(0, 100, 11))
+    assert np.isnan(row[:6]).all() and (row[6:] == 1).all()
+
+
+def test_hint_schedule(tmp_path):
+    plots.hint_schedule(resolve("uft", recipe="lock").show, 100, tmp_path / "s.png")
+    assert (tmp_path / "s.png").stat().st_size > 5_000
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["compare SIGTERM", "compare SIGINT", "demo SIGTERM"])
+def test_a_signal_to_the_parent_ends_its_runs(tmp_path, kind):
+    """Real runs in processes of their own, each known by the lock of its folder; only the parent gets the signal."""
+    verb, name = kind.split()
+    words = ["compare", "--methods=sft,rft", "--seeds=1"] if verb == "compare" else ["train", "baselines=[sft]"]
+    folders = [tmp_path / f"{m}-seed0" for m in (("sft", "rft") if verb == "compare" else ("sft",))]
+    command = [sys.executable, "-m", "unift", *words, f"--run={tmp_path}", "train.steps=100000", "eval.every=0"]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    children = []
+    try:
+        until = time.monotonic() + 150
+        while not all((f / "metrics.jsonl").is_file() for f in folders):
+            assert parent.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        children = [int((f / ".lock").read_text().split()[0]) for f in folders]
+        assert parent.pid not in children
+        for child in children:
+            os.kill(child, 0)  # it runs
+        parent.send_signal(getattr(signal, name))
+        out, _ = parent.communicate(timeout=60)
+        assert parent.returncode == 130, out
+        for child in children:
+            with pytest.raises(ProcessLookupError):
+                os.kill(child, 0)
+    finally:
+        parent.kill()
+        parent.wait()
+        for child in children:
+            try:
+                os.kill(child, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+def test_a_child_that_ignores_the_request_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "END_SECONDS", 0.3)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    compare.end([child])
+    assert child.returncode == -signal.SIGKILL
+
+
+def test_of_many_methods_the_best_have_names(tmp_path):
+    runs = {f"m{i}": [[{"step": 1, "eval/test/accuracy": i / 20}]] for i in range(15)} | {
+        "rft": [[{"step": 1, "eval/test/accuracy": 0.0}]]
+    }
+    runs |= {"uft": [[{"step": 1, "reward": 0.5}]]}
+    assert (
+        plots.told_apart(runs) == [f"m{i}" for i in range(6, 15)] + ["rft", "uft"]
+        and len(plots.told_apart(runs)) == plots.MOST
+    )
+    few = {k: runs[k] for k in ("m1", "uft")}
+    assert plots.told_apart(few) == ["m1", "uft"]
+    plots.curves(runs, tmp_path / "many.png", "many")
+    assert (tmp_path / "many.png").stat().st_size > 5000
+
+
+# ---------------------------------------------------------------------------------------------- one budget
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "amount"),
+    [
+        ("sampled=2M", "sampled", 2e6),
+        ("trained=500k", "trained", 5e5),
+        ("seconds=1.5", "seconds", 1.5),
+        (" Sampled = 1e6 ", "sampled", 1e6),
+    ],
+)
+def test_budgets_are_read(text, kind, amount):
+    assert budgets.parse(text) == budgets.Budget(kind, amount)
+
+
+@pytest.mark.parametrize(
+    "text", ["2M", "tokens=2M", "sampled=", "sampled=0", "seconds=-3", "sampled=2 X", "sampled=1.2.3"]
+)
+def test_a_budget_that_cannot_be_read_says_what_is_expected(text):
+    with pytest.raises(ConfigError, match="expected sampled=TOKENS"):
+        budgets.parse(text)
+
+
+def spent(steps, sampled=0, trained=0, seconds=0.0, method="uft"):
+    return {
+        "method": method,
+        "steps": steps,
+        "tokens_sampled": sampled,
+        "tokens_trained": trained,
+        "seconds_training": seconds,
+    }
+
+
+def test_steps_follow_from_the_mean_cost_of_the_probe():
+    probe = spent(20, sampled=4_000, trained=1_000, seconds=5.0)
+    assert budgets.steps_for(budgets.Budget("sampled", 40_000), probe, 600) == 200
+    assert budgets.steps_for(budgets.Budget("trained", 40_000), probe, 600) == 800
+    assert budgets.steps_for(budgets.Budget("seconds", 1.0), probe, 600) == 4
+    assert budgets.steps_for(budgets.Budget("seconds", 0.01), probe, 600) == 1, "less than a step is a step"
+    assert budgets.steps_for(budgets.Budget("trained", 1e12), probe, 600) == budgets.MOST * 600
+    assert budgets.steps_for(budgets.Budget("sampled", 1e6), spent(20), 600) == 600, (
+        "sft samples nothing: its own steps"
+    )
+
+
+def test_the_run_is_evaluated_as_often_under_a_budget():
+    settings = resolve("uft", recipe="lock")
+    over = budgets.spend(budgets.Budget("sampled", 40_000), spent(20, sampled=4_000), settings)
+    assert over == ["train.steps=200", "eval.every=20"], "600 steps, evaluated every 60"
+
+
+def test_a_probe_has_a_step_for_every_phase_and_never_more_than_the_run():
+    assert budgets.probe_steps(resolve("uft", recipe="lock")) == 30
+    assert budgets.probe_steps(resolve("sft", recipe="lock")) == 200
+    short = resolve("uft", recipe="lock", overrides={"train": {"steps": 7}})
+    assert budgets.probe_steps(short) == 7
+    phases = [{"method": "sft", "share": 0.01}, {"method": "rft", "share": 0.99}]
+    two = resolve("sft-rft", recipe="lock", overrides={"phases": phases})
+    assert budgets.probe_steps(two) == 200
+    stages(two.model_copy(update={"train": two.train.model_copy(update={"steps": 200})}))
+
+
+def test_a_budget_too_small_for_the_phases_is_refused():
+    with pytest.raises(ConfigError, match="no step"):
+        budgets.spend(budgets.Budget("sampled", 100), spent(20, sampled=4_000), resolve("sft-rft", recipe="lock"))
+
+
+def test_the_note_names_who_used_more_or_less():
+    limit = budgets.Budget("sampled", 1000)
+    even = [spent(5, sampled=950), spent(5, sampled=1050, method="rft")]
+    assert budgets.note(limit, even) == "Budget of a run: sampled=1000. All runs used it within 10 %."
+    assert "rft 150 %" in budgets.note(limit, [*even, spent(5, sampled=1950, method="rft")])
+
+
+def test_compare_under_a_budget(tmp_path):
+    small = ["data.train_rows=8", "data.test_rows=8", "train.prompts=4", "sample.max_tokens=8", "train.steps=20"]
+    with pytest.raises(ConfigError, match="keep one"):
+        compare.compare_methods(["uft"], 1, "lock", tmp_path / "a", small, 2, budgets.parse("sampled=1k"))
+    folder = tmp_path / "b"
+    text = compare.compare_methods(["uft", "rft"], 1, "lock", folder, small[:-1], 2, budgets.parse("sampled=2k"))
+    runs = {r["method"]: r for r in json.loads((folder / "compare.json").read_text())}
+    probe = json.loads((folder / "probes" / "uft-seed0" / "result.json").read_text())
+    assert probe["steps"] == 30 and runs["uft"]["steps"] == round(2000 / (probe["tokens_sampled"] / 30))
+    assert runs["uft"]["tokens_sampled"] == pytest.approx(2000, rel=0.5)
+    assert runs["rft"]["tokens_sampled"] == pytest.approx(2000, rel=0.5)
+    assert "Budget of a run: sampled=2000." in text
+    assert "Budget of a run" in (folder / "table.md").read_text()
+    assert runs["uft"]["seconds"] > runs["uft"]["seconds_training"] > 0

@@ -1,0 +1,97 @@
+"""Settings: layers, refusals with the nearest name, identity of a run."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from unift.config.identity import config_hash, differences, to_yaml
+from unift.config.packaged import preset_names, recipe_text
+from unift.config.resolve import parse_overrides, resolve, validate
+from unift.config.stages import stages
+from unift.types import ConfigError
+
+
+def make(method="uft", *items, **more):
+    return resolve(method, overrides=parse_overrides(["data.task=lock", *items]), **more)
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ("train.lrr=1", "unknown setting 'train.lrr'; did you mean 'lr'"),
+        ("trian.lr=1", "did you mean 'train'"),
+        ("train.lr=fast", "setting 'train.lr'.*'fast'"),
+        ("show.schedule=cosin", "setting 'show.schedule'"),
+        ("train.updates=5", "train.prompts=32 does not divide into train.updates=5"),
+        ("sample.completions=1", "every advantage would be 0"),
+        ("policy.norm=microbatch_token_mean", "needs train.micro_prompts"),
+        ("data.train=rows.jsonl", "both set"),
+        ("lr", "expected key=value"),
+    ],
+)
+def test_refusals(item, said):
+    with pytest.raises(ConfigError, match=said):
+        make("uft", item)
+
+
+def test_nothing_to_learn_from():
+    with pytest.raises(ConfigError, match="nothing to learn from"):
+        make("rft", "sample.completions=0")
+
+
+def test_unknown_method():
+    with pytest.raises(ConfigError, match="did you mean 'uft'"):
+        make("utf")
+
+
+def test_layers():
+    """default < preset < recipe < recipe of the method < file < key=value."""
+    recipe = yaml.safe_load(recipe_text("lock"))
+    assert make().train.lr == 1e-6
+    assert resolve("uft", recipe="lock").train.lr == recipe["train"]["lr"]
+    assert resolve("sft", recipe="lock").train.lr == recipe["methods"]["sft"]["train"]["lr"]
+    file = {"train": {"lr": 0.5, "warmup": 3}}
+    assert resolve("sft", recipe="lock", file=file).train.lr == 0.5
+    both = resolve("sft", recipe="lock", file=file, overrides=parse_overrides(["train.lr=0.25"]))
+    assert (both.train.lr, both.train.warmup) == (0.25, 3)
+
+
+@pytest.mark.parametrize("method", preset_names())
+def test_presets_resolve_and_round_trip(method):
+    config = make(method)
+    again = validate(yaml.safe_load(to_yaml(config)))
+    assert again == config and config_hash(again) == config_hash(config)
+
+
+def test_uft_paper_is_the_official_setting():
+    p = make("uft-paper")
+    assert (p.train.prompts, p.sample.completions, p.train.updates, p.train.steps) == (256, 4, 4, 500)
+    assert (p.show.high, p.show.low, p.show.cuts, round(p.show.until * p.train.steps)) == (0.95, 0.05, 5, 300)
+    assert (p.policy.low, p.policy.high, p.reference.kl, p.policy.entropy, p.likelihood.weight) == (
+        0.2,
+        0.2,
+        0.001,
+        0.001,
+        0.001,
+    )
+    assert (p.train.lr, p.train.clip_norm, p.reward.format_score, p.credit.scale) == (1e-6, 1.0, 0.1, "sample_std")
+    assert p.train.micro_prompts * p.sample.completions == 16 and p.policy.norm == "microbatch_token_mean"
+
+
+def test_hash_ignores_what_does_not_move_numbers():
+    base = config_hash(make())
+    assert config_hash(make("uft", "save.every=3", "run=x", "reward.workers=4")) == base
+    assert config_hash(make("uft", "seed=1")) != base
+    assert differences(make(), make("uft", "train.lr=1e-5")) == ["train.lr: 1e-06 -> 1e-05"]
+
+
+def test_phases():
+    config = resolve("sft-rft", recipe="lock")
+    one, two = stages(config)
+    first, second = one.rules, two.rules
+    assert (one.start, one.stop, two.start, two.stop) == (0, 200, 200, 600)
+    assert first.sample.completions == 0 and first.likelihood.tokens == "demo"
+    assert second.sample.completions == 8 and second.likelihood.weight == 0
+    with pytest.raises(ConfigError, match="add up to"):
+        stages(config.model_copy(update={"phases": config.phases[:1]}))

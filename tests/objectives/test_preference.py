@@ -1,0 +1,267 @@
+"""Pairs, scores and partitions (methods.md 2.7, 2.8 and the golden rows of section 4), through e_t with l a leaf."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import char_tokenizer, close, gradients, settings, tiny_policy
+from plain import token_logprobs
+
+from unift.credit import discriminative
+from unift.credit.members import items_of, paired
+from unift.model.packs import COMPLETION, DEMO, Item, Member, pack
+from unift.objectives import loss as objectives
+from unift.objectives.weights import weigh
+from unift.rows import dataset
+from unift.training.row_memory import RowMemory
+from unift.training.run.metrics import read_metrics
+from unift.training.update import prepare
+from unift.types import ConfigError, DataError, Group, Row, Sample, Score
+
+
+def group(*scores, tokens=None):
+    own = tokens or [[5 + i, 1] for i in range(len(scores))]
+    return Group(
+        0, "r", [3, 4], [], 0, 5, [Sample(t, [-1.0] * len(t), True, score=Score(v)) for t, v in zip(own, scores)]
+    )
+
+
+def of(items, config, l, ref):
+    """(loss, e_t, roles) of one batch of items, l and the reference's log-probs given token by token."""
+    batch = pack(items, range(len(items)), weigh(items, config), config)
+    l = torch.tensor(l, dtype=torch.float64, requires_grad=True)
+    batch = replace(batch, ref_S=torch.tensor(ref, dtype=torch.float64))
+    loss = objectives.losses(l, None, batch, config.policy, "k3", config.likelihood)["policy"]
+    (grad,) = torch.autograd.grad(loss, l)
+    return loss.item(), (-grad).tolist(), batch
+
+
+def pair(a=([5, 6], [7, 8])):
+    return Item([3], [], [Member(a[0], COMPLETION, 1.0, pair=0), Member(a[1], COMPLETION, -1.0, pair=0)])
+
+
+def test_golden_dpo():
+    """Log-probs (-10, -12), reference (-11, -11), beta .1: margin .2, loss .598139, e = +-.045017 on every token."""
+    loss, e, _ = of([pair()], settings("dpo"), [-4.0, -6.0, -5.0, -7.0], [-5.0, -6.0, -5.0, -6.0])
+    assert loss == pytest.approx(0.598139, abs=5e-7)
+    assert e == pytest.approx([0.045017, 0.045017, -0.045017, -0.045017], abs=5e-7)
+    loss, _, _ = of([pair()], settings("dpo"), [-1.0] * 4, [-1.0] * 4)
+    assert loss == pytest.approx(math.log(2))
+
+
+def test_dpo_is_a_mean_over_pairs():
+    """Each pair has the weight it would have alone, divided by the number of pairs; order of members does not matter."""
+    flipped = Item([3], [], list(reversed(pair().members)))
+    _, alone, _ = of([pair()], settings("dpo"), [-4.0, -6.0, -5.0, -7.0], [-5.0, -6.0, -5.0, -6.0])
+    _, two, _ = of(
+        [pair(), flipped], settings("dpo"), [-4.0, -6, -5, -7, -5, -7, -4, -6], [-5.0, -6, -5, -6, -5, -6, -5, -6]
+    )
+    assert two == pytest.approx([x / 2 for x in [*alone, *alone[2:], *alone[:2]]])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "loss", "e"),
+    [(0, 0.25, 0.0025), (10, 0.225645, 0.002369), (-10, 0.275603, 0.002618), (100, 0.072329, 0.001058)],
+)
+def test_una_on_a_score_of_one(ratio, loss, e):
+    """methods.md 2.8: beta .01, s = 1; the same e on both tokens of the sequence."""
+    item = Item([3], [], [Member([5, 1], DEMO, label=1.0)])
+    got, weights, _ = of([item], settings("una"), [ratio / 2, ratio / 2], [0.0, 0.0])
+    assert got == pytest.approx(loss, abs=5e-7) and weights == pytest.approx([e, e], abs=5e-7)
+
+
+@pytest.mark.parametrize(("score", "e"), [(1.0, 0.002509), (0.0, -0.002491)])
+def test_una_golden_token(score, e):
+    """pi = .25, pi_ref = .50, beta .01."""
+    item = Item([3], [], [Member([1], COMPLETION, label=score)])
+    _, weights, _ = of([item], settings("una"), [np.log(0.25)], [np.log(0.5)])
+    assert weights == pytest.approx([e], abs=5e-7)
+
+
+def test_una_on_pairs_has_the_gradient_of_dpo():
+    numbers = ([-4.0, -6.0, -5.0, -7.0], [-5.0, -6.0, -5.0, -6.0])
+    _, una, _ = of([pair()], settings("una", "policy.beta=0.1"), *numbers)
+    _, dpo, _ = of([pair()], settings("dpo"), *numbers)
+    assert una == dpo
+
+
+def labelled(method, g, bad=None, *more):
+    config = settings(method, *more)
+    demos = [[9, 8, 1]] if config.sample.demonstration else None
+    a = [[0.0] * (len(g.samples) + 1)]
+    return config, paired(items_of([g], a, demos, config), [g], config, [bad])
+
+
+def test_own_pairs_come_from_the_verifier():
+    """Right ones without repeats against wrong ones without repeats; a group without both gives none."""
+    g = group(1, 0, 1, 0, 0, tokens=[[5, 1], [6, 1], [5, 1], [7, 1], [6, 1]])
+    _, (item,) = labelled("dpo", g)
+    assert [(m.tokens, m.pair, m.advantage) for m in item.members] == [([5, 1], 0, 1.0), ([6, 1], 0, -1.0)]
+    g = group(1, 0, 1, 0, tokens=[[5, 1], [6, 1], [8, 1], [7, 1]])
+    _, (item,) = labelled("dpo", g)
+    assert [(m.tokens[0], m.pair) for m in item.members] == [(5, 0), (6, 0), (8, 1), (7, 1)]
+    assert labelled("dpo", group(0, 0))[1][0].members == [] and labelled("dpo", group(1, 1))[1][0].members == []
+
+
+def test_pairs_scores_and_sft_rows_in_one_batch():
+    """una: a row with a rejected answer is a pair; one without has its solution at 1 and its completions at their scores."""
+    _, (scored,) = labelled("una", group(0.25, 1))
+    assert [(m.role, m.label) for m in scored.members] == [(COMPLETION, 0.25), (COMPLETION, 1.0), (DEMO, 1.0)]
+    config, (paired,) = labelled("una", group(), [7, 1], "sample.completions=0", "sample.rejected=bad")
+    assert [(m.tokens, m.pair, m.advantage) for m in paired.members] == [([9, 8, 1], 0, 1.0), ([7, 1], 0, -1.0)]
+    n = 2 + 2 + 3 + 5
+    loss, e, batch = of([scored, paired], config, [-1.0] * n, [-1.0] * n)
+    assert loss == pytest.approx((0.75**2 * 0 + 0.25**2 + 0.25 + 0.25 + 2 * math.log(2)) / 5)
+    assert (
+        len(set(batch.sequence_S.tolist())) == 5
+        and np.sign(e).tolist() == [-1] * 2 + [1] * 2 + [1] * 3 + [1] * 3 + [-1] * 2
+    )
+    with pytest.raises(ConfigError, match="scores from 0 to 1, found 3"):
+        labelled("una", group(3.0))
+
+
+def test_dpo_against_plain_copies():
+    """Loss and gradients of off-line pairs equal -log sigmoid of padded, separate sequences."""
+    policy, plain = tiny_policy(torch.float64)
+    reference, plain_reference = tiny_policy(torch.float64, seed=1)
+    more = ("sample.completions=0", "sample.demonstration=true", "sample.rejected=bad", "train.prompts=1")
+    config, items = labelled("dpo", group(), [7, 6, 6, 1], *more)
+    from unift.model.logprobs import logprobs
+
+    (packs,) = prepare(policy, items, config, lambda b: logprobs(reference, b)[0])
+    (batch,) = packs
+    loss = objectives.losses(logprobs(policy, batch)[0], None, batch, config.policy, "k3", config.likelihood)["policy"]
+    loss.backward()
+    both = [[3, 4, 9, 8, 1], [3, 4, 7, 6, 6, 1]]
+    now = [l[1:].sum() for l in token_logprobs(plain, both)[0]]
+    with torch.no_grad():
+        then = [l[1:].sum() for l in token_logprobs(plain_reference, both)[0]]
+    expected = -torch.nn.functional.logsigmoid(0.1 * ((now[0] - then[0]) - (now[1] - then[1])))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    close(gradients(policy.model), gradients(plain), 1e-6)
+
+
+def test_rejected_column():
+    tokenizer = char_tokenizer()
+    rows = [Row("a", "1+1=", ("2",), ".", "2", extra={"bad": "3."}), Row("b", "1+2=", ("3",), ".", "3")]
+    first, second = dataset.encode_column(tokenizer, rows, {"bad"}, 99)
+    assert tokenizer.decode(first[:-1]) == "3." and first[-1] == tokenizer.eos_token_id and second is None
+    assert dataset.encode_column(tokenizer, rows, set(), 99) == [None, None]
+    with pytest.raises(DataError, match="no row has a column 'worse'.*Columns: bad"):
+        dataset.encode_column(tokenizer, rows, {"worse"}, 99)
+    with pytest.raises(DataError, match=r"row 1 .*column 'bad': expected a text"):
+        dataset.encode_column(tokenizer, [replace(rows[0], extra={"bad": 3})], {"bad"}, 99)
+
+
+@pytest.mark.parametrize(
+    ("method", "item", "said"),
+    [
+        ("dpo", "policy.norm=token_mean", "counts sequences"),
+        ("dpo", "sample.rejected=bad", "needs policy.loss=dpo or una and sample.demonstration"),
+        ("una", "likelihood.tokens=demo", "set likelihood.tokens=none"),
+        ("discriminative", "sample.source=policy", "needs sample.demonstration=true, sample.source=reference"),
+        ("discriminative", "sample.temperature=0.7", "sample.temperature must be 1"),
+        ("luffy", "policy.off_policy=none", "policy.off_policy must say how it pushes"),
+        ("hpt", "likelihood.tokens=none", "chooses groups whose hint or demo"),
+        ("relift", "likelihood.gate=null", "needs likelihood.gate"),
+        ("prefix-rft", "show.members=9", "a group has sample.completions=8"),
+        ("chord", "likelihood.weight=1.5", "negative at 1.5"),
+        ("uft", "inputs.noise=uniform", "supervised phases only"),
+        ("stage", "likelihood.schedule=hint", "follows a falling hint"),
+        ("sft", "show.schedule=adaptive", "follows the success of completions"),
+        ("rollout-sft", "sample.completions=0", "nothing to learn from|needs sample.completions"),
+        ("upft", "likelihood.tokens=none", "nothing to learn from"),
+    ],
+)
+def test_settings_that_do_not_fit(method, item, said):
+    with pytest.raises(ConfigError, match=said):
+        settings(method, item)
+
+
+@pytest.mark.parametrize("method", ["dpo", "una"])
+def test_rejected_answers_of_a_file(method, tmp_path):
+    """Off-line pairs, end to end: every second row has a rejected answer, and the loss of the pairs falls."""
+    import json
+
+    from unift.config.resolve import parse_overrides, resolve
+    from unift.rows.inspect import write_rows
+    from unift.rows.tasks import make_rows
+    from unift.training.loop import train
+
+    path = tmp_path / "rows.jsonl"
+    write_rows(make_rows("lock", 8, 0, "train", length=5), path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[::2]:
+        row["bad"] = "".join(row["steps"])[::-1] + "."
+    path.write_text("\n".join(map(json.dumps, rows)))
+    more = ["sample.completions=0", "sample.demonstration=true", "sample.rejected=bad", "train.lr=1e-3", "threads=1"]
+    more += [f"data.train={path}", "model.path=embedded:lock", "train.steps=4", "train.prompts=8", "train.warmup=0"]
+    train(resolve(method, overrides=parse_overrides([*more, "policy.beta=0.1"])), tmp_path / "run")
+    loss = [m["loss"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
+    first = math.log(2) if method == "dpo" else (4 * 2 * math.log(2) + 4 * 0.25) / 12
+    assert loss[0] == pytest.approx(first, rel=1e-6) and loss == sorted(loss, reverse=True)
+
+
+# ---------------------------------------------------------------------------------------------- partitions
+
+
+def test_golden_partition():
+    """s = -10, s' = (-12, -11), log P0 = (-11, -12), tau 1 (methods.md 2.7)."""
+    u, w = discriminative.advance(0.0, [-12, -11], [-11, -12], 1.0, 0.85)
+    assert u == pytest.approx(0.379544, abs=5e-7) and w == pytest.approx([0.125847, 0.929888], abs=5e-7)
+    u, w = discriminative.advance(5.0, [-12, -11], [-11, -12], 1.0, 1.0)
+    assert w == pytest.approx([0.119203, 0.880797], abs=5e-7) and sum(w) == pytest.approx(1)
+    assert math.exp(u) == pytest.approx(1.543081, abs=5e-7) and 10 + u == pytest.approx(10.433781, abs=5e-7)
+    far, w = discriminative.advance(0.0, [-900, -901], [-2000, -1990], 1.0, 0.5)  # all in log space
+    assert math.isfinite(far) and all(map(math.isfinite, w))
+
+
+def test_the_credit_is_the_gradient_of_the_partition_loss():
+    """momentum 1: e_t equals autograd's of - s(y) + log mean_j exp(s'_j / tau - log P0_j) * tau, mean over rows."""
+    for method, tau in (("discriminative", 1.0), ("discriminative-mean", 0.3)):
+        config = settings(method, "credit.momentum=1")
+        members = [
+            Member([5, 6, 1], COMPLETION, 0.0, [-1.0, -2.0, -0.5]),
+            Member([7, 1], COMPLETION, 0.0, [-3.0, -1.0]),
+        ]
+        item = Item([3], [], [*members, Member([9, 8, 1], DEMO)], address=(0, 0, "r"))
+        now, then = [[[-1.2, -1.0, -0.7], [-2.0, -2.5], []]], [[[-1.0, -2.0, -0.5], [-3.0, -1.0], []]]
+        (made,) = discriminative.spread([item], config, now, then if method == "discriminative" else None, {})
+        l = torch.tensor([*now[0][0], *now[0][1], -1.0, -0.4, -0.3], dtype=torch.float64, requires_grad=True)
+        batch = pack([made], [0], weigh([made], config), config)
+        loss = objectives.losses(l, None, batch, config.policy, "k3", config.likelihood)["policy"]
+        (got,) = torch.autograd.grad(loss, l)
+        logp0 = torch.tensor([-3.5, -4.0], dtype=torch.float64)
+        parts = (l[:3], l[3:5], l[5:])
+        if method == "discriminative":
+            s = [p.sum() for p in parts]
+            s = torch.stack([s[0] + 3.5, s[1] + 4.0, s[2]])
+        else:
+            s = torch.stack([p.mean() for p in parts])
+        expected = -s[2] + tau * (torch.logsumexp(s[:2] / tau - logp0, 0) - math.log(2))
+        (grad,) = torch.autograd.grad(expected, l)
+        assert torch.allclose(got, grad, atol=1e-9), method
+
+
+def test_without_negatives_it_is_sft():
+    config = settings("discriminative")
+    item = Item([3], [], [Member([9, 8, 1], DEMO)], address=(0, 0, "r"))
+    (made,) = discriminative.spread([item], config, [[[]]], [[[]]], {})
+    batch = pack([made], [0], weigh([made], config), config)
+    l = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(objectives.losses(l, None, batch, config.policy, "k3")["policy"], l)
+    assert (-grad).tolist() == [1.0] * 3
+
+
+def test_partition_state_is_kept_by_row():
+    config = settings("discriminative")
+    item = Item([3], [], [Member([5, 1], COMPLETION, 0.0, [-1.0, -1.0]), Member([9, 1], DEMO)], address=(0, 0, "a"))
+    memory = RowMemory()
+    discriminative.spread([item], config, [[[-1.0, -1.0], []]], [[[-1.0, -1.0], []]], memory.partition)
+    assert memory.partition == {"a": pytest.approx(math.log(0.15 + 0.85 * math.exp(2)))}
+    assert RowMemory.load(memory.dump()).partition == memory.partition

@@ -1,0 +1,327 @@
+"""Verifiers and generators as properties: any text, an independent oracle, and the official rules (methods.md 1.9)."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unift.rows.tasks import get_task, make_rows, split_of
+from unift.rows.tasks.answer import extract_answer, paper_full_text, paper_last_line
+from unift.rows.tasks.arithmetic import MAX_DEPTH, MAX_DIGITS, MAX_TEXT, ExpressionError, parse_expression
+from unift.types import Row
+
+FUZZ = settings(max_examples=150, deadline=None)
+GENERATED = ["countdown", "knights", "lock"]
+ROWS = {name: make_rows(name, 3, 0, "train") for name in GENERATED}
+ROWS["math"] = [Row("m", "6*7?", (), "", "42", task="math")]
+
+# ---------------------------------------------------------------------------------------------- any text
+
+
+def some_text(*words):
+    """Arbitrary text, and soups of the words that a verifier looks for."""
+    known = [*words, "<answer>", "</answer>", "<answer>", "</answer>", "\n", " ", "</think>", "\x00", "é", "𝟺", "²"]
+    return st.one_of(st.text(max_size=80), st.lists(st.sampled_from(known), max_size=25).map("".join))
+
+
+TEXTS = {
+    "countdown": some_text(*"0123456789+-*/().", "**", "//", "19", "e9", "0x1", "__import__"),
+    "knights": some_text("Zoey", " is a ", "knight", "knave", "(1)", " and ", ",", "not ", "."),
+    "lock": some_text(*"ABCJ", *"abcj", *"0123", "."),
+    "math": some_text("42", "\\frac", "{", "}", "$", "^", "\\boxed{", "\\left", "84/2"),
+}
+
+
+@pytest.mark.parametrize("rule", ["unift", "paper"])
+@pytest.mark.parametrize("name", ["countdown", "knights", "lock", "math"])
+def test_verifiers_never_raise(name, rule):
+    """Any completion, in and out of answer tags: 1, the format score or 0, never an exception."""
+    score, rows = get_task(name).score, ROWS[name]
+
+    @settings(max_examples=40 if name == "math" else 150, deadline=None)
+    @given(TEXTS[name], st.booleans(), st.integers(0, len(rows) - 1), st.sampled_from(["", "A", "Aa1"]))
+    def check(text, tagged, number, hint):
+        got = score(
+            f"<answer>{text}</answer>" if tagged else text, rows[number], hint=hint, format_score=0.1, rule=rule
+        )
+        assert got.value in (0.0, 0.1, 1.0) and got.correct == (got.value == 1.0)
+
+    check()
+
+
+@FUZZ
+@given(some_text("a", "<answer", "answer>", "< answer>", "<ANSWER>"))
+def test_answer_rules_are_these_regular_expressions(text):
+    """ours: the last innermost pair; the official ones: the last lazy match, in the whole text or in the last line."""
+    inner = re.findall(r"<answer>((?:(?!</?answer>)[\s\S])*)</answer>", text)
+    assert extract_answer(text) == ((inner[-1].strip() or None) if inner else None)
+    for rule, searched in ((paper_full_text, text), (paper_last_line, text.split("\n")[-1])):
+        lazy = re.findall(r"<answer>([\s\S]*?)</answer>", searched)
+        assert rule(text) == (lazy[-1].strip() if lazy else None)
+
+
+# ---------------------------------------------------------------------------------------------- countdown
+
+
+def oracle(text):
+    """Python's own reading with every literal a Fraction; None for a division by zero. Only for this file's own texts."""
+    try:
+        value = eval(re.sub(r"\d+", r"Fraction(\g<0>)", text), {"Fraction": Fraction})
+    except ZeroDivisionError:
+        return None
+    assert isinstance(value, Fraction)
+    return value
+
+
+number = st.integers(0, 999).map(str)
+expression = st.recursive(
+    number,
+    lambda e: st.one_of(
+        st.tuples(e, st.sampled_from([" + ", "-", "*", " / "]), e).map("".join),
+        e.map("({})".format),
+        e.map("-({})".format),
+    ),
+    max_leaves=10,
+)
+
+
+@FUZZ
+@given(expression)
+def test_expressions_agree_with_fractions(text):
+    """Precedence, grouping from the left, unary minus, exact division."""
+    found = parse_expression(text)
+    assert found.value == oracle(text)
+    assert found.numbers == tuple(int(n) for n in re.findall(r"\d+", text))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.text("0123()+-*/ ", max_size=12))
+def test_what_is_accepted_is_what_python_would_accept(text):
+    """Symbol soup: accepted texts have Python's value; refused ones hold ``**``, ``//``, a unary plus or no expression."""
+    import warnings
+
+    try:
+        found = parse_expression(text)
+    except ExpressionError:
+        if "**" in text or "//" in text or "+" in text or re.search(r"(?<!\d)0\d", text):
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # "3(4)" reads as a call
+            with pytest.raises((SyntaxError, TypeError, AssertionError)):
+                oracle(text.strip())
+        return
+    assert "**" not in text and "//" not in text and found.value == oracle(text.strip())
+
+
+def test_size_caps():
+    """One below the cap is read, one above is refused: length, depth, digits. Nothing is ever evaluated by its size."""
+    assert parse_expression("1" * MAX_DIGITS).value == int("1" * MAX_DIGITS)
+    assert parse_expression("(" * MAX_DEPTH + "7" + ")" * MAX_DEPTH).value == 7
+    assert parse_expression("-" * MAX_DEPTH + "7").value == 7
+    assert parse_expression("1" + "+1" * ((MAX_TEXT - 1) // 2)).value == 1 + (MAX_TEXT - 1) // 2
+    for text in (
+        "1" * (MAX_DIGITS + 1),
+        "(" * (MAX_DEPTH + 1) + "7" + ")" * (MAX_DEPTH + 1),
+        "-" * (MAX_DEPTH + 1) + "7",
+    ):
+        with pytest.raises(ExpressionError):
+            parse_expression(text)
+    with pytest.raises(ExpressionError, match="at most 512"):
+        parse_expression("1 " + "+1" * (MAX_TEXT // 2))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2**3",
+        "2//3",
+        "2 * * 3",
+        "9**9**9**9",
+        "x",
+        "int(2)",
+        "2e3",
+        "0x1F",
+        "1_0",
+        "2.0",
+        "2,3",
+        "[2]",
+        "2=2",
+        "2;3",
+        "007",
+        "+",
+        "2.5",
+        ".5",
+        "1.2.",
+        "2 3",
+        "３",
+        "²",
+        "",
+        " ",
+        "()",
+    ],
+)
+def test_refused_expressions(text):
+    with pytest.raises(ExpressionError):
+        parse_expression(text)
+
+
+COUNTDOWN = Row("c", "", (), "", {"numbers": [2, 3, 6], "target": 12})
+
+
+@pytest.mark.parametrize(
+    ("completion", "ours", "paper"),
+    [
+        ("so <answer> 2 * 3 + 6 </answer>", 1.0, 1.0),
+        ("<answer>2*3+6</answer>\n", 1.0, 0.0),  # trap 2: a trailing newline
+        ("<answer>2*3+6</answer> as asked", 1.0, 1.0),
+        ("<answer>2*3+6</answer>\nDone.", 1.0, 0.0),
+        ("<answer>2*3\n+6</answer>", 1.0, 0.0),  # several lines
+        ("<answer>1</answer> no, <answer>2*3+6</answer>", 1.0, 1.0),  # the last match
+        ("<answer>2*3+6</answer> or <answer>2*3</answer>", 0.1, 0.1),
+        ("<answer>2+3+6</answer>", 0.1, 0.1),  # a wrong value
+        ("<answer>6+6</answer>", 0.1, 0.1),  # other numbers
+        ("<answer>2*3+6+0</answer>", 0.1, 0.1),
+        ("<answer>6/(2-2)</answer>", 0.1, 0.1),
+        ("<answer>words</answer>", 0.0, 0.1),  # trap 3: any tag earns format credit there
+        ("<answer></answer>", 0.0, 0.1),  # trap 31
+        ("<answer>2*3+6", 0.0, 0.0),
+        ("2*3+6", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_countdown_rules(completion, ours, paper):
+    score = get_task("countdown").score
+    assert score(completion, COUNTDOWN, format_score=0.1).value == ours
+    assert score(completion, COUNTDOWN, format_score=0.1, rule="paper").value == paper
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "target"), [("2**3", [2, 3], 8), ("7//2", [7, 2], 3), ("3//2*4", [3, 2, 4], 4)]
+)
+def test_powers_and_floor_division_are_not_reproduced(text, numbers, target):
+    """The official grader gives 1.0 for these (trap 31). Both rules refuse them: docs/rows.md names the difference."""
+    row = Row("c", "", (), "", {"numbers": numbers, "target": target})
+    for rule, value in (("unift", 0.0), ("paper", 0.1)):
+        got = get_task("countdown").score(f"<answer>{text}</answer>", row, format_score=0.1, rule=rule)
+        assert got.value == value and "cannot read" in got.note
+
+
+def test_hint_that_holds_the_answer_earns_nothing():
+    """Trap 1: only the completion is searched, under both rules."""
+    for name in ("countdown", "knights"):
+        row = ROWS[name][0]
+        for rule in ("unift", "paper"):
+            assert get_task(name).score("", row, hint=row.solution, format_score=0.1, rule=rule).value == 0.0
+
+
+# ---------------------------------------------------------------------------------------------- knights
+
+
+KNIGHTS = Row("k", "", (), "", {"names": ["Ann", "Bo"], "solution": [True, False], "statements": "()"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "ours", "paper"),
+    [
+        ("(1) Ann is a knight\n(2) Bo is a knave", 1.0, 1.0),
+        ("Bo is a knave, Ann is a knight.", 1.0, 1.0),
+        ("Ann is a knight", 0.0, 0.1),  # one role word for two people
+        ("Ann is a knight and Bo is a knight", 0.1, 0.1),
+        ("Ann is a knight. Bo is a knave. Bo is a knight.", 0.0, 0.1),  # three role words
+        ("Perhaps Ann is a knight and perhaps Bo is a knave", 0.0, 1.0),  # the official reading takes hedges
+        ("no idea", 0.0, 0.1),  # trap 3: unparsable, yet paid there
+        ("", 0.0, 0.0),  # and an empty tag is not, unlike countdown's
+    ],
+)
+def test_knights_rules(answer, ours, paper):
+    score = get_task("knights").score
+    for tail in ("", "\n", "\nThat is all."):  # the full text is searched: what follows does not matter
+        text = f"<answer>Ann is a knave</answer> no: <answer> {answer} </answer>{tail}"
+        assert score(text, KNIGHTS, format_score=0.1).value == ours
+        assert score(text, KNIGHTS, format_score=0.1, rule="paper").value == paper
+    assert score("Ann is a knight, Bo is a knave", KNIGHTS, format_score=0.1, rule="paper").value == 0.0
+
+
+# ---------------------------------------------------------------------------------------------- lock
+
+
+@FUZZ
+@given(st.integers(0, 5), st.sampled_from("ABCDEFGHIJ"), st.lists(st.integers(0, 9), min_size=4, max_size=4))
+def test_lock_accepts_the_table_and_nothing_else(number, key, codes):
+    """Right exactly if every code is the table's under the key that was named, for every one of the ten keys."""
+    from unift.rows.tasks.lock import code_table
+
+    row = make_rows("lock", 6, 0, "train")[number] if number else ROWS["lock"][0]
+    word, table = row.answer["letters"], code_table(row.answer["table_seed"])
+    right = [int(table["abcdefghij".index(c), "ABCDEFGHIJ".index(key)]) for c in word]
+    write = lambda codes: key + "".join(f"{c}{d}" for c, d in zip(word, codes, strict=True)) + "."  # noqa: E731
+    score = get_task("lock").score
+    assert score(write(right), row).value == 1.0
+    assert score(write(codes), row).right == (codes == right)
+    text = write(right)
+    for cut in range(
+        len(text)
+    ):  # every hint with its rest is right; without the end mark, or without the rest, nothing is
+        assert score(text[cut:], row, hint=text[:cut]).right
+        assert not score("", row, hint=text[:cut]).right and not score(text[:cut], row).right
+
+
+# ---------------------------------------------------------------------------------------------- math
+
+
+MATH = Row("m", "q", (), "", "42", task="math")
+
+
+@pytest.mark.parametrize(
+    ("completion", "ours", "paper"),
+    [
+        ("<answer>42</answer>", 1.0, 1.0),
+        ("<answer>$42$.</answer>", 1.0, 0.1),
+        ("<answer>42</answer>\n", 1.0, 0.0),
+        ("<answer>41</answer>", 0.1, 0.1),
+        ("<answer></answer>", 0.0, 0.1),
+        ("<answer>42.0</answer>", 1.0, 0.1),  # text only under the paper's rule for MATH
+        (r"\boxed{42}", 0.0, 0.0),
+    ],
+)
+def test_math_rules(completion, ours, paper):
+    score = get_task("math").score
+    assert score(completion, MATH, format_score=0.1).value == ours
+    assert score(completion, MATH, format_score=0.1, rule="paper").value == paper
+
+
+# ---------------------------------------------------------------------------------------------- splits
+
+
+OPTIONS = {
+    "countdown": st.fixed_dictionaries(
+        {"numbers": st.integers(2, 5), "style": st.sampled_from(["paper", "short"]), "integers": st.booleans()}
+    ),
+    "knights": st.fixed_dictionaries({"people": st.integers(2, 6)}),
+    "lock": st.fixed_dictionaries(
+        {"length": st.integers(3, 6), "keys": st.integers(1, 10), "table_seed": st.integers(0, 3)}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_splits_are_disjoint_for_any_seed_and_options(name):
+    """The split is a function of the canonical form alone, so rows of any two calls keep apart; and every row is right."""
+    task = get_task(name)
+
+    @settings(max_examples=12, deadline=None)
+    @given(st.integers(0, 2**40), st.integers(0, 2**40), OPTIONS[name])
+    def check(one, other, options):
+        train = make_rows(name, 12, one, "train", **options)
+        test = make_rows(name, 6, other, "test", exclude=train, **options)
+        assert {split_of(task.canonical(r)) for r in train} == {"train"}
+        assert {split_of(task.canonical(r)) for r in test} == {"test"}
+        forms = [task.canonical(r) for r in (*train, *test)]
+        assert len(set(forms)) == len(forms)
+        assert all(task.score(r.solution, r).right for r in (*train, *test))
+
+    check()
