@@ -31,13 +31,13 @@ from unift.rewards import open_scorer
 from unift.rows import dataset
 from unift.training import evaluate, update
 from unift.training.evaluate import Draws, Judge
-from unift.training.progress import Given, Metrics, Report, Run, State, silent
+from unift.training.progress import Metrics, Report, Run, State, silent
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
 from unift.training.run import check_trackers, checkpoint, claim, open_run, trackers, write_result
 from unift.training.run.metrics import append_metrics, rewind_metrics
 from unift.training.step import one_step
-from unift.types import ConfigError, Stopped
+from unift.types import ConfigError, Given, Stopped
 
 T = TypeVar("T")
 FIRST = 500  # training rows whose accuracy the end of a run measures
