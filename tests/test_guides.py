@@ -49,7 +49,7 @@ def executed(page, model, tmp_path, monkeypatch):
     python = blocks(page, "python")
     ours = [block for block in python if "import unift" in block]
     assert len(ours) == 1 and "/models/mine" in ours[0]
-    space = {}
+    space = {"__name__": "__main__"}  # as in a script or a notebook
     exec(compile(python[0], page, "exec"), space)
     exec(compile(ours[0].replace("/models/mine", str(model)), page, "exec"), space)
     return space["run"], space
@@ -72,6 +72,7 @@ def test_trl(model, tmp_path, monkeypatch):
     assert (c.train.decay, c.policy.norm, trl["loss_type"]) == (trl["lr_scheduler_type"], "token_mean", "dapo")
     assert (c.credit.scale, c.credit.epsilon) == ("sample_std", 1e-4)
     assert c.seed == trl["seed"] and c.policy.loss == "clip" and c.likelihood.tokens == "none"
+    assert c.train.weight_decay == trl.get("weight_decay", 0.0) and c.train.clip_norm == trl.get("max_grad_norm", 1.0)
     learnt(run)
     sample = run.rollouts(1)[0].samples[0]
     assert sample.score.value == space["share_of_allowed_digits"]([sample.text], ["02468"])[0]
@@ -86,6 +87,7 @@ def test_verl(model, tmp_path, monkeypatch):
     assert c.train.prompts == verl["data.train_batch_size"] and c.sample.completions == verl["rollout.n"]
     assert c.train.prompts // c.train.updates == verl["actor.ppo_mini_batch_size"]
     assert (c.train.lr, c.train.weight_decay) == (float(verl["actor.optim.lr"]), verl["actor.optim.weight_decay"])
+    assert c.reference.clamp == 10.0 and verl["actor.use_kl_loss"] is True  # a constant of verl's kl_penalty
     assert (c.reference.kl, c.policy.dual_clip) == (verl["actor.kl_loss_coef"], verl["actor.clip_ratio_c"])
     assert (c.sample.max_tokens, c.train.steps) == (
         verl["data.max_response_length"],
@@ -144,3 +146,18 @@ def test_the_names_of_trl():
     other = {"reward_funcs", "peft_config"}  # arguments of the trainer
     fields = set(trl.GRPOConfig.__dataclass_fields__)
     assert {name for theirs, _ in names("from-trl.md") for name in theirs} - other <= fields
+
+
+def test_from_python(tmp_path, monkeypatch):
+    """All of the page's code, in its order."""
+    monkeypatch.chdir(tmp_path)
+    space = {"__name__": "__main__"}
+    for block in blocks("python.md", "python"):
+        exec(compile(block, "python.md", "exec"), space)
+    assert [m["step"] for m in space["metrics"]] == [0, 1, 2, 3, 4] and space[
+        "run"
+    ].result is None  # stopped by on_step
+    sample = space["groups"][0].samples[0]
+    assert 0 <= sample.score.value <= 1 and space["report"].is_file()
+    assert space["settings"]["show"]["schedule"] == "cosine"
+    assert space["found"].greedy.n == 5 and sum(p.numel() for p in space["model"].parameters()) > 80_000
