@@ -12,7 +12,10 @@ import yaml
 from unift.config.sections import Config
 
 # A continued run may change these: they do not touch the numbers.
-FREE_KEYS = ("run", "save", "log", "baselines", "reward.workers", "reward.timeout", "reward.error_rate", "threads")
+FREE_KEYS = (
+    "run", "save", "log", "baselines", "threads",
+    "reward.workers", "reward.timeout", "reward.wall_timeout", "reward.error_rate", "reward.environment",
+)  # fmt: skip
 
 
 def to_yaml(config: Config) -> str:

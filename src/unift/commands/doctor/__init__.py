@@ -260,7 +260,7 @@ def try_reward(config: Config, rows: Sequence[Row]) -> tuple[Check, Any]:
     if right < len(some):
         first = next(row.id for row, o in zip(some, outcomes) if not (isinstance(o, Score) and o.right))
         faults.append(f"row {first!r} is the first whose own solution is not accepted: mend the row or the reward")
-    text = f"{r.function} ({found.kind}): accepts {right} of {len(some)} demonstrations tried"
+    text = f"{found.reward} ({found.kind}): accepts {right} of {len(some)} demonstrations tried"
     return Check("reward", not faults, "; ".join([text, *faults])), found
 
 
