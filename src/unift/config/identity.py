@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -26,7 +26,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     flat: dict[str, Any] = {}
-    for name, value in tree.items():
+    for name, value in cast("Mapping[str, Any]", tree).items():
         flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
     return flat
 
