@@ -254,7 +254,9 @@ def test_line_separators_inside_texts_are_text(tmp_path):
 
 SETTINGS = [
     ("train.lrr=1", "unknown setting 'train.lrr'; did you mean 'lr'?"),
-    ("learning_rate=1", "unknown setting 'learning_rate'"),
+    ("learning_rate=1", "unknown setting 'learning_rate'; did you mean 'train.lr'?"),
+    ("threads=1180591620717411303424", "setting 'threads': expected a whole number that fits 64 bits"),
+    ("sample.temperature=1.0e-45", "setting 'sample.temperature': input should be greater than or equal to 0.001"),
     (
         "train.steps=abc",
         "setting 'train.steps': input should be a valid integer, unable to parse string as an integer; found 'abc'",

@@ -43,12 +43,12 @@ def _is_demo(config: Path | None, recipe: str | None, overrides: dict[str, Any])
 
 
 def _resolve(config: Path | None, recipe: str | None, method: str | None, settings: list[str] | None) -> Config:
-    from unift.config.resolve import parse_overrides, read_yaml, resolve
+    from unift.config.resolve import beside, parse_overrides, read_yaml, resolve
 
     overrides = parse_overrides(settings or [])
     if _is_demo(config, recipe, overrides):
         recipe = DEMO
-    file = read_yaml(config) if config else {}
+    file = beside(read_yaml(config), config, overrides) if config else {}
     return resolve(method, recipe=recipe, file=file, overrides=overrides)
 
 

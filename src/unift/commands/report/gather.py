@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from unift.config.identity import flat
 from unift.config.packaged import preset_names, preset_text
 from unift.config.resolve import read_yaml, validate
 from unift.config.sections import Config, Credit, Phase
@@ -194,16 +195,6 @@ def _compared(
             origin = "this run"
         found.append(Setting(head + key, text_of(value), text_of(default), origin))
     return found
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 1}} -> {"train.lr": 1}. Lists stay values; an empty mapping is one too."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree} if prefix else {}
-    merged: dict[str, Any] = {}
-    for name, value in tree.items():
-        merged |= flat(value, f"{prefix}.{name}" if prefix else str(name))
-    return merged
 
 
 def text_of(value: Any) -> str:
