@@ -109,7 +109,7 @@ def train(
 
     quiet = quiet or not processes.first()
     with Quiet() if quiet else Live() as display:
-        result = run_training(resolved, folder, display.update)
+        result = run_training(resolved, folder, display.update, watch=display.watch)
     if not quiet:
         typer.echo(_summary(result))
         typer.echo(f"run folder: {folder}  (as a page: unift report {folder})")

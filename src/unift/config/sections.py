@@ -324,6 +324,9 @@ class Reward(Section):
 class Eval(Section):
     every: int = Field(default=50, ge=0, description="steps; 0 = only at the end")
     rows: int | None = Field(default=None, ge=1, description="first so many rows of the test split")
+    train_rows: int | None = Field(
+        default=100, ge=0, description="first so many training rows, at the end of a run; 0 = none, null = all"
+    )
     samples: int = Field(
         default=0, ge=0, description="sampled completions a row for pass@k at the end; 0 = greedy only"
     )

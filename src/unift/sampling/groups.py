@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,10 +23,14 @@ from unift.types import Group, Row, Sample, Score
 
 
 def completed(
-    policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float = 1.0
+    policy: Policy,
+    requests: Sequence[Request],
+    max_tokens: int,
+    temperature: float = 1.0,
+    watch: Callable[[int], Any] = lambda done: None,
 ) -> list[list[Sample]]:
-    """Samples of every request, with their texts."""
-    groups = generate(policy, requests, max_tokens, temperature)
+    """Samples of every request, with their texts. ``watch`` is told the number of requests that are done."""
+    groups = generate(policy, requests, max_tokens, temperature, watch=watch)
     flat = [s for g in groups for s in g]
     texts = policy.tokenizer.batch_decode([s.tokens for s in flat], skip_special_tokens=True)
     for sample, text in zip(flat, texts, strict=True):

@@ -3,8 +3,9 @@ the reward (format credit does not count, trap 33)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,11 +43,12 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who answers, who judges, and the length limit of an answer in tokens."""
+    """Who answers, who judges, the length limit of an answer in tokens, and who watches: f(rows done, rows)."""
 
     policy: Policy
     scorer: Scorer
     max_tokens: int
+    watch: Callable[[int, int], Any] = lambda done, total: None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def verdicts(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Sequence[Samp
 def _judged(judge: Judge, split: Split, requests: Sequence[Request], temperature: float = 1.0) -> list[list[bool]]:
     """Sample and judge: right or not, per row and sample. Each process takes its share of the rows; all get the whole."""
     own = processes.share(len(split.rows))
-    groups = completed(judge.policy, [requests[i] for i in own], judge.max_tokens, temperature)
+    asked = [requests[i] for i in own]
+    groups = completed(judge.policy, asked, judge.max_tokens, temperature, lambda done: judge.watch(done, len(own)))
     right = verdicts(judge.scorer, [split.rows[i] for i in own], groups)
     return processes.interleave(processes.gather("an evaluation", right))
 

@@ -22,10 +22,15 @@ from unift.types import Row
 
 Metrics = dict[str, Any]
 Report = Callable[[Metrics, int], Any]  # (metrics of a step, steps of the run); a true result asks the run to stop
+Watch = Callable[[str, int, int], Any]  # (what is evaluated, rows done, rows), while an evaluation goes on
 
 
 def silent(metrics: Metrics, total: int) -> None:
     """The report of whoever wants none."""
+
+
+def unwatched(what: str, done: int, total: int) -> None:
+    """The same of evaluations."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Run:
     data: Data
     report: Report
     track: Report
+    watch: Watch = unwatched
     progress: Progress = field(default_factory=Progress)
     done: int = 0  # steps that the last checkpoint holds
     saving: float = 0.0  # seconds of the checkpoint after the last step, which the next step's metrics report
