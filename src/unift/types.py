@@ -107,3 +107,11 @@ class Group:
     cuts_total: int  # min(L, number of steps)
     samples: list[Sample] = field(default_factory=list)
     discarded: int = 0  # tokens sampled for prompts that this one replaced (dynamic sampling)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a Python caller hands over in place of names in the settings: rows by split ("train", "test"), and a reward."""
+
+    rows: Mapping[str, list[Row]] = field(default_factory=dict[str, list[Row]])
+    reward: Any = None

@@ -54,7 +54,8 @@ def refused(unift, monkeypatch):
     def load(*args):
         raise AssertionError("the model was loaded before the error")
 
-    monkeypatch.setattr("unift.model.load.load_policy", load)
+    for module in ("model.load", "training.loop", "training.evaluate"):  # each has a name of its own for it
+        monkeypatch.setattr(f"unift.{module}.load_policy", load)
 
     def run(*words):
         code, said = unift(*words)

@@ -156,7 +156,7 @@ def test_the_others_are_shown_when_one_fails(tmp_path, monkeypatch, capsys):
     kinds = iter(["good", "bad", "good", "good"])
     monkeypatch.setattr(compare, "train_job", lambda m, seed, *_: fake(tmp_path, m, seed, next(kinds)))
     with pytest.raises(UniftError, match="1 of 4 runs failed") as error:
-        compare.compare_methods(["sft", "uft"], 2, "lock", tmp_path, [], 2)
+        compare.compare_methods(compare.Plan(["sft", "uft"], 2, "lock", tmp_path, [], 2))
     assert [(r["method"], r["seed"]) for r in error.value.results] == [("sft", 0), ("sft", 1), ("uft", 1)]
     shown, kept = capsys.readouterr().out, (tmp_path / "table.md").read_text()
     for text in (shown, kept):
@@ -165,14 +165,14 @@ def test_the_others_are_shown_when_one_fails(tmp_path, monkeypatch, capsys):
     assert len(json.loads((tmp_path / "compare.json").read_text())) == 3 and (tmp_path / "curves.png").is_file()
     (tmp_path / "uft-seed0" / "mended").touch()
     kinds = iter(["good", "bad", "good", "good"])
-    assert "| uft | 2 |" in compare.compare_methods(["sft", "uft"], 2, "lock", tmp_path, [], 2)
+    assert "| uft | 2 |" in compare.compare_methods(compare.Plan(["sft", "uft"], 2, "lock", tmp_path, [], 2))[0]
     assert "Not complete" not in (tmp_path / "table.md").read_text()
 
 
 def test_nothing_to_show_when_all_fail(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "train_job", lambda m, seed, *_: fake(tmp_path, m, seed, "bad"))
     with pytest.raises(UniftError, match="2 of 2 runs failed"):
-        compare.compare_methods(["sft"], 2, "lock", tmp_path, [], 2)
+        compare.compare_methods(compare.Plan(["sft"], 2, "lock", tmp_path, [], 2))
     assert "|" not in capsys.readouterr().out and not (tmp_path / "table.md").exists()
 
 
@@ -210,9 +210,9 @@ def test_interrupted_ends_its_processes(tmp_path, monkeypatch):
 
 def test_settings_are_checked_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.stepz.*steps"):
-        compare.compare_methods(["uft"], 1, "lock", tmp_path / "x", ["train.stepz=3"], 1)
+        compare.compare_methods(compare.Plan(["uft"], 1, "lock", tmp_path / "x", ["train.stepz=3"], 1))
     with pytest.raises(ConfigError, match="nothing to compare"):
-        compare.compare_methods([""], 1, "lock", tmp_path / "x", [], 1)
+        compare.compare_methods(compare.Plan([""], 1, "lock", tmp_path / "x", [], 1))
     assert not (tmp_path / "x").exists()
 
 
@@ -314,6 +314,7 @@ def test_a_child_that_ignores_the_request_is_killed(tmp_path, monkeypatch):
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
     child.stdout.readline()
+    child.stdout.close()
     compare.end([child])
     assert child.returncode == -signal.SIGKILL
 
@@ -411,9 +412,9 @@ def test_the_note_names_who_used_more_or_less():
 def test_compare_under_a_budget(tmp_path):
     small = ["data.train_rows=8", "data.test_rows=8", "train.prompts=4", "sample.max_tokens=8", "train.steps=20"]
     with pytest.raises(ConfigError, match="keep one"):
-        compare.compare_methods(["uft"], 1, "lock", tmp_path / "a", small, 2, budgets.parse("sampled=1k"))
+        compare.compare_methods(compare.Plan(["uft"], 1, "lock", tmp_path / "a", small, 2, "sampled=1k"))
     folder = tmp_path / "b"
-    text = compare.compare_methods(["uft", "rft"], 1, "lock", folder, small[:-1], 2, budgets.parse("sampled=2k"))
+    text, _ = compare.compare_methods(compare.Plan(["uft", "rft"], 1, "lock", folder, small[:-1], 2, "sampled=2k"))
     runs = {r["method"]: r for r in json.loads((folder / "compare.json").read_text())}
     probe = json.loads((folder / "probes" / "uft-seed0" / "result.json").read_text())
     assert probe["steps"] == 30 and runs["uft"]["steps"] == round(2000 / (probe["tokens_sampled"] / 30))

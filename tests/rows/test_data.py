@@ -101,11 +101,12 @@ def test_rows_from_the_hub_are_not_asked_for_offline(monkeypatch):
     """The command line forbids the hub, but for rows that shall come from it."""
     import os
 
-    from unift.commands.cli import _quiet_libraries
+    from unift.commands.settings import quiet_libraries
+    from unift.config.sections import Config, Data
 
     for data, offline in ((("rows.jsonl", None), "1"), (("hf:owner/name", None), None), ((None, "hf:x"), None)):
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        _quiet_libraries(*data)
+        quiet_libraries(Config(data=Data(train=data[0], test=data[1])))
         assert os.environ.get("HF_HUB_OFFLINE") == offline
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 

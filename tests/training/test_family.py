@@ -10,7 +10,6 @@ import torch
 from conftest import close, gradients, random_tokens, settings, tiny_policy
 from test_resume import outcome
 
-from unift.commands import methods
 from unift.config import needs
 from unift.config.packaged import preset_names
 from unift.config.resolve import parse_overrides, resolve
@@ -255,14 +254,6 @@ def test_refill_and_buffer_happen(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the table
-
-
-def test_the_docs_embed_the_generated_table():
-    text = (DOCS / "methods.md").read_text()
-    begin, end = "<!-- unift methods -->\n", "\n<!-- end -->"
-    assert begin in text and text.split(begin)[1].split(end)[0] == methods.table(), (
-        "run `unift methods` and paste its table"
-    )
 
 
 def test_every_preset_has_a_page_and_a_source():

@@ -209,5 +209,6 @@ def test_one_writer_at_a_time(tmp_path):
     finally:
         first.kill()
         first.wait()
+        first.stderr.close()
     with claim(tmp_path):  # at once, although the scoring workers of the killed one may still be ending
         pass

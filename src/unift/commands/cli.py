@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -24,7 +23,6 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make, look at and convert rows.")
 app.add_typer(data_app, name="data")
 
-DEMO = "lock"
 Settings = Annotated[Optional[list[str]], typer.Argument(help="settings as key=value, e.g. train.lr=1e-6")]
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", "-c", help="YAML file of settings")]
 Recipe = Annotated[Optional[str], typer.Option(help="a tuned task of the package (unift show --recipes)")]
@@ -37,39 +35,14 @@ RunFolder = Annotated[
 ]
 
 
-def _is_demo(config: Path | None, recipe: str | None, overrides: dict[str, Any]) -> bool:
-    """Without rows and model of one's own, the embedded task and base are used."""
-    return config is None and recipe is None and not (overrides.keys() & {"data", "model"})
+def _resolved(
+    config: Path | None, recipe: str | None, method: str | None, settings: list[str] | None, **more: Any
+) -> Config:
+    """Settings by the layers that the Python functions use; ``more``: further ones by dotted name."""
+    from unift.commands.settings import resolved
+    from unift.config.resolve import dotted
 
-
-def _resolve(config: Path | None, recipe: str | None, method: str | None, settings: list[str] | None) -> Config:
-    from unift.config.resolve import beside, parse_overrides, read_yaml, resolve
-
-    overrides = parse_overrides(settings or [])
-    if _is_demo(config, recipe, overrides):
-        recipe = DEMO
-    file = beside(read_yaml(config), config, overrides) if config else {}
-    return resolve(method, recipe=recipe, file=file, overrides=overrides)
-
-
-def _folder(config: Config, run: Path | None) -> Path:
-    from unift.config.identity import config_hash
-
-    if run is not None or config.run:
-        return run or Path(str(config.run))
-    return Path("runs") / f"{config.method}-{config_hash(config)}"
-
-
-def _quiet_libraries(*data: str | None) -> None:
-    """Models are local, so nothing asks the hub, unless rows (``data.train``, ``data.test``) come from it."""
-    if not any(str(name).startswith("hf:") for name in data):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the bar of a GGUF file's conversion
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    return resolved(method, recipe=recipe, config=config, settings=dotted(settings or []) | more)
 
 
 @app.command()
@@ -85,32 +58,29 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing while training")] = False,
 ) -> None:
     """Train, or continue the run in an existing folder. Without settings: the embedded demo with its baselines."""
+    from unift.commands import settings as layers
     from unift.config.resolve import parse_overrides
 
-    resolved = _resolve(config, recipe, method, settings)
-    folder = _folder(resolved, run)
+    resolved = _resolved(config, recipe, method, settings)
+    folder = layers.folder_of(resolved, run)
     if dry_run:
         from unift.commands.doctor.dry_run import describe
 
         typer.echo(describe(resolved, folder))
         return
-    demo = _is_demo(config, recipe, parse_overrides(settings or [])) and method is None and not quiet
     from unift import processes
 
-    _quiet_libraries(resolved.data.train, resolved.data.test)
-    if demo:
+    if layers.is_demo(config, recipe, parse_overrides(settings or [])) and method is None and not quiet:
         processes.alone("the demo (unift train without a method or rows)")
+        layers.quiet_libraries(resolved)
         from unift.commands.compare.demo import run_demo
 
-        run_demo(resolved, folder, list(settings or []), DEMO)
+        run_demo(resolved, folder, list(settings or []), layers.DEMO)
         return
-    from unift.commands.display import Live, Quiet
-    from unift.training.loop import train as run_training
-
-    quiet = quiet or not processes.first()
-    with Quiet() if quiet else Live() as display:
-        result = run_training(resolved, folder, display.update, watch=display.watch)
-    if not quiet:
+    result = layers.run_training(resolved, folder, quiet=quiet)
+    if result is None:
+        raise typer.Exit(130)
+    if not quiet and processes.first():
         typer.echo(_summary(result))
         typer.echo(f"run folder: {folder}  (as a page: unift report {folder})")
 
@@ -149,39 +119,27 @@ def evaluate(
     ] = None,
 ) -> None:
     """Accuracy without hints, with intervals, on a split. A run folder brings its own settings."""
-    from unift.config.resolve import parse_overrides, read_yaml, resolve
+    from unift import processes
+    from unift.commands.api import settings_of
+    from unift.commands.settings import quiet_libraries
+    from unift.config.resolve import dotted, parse_overrides, read_yaml, resolve
+    from unift.training.evaluate import evaluate_split
 
-    folder = Path(model)
-    stored = folder / "config.yaml"
     if retention:
-        if not stored.is_file():
+        folder = Path(model)
+        if not (folder / "config.yaml").is_file():
             raise ConfigError(f"--retention compares a run with its base; {model!r} is no run folder (no config.yaml)")
         from unift.commands.retention import describe, measure
 
-        config_of_run = resolve(None, file=read_yaml(stored), overrides=parse_overrides(settings or []))
-        _quiet_libraries(config_of_run.data.train)
-        typer.echo(describe(measure(folder, retention, config_of_run)))
+        of_run = resolve(None, file=read_yaml(folder / "config.yaml"), overrides=parse_overrides(settings or []))
+        quiet_libraries(of_run)
+        typer.echo(describe(measure(folder, retention, of_run)))
         return
-    if stored.is_file():
-        weights = folder / "model"
-        if not weights.is_dir():
-            raise ConfigError(
-                f"{folder} holds an unfinished run (no model/). Continue it first, or name a checkpoint's model/"
-            )
-        over = parse_overrides([*(settings or []), f"model.path={weights}", "model.lora=null", "model.gguf=null"])
-        resolved = resolve(None, file=read_yaml(stored), overrides=over)
-    else:
-        resolved = _resolve(
-            config, recipe or (None if config else DEMO), None, [*(settings or []), f"model.path={model}"]
-        )
-    from unift import processes
-
-    _quiet_libraries(resolved.data.train, resolved.data.test)
-    from unift.training.evaluate import evaluate_split
-
-    text = evaluate_split(resolved, split, samples)
+    found = settings_of(model, recipe, config, dotted(settings or []))
+    quiet_libraries(found)
+    evaluation = evaluate_split(found, split, samples)
     if processes.first():
-        typer.echo(text)
+        typer.echo(str(evaluation))
 
 
 @app.command()
@@ -189,7 +147,7 @@ def compare(
     settings: Settings = None,
     methods: Annotated[str, typer.Option(help="comma-separated presets, or all")] = "sft,rft,sft-rft,r3,stage,uft",
     seeds: Annotated[int, typer.Option(help="seeds 0..N-1")] = 3,
-    recipe: Annotated[str, typer.Option(help="a tuned task of the package")] = DEMO,
+    recipe: Annotated[str, typer.Option(help="a tuned task of the package")] = "lock",
     run: Annotated[Path, typer.Option("--run", "--run-folder", help="folder of all runs")] = Path("runs/compare"),
     workers: Annotated[int, typer.Option(help="runs side by side, one thread each")] = 2,
     budget: Annotated[
@@ -199,12 +157,11 @@ def compare(
 ) -> None:
     """Several methods, several seeds, one task: a table with intervals and a plot. Repeating the command continues."""
     from unift import processes
-    from unift.commands.compare import budget as budgets
-    from unift.commands.compare import compare_methods
+    from unift.commands.compare import Plan, compare_methods
 
     processes.alone("unift compare")
-    limit = budgets.parse(budget) if budget else None
-    typer.echo(compare_methods(methods.split(","), seeds, recipe, run, list(settings or []), workers, limit))
+    plan = Plan(methods.split(","), seeds, recipe, run, list(settings or []), workers, budget)
+    typer.echo(compare_methods(plan)[0])
 
 
 @app.command()
@@ -251,8 +208,10 @@ def doctor(
     speed: Annotated[bool, typer.Option("--speed", help="measure the machine and recommend settings instead")] = False,
 ) -> None:
     """Check environment, rows, reward and tokenizer before time is spent. Exit code 1 if something fails."""
-    resolved = _resolve(config, recipe, method, settings)
-    _quiet_libraries(resolved.data.train, resolved.data.test)
+    from unift.commands.settings import quiet_libraries
+
+    resolved = _resolved(config, recipe, method, settings)
+    quiet_libraries(resolved)
     if speed:
         from unift.commands.doctor.speed import checks as measure
 
@@ -311,7 +270,9 @@ def merge_models(
             numbers = [float(w) for w in weights.split(",")]
         except ValueError as error:
             raise ConfigError(f"--weights {weights!r}: expected numbers, e.g. 0.5,0.5") from error
-    _quiet_libraries()
+    from unift.commands.settings import quiet_libraries
+
+    quiet_libraries()
     from unift.commands.merge import merge
 
     done = merge(base, models, out, rule, numbers, density, seed)

@@ -33,7 +33,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"train.lr": 1e-6}`` -> ``{"train": {"lr": 1e-6}}``; later names win."""
     tree: dict[str, Any] = {}
     for name, value in dotted.items():
         *path, last = name.split(".")
@@ -44,18 +45,23 @@ def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
-    """``["train.lr=1e-6", "model.path=/m"]`` -> nested dict. Values are read as YAML."""
-    dotted = {}
+def dotted(items: Iterable[str]) -> dict[str, Any]:
+    """``["train.lr=1e-6", "model.path=/m"]`` -> values by dotted name. Values are read as YAML."""
+    found: dict[str, Any] = {}
     for item in items:
         name, sign, value = item.partition("=")
         if not sign or not name.strip():
             raise ConfigError(f"cannot read the setting {item!r}: expected key=value, as in train.lr=1e-6")
         try:
-            dotted[name.strip()] = yaml.safe_load(value)
+            found[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"cannot read the value of {name.strip()!r} as YAML: {value!r}") from error
-    return _nested(dotted)
+    return found
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """``["train.lr=1e-6", "model.path=/m"]`` -> nested dict."""
+    return nested(dotted(items))
 
 
 def _yaml_mapping(text: str, source: str) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def _no_path(key: str, value: str) -> bool:
     """Names of things of the package, of the Hub, of modules, and what was handed over from Python."""
     if key == "reward.function":
         return ".py:" not in value
-    return value.startswith(("embedded:", "hf:")) or value == HANDED
+    return value.startswith(("embedded:", "hf:", f"{HANDED}:")) or value == HANDED
 
 
 def _method_layers(method: str, recipe: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,9 @@ def _leaves(annotation: Any) -> set[type]:
 class Show(Section):
     """How much of the solution is revealed before the model speaks."""
 
-    schedule: words.ScheduleName = "none"
+    schedule: words.ScheduleName = Field(
+        default="none", description="how the share p that is shown goes over the steps"
+    )
     high: float = Field(
         default=0.95,
         ge=0,
@@ -106,9 +108,9 @@ class SampleFrom(Section):
 class Credit(Section):
     """What each completion is worth: scores of a group -> advantages."""
 
-    baseline: words.BaselineName = "group_mean"
-    scale: words.ScaleName = "sample_std"
-    epsilon: float = Field(default=1e-6, ge=0)
+    baseline: words.BaselineName = Field(default="group_mean", description="what a score is compared with")
+    scale: words.ScaleName = Field(default="sample_std", description="what the difference is divided by, in a group")
+    epsilon: float = Field(default=1e-6, ge=0, description="added to the std")
     whiten: bool = Field(
         default=False, description="advantages have mean 0 and std 1 over all sampled tokens of a step"
     )
@@ -135,11 +137,11 @@ class Credit(Section):
 class PolicyStream(Section):
     """How the completions push their log-probs."""
 
-    loss: words.LossName = "clip"
+    loss: words.LossName = Field(default="clip", description="surrogate of the policy gradient")
     low: float = Field(default=0.2, ge=0, description="ratio is clipped below 1 - low")
     high: float = Field(default=0.2, ge=0, description="ratio is clipped above 1 + high")
     dual_clip: float | None = Field(default=None, gt=1, description="cap of the ratio where the advantage is negative")
-    norm: words.NormName = "token_mean"
+    norm: words.NormName = Field(default="token_mean", description="what the sum over completion tokens is divided by")
     entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus on completions")
     weight: float | Literal["complement"] = Field(
         default=1.0, description="of the stream; complement = 1 - likelihood.weight"
@@ -161,9 +163,9 @@ class Likelihood(Section):
         default="none", description="the revealed steps, the whole solution + EOS, own completions, or the last two"
     )
     keep: words.KeepName = Field(default="all", description="which own completions; right ones without repeats")
-    rule: words.RuleName = "nll"
-    weight: float = Field(default=0.0, ge=0)
-    norm: words.NormName = "token_mean"
+    rule: words.RuleName = Field(default="nll", description="what each token adds, as a function of its log-prob")
+    weight: float = Field(default=0.0, ge=0, description="of the stream in the loss")
+    norm: words.NormName = Field(default="token_mean", description="what the sum over its tokens is divided by")
     schedule: words.AnnealingName = Field(
         default="constant", description="the weight stays, falls by a cosine to final, or falls with the hint's p"
     )
@@ -195,7 +197,7 @@ class Likelihood(Section):
 class Pull(Section):
     """The pull towards the model that the phase began with, on completions only."""
 
-    kl: float = Field(default=0.0, ge=0)
+    kl: float = Field(default=0.0, ge=0, description="weight of the KL term; 0 = none")
     estimator: words.EstimatorName = Field(default="k3", description="of the loss term")
     into: words.IntoName = Field(
         default="loss", description="a term of the loss, or taken off each token's reward (k1, l - l_ref)"
@@ -205,7 +207,7 @@ class Pull(Section):
 class Inputs(Section):
     """What is done to the input embeddings while log-probs are taken (supervised phases; never when sampling)."""
 
-    noise: words.NoiseName = "none"
+    noise: words.NoiseName = Field(default="none", description="what is added to the embeddings")
     scale: float = Field(
         default=5.0,
         gt=0,
@@ -223,15 +225,15 @@ class Inputs(Section):
 
 
 class Train(Section):
-    steps: int = Field(default=500, ge=1)
+    steps: int = Field(default=500, ge=1, description="of the whole run, all phases together")
     prompts: int = Field(default=32, ge=1, description="prompts a step (rows, not completions)")
     updates: int = Field(default=1, ge=1, description="optimizer updates a step; must divide prompts")
     epochs: int = Field(default=1, ge=1, description="passes over the groups of a step, each of so many updates")
-    lr: float = Field(default=1e-6, gt=0)
-    decay: words.DecayName = "constant"
+    lr: float = Field(default=1e-6, gt=0, description="highest learning rate of AdamW")
+    decay: words.DecayName = Field(default="constant", description="of the learning rate, after the warm-up")
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="of AdamW")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
     clip_norm: float | None = Field(default=1.0, gt=0, description="of the whole gradient; null = no clipping")
     token_budget: int = Field(
         default=16384, ge=1, description="padded tokens of one forward; changes memory, not the update"
@@ -244,7 +246,7 @@ class Train(Section):
 class Rules(Section):
     """What a method says: everything between rows and an optimizer step."""
 
-    method: str
+    method: str = Field(description="preset; the phase may change any key of its sections")
     show: Show = Show()
     sample: SampleFrom = SampleFrom()
     credit: Credit = Credit()
@@ -262,16 +264,16 @@ class Phase(Rules):
 
 
 class Lora(Section):
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)
-    targets: str | list[str] = "all-linear"
+    rank: int = Field(default=16, ge=1, description="of the adapters")
+    alpha: float = Field(default=32, gt=0, description="adapters are scaled by alpha / rank")
+    targets: str | list[str] = Field(default="all-linear", description="names of the layers that get one")
 
 
 class Model(Section):
     path: str = Field(default="embedded:lock", description="folder, or embedded:NAME for a base inside the package")
     gguf: str | None = Field(default=None, description="GGUF file inside the folder")
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="of the weights")
+    device: str = Field(default="auto", description="cpu, cuda, cuda:1; auto: cuda if there is one")
     forward: Literal["auto", "shared", "plain"] = Field(
         default="auto", description="shared prefixes, or the model's own forward"
     )
@@ -283,7 +285,7 @@ class Model(Section):
         default=True, description="on a GPU, sampling replays recorded steps; false: launches every kernel"
     )
     lora: Lora | None = Field(
-        default=None, description="low-rank adapters; true, or a rank, for the defaults of the rest"
+        default=None, description="train low-rank adapters only; true, a rank, or the keys below; null = all weights"
     )
 
     @field_validator("lora", mode="before")
@@ -299,10 +301,10 @@ class Data(Section):
     task: str | None = Field(default=None, description="built-in generator: countdown, knights, lock")
     options: dict[str, Any] = Field(default_factory=dict, description="of the generator")
     train: str | None = Field(default=None, description="file of rows, or hf:owner/name")
-    test: str | None = None
-    format: str = "auto"
-    train_rows: int | None = Field(default=None, ge=1)
-    test_rows: int | None = Field(default=None, ge=1)
+    test: str | None = Field(default=None, description="held-out rows; null = no evaluation")
+    format: str = Field(default="auto", description="unift, verl, trl, reasoning-gym; auto: by the columns")
+    train_rows: int | None = Field(default=None, ge=1, description="first so many of the file, or so many generated")
+    test_rows: int | None = Field(default=None, ge=1, description="the same of held-out rows")
     seed: int = Field(default=0, description="of the generator and of the split; apart from the run's seed")
     max_prompt: int = Field(
         default=2048, ge=1, description="tokens of prompt + whole solution; a longer row is an error"
@@ -314,11 +316,13 @@ class Reward(Section):
         default="auto", description="auto (the row's task), a task's name, module:function or file.py:function"
     )
     format_score: float = Field(default=0.0, lt=1, description="for a parsable wrong answer")
-    rule: Literal["unift", "paper"] = "unift"
-    workers: int = Field(default=1, ge=1)
+    rule: Literal["unift", "paper"] = Field(default="unift", description="where an answer is looked for")
+    workers: int = Field(default=1, ge=1, description="processes that score")
     timeout: float = Field(default=5.0, gt=0, description="seconds for one completion")
     error_rate: float = Field(default=0.1, ge=0, le=1, description="of failed scores above which the run stops")
-    memory_mb: int | None = Field(default=None, ge=1)
+    memory_mb: int | None = Field(
+        default=None, ge=1, description="MiB of address space that a worker may add; null = any"
+    )
 
 
 class Eval(Section):
@@ -336,7 +340,7 @@ class Eval(Section):
 class Save(Section):
     every: int = Field(default=50, ge=0, description="steps between checkpoints; 0 = only at the end")
     keep: int = Field(default=2, ge=1, description="last so many are kept, and the best")
-    rollouts: bool = True
+    rollouts: bool = Field(default=True, description="what every step sampled, with scores")
 
 
 class Log(Section):
@@ -349,15 +353,17 @@ class Log(Section):
 
 
 class Config(Rules):
-    method: str = "uft"  # pyright: ignore[reportIncompatibleVariableOverride]
-    seed: int = 0
+    method: str = Field(default="uft", description="preset; unift show lists them")  # pyright: ignore[reportIncompatibleVariableOverride]
+    seed: int = Field(default=0, description="of hints, order of rows and sampled tokens")
     run: str | None = Field(default=None, description="run folder; default runs/<method>-<hash>")
     threads: int | None = Field(default=None, ge=1, description="of torch; default: all cores")
     baselines: list[str] = Field(default_factory=list, description="methods trained beside this one for comparison")
     model: Model = Model()
     data: Data = Data()
     reward: Reward = Reward()
-    phases: list[Phase] = Field(default_factory=list)
+    phases: list[Phase] = Field(
+        default_factory=list, description="methods that follow each other, in place of the one above"
+    )
     eval: Eval = Eval()
     save: Save = Save()
     log: Log = Log()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,7 @@ from unift import processes
 from unift.config import needs
 from unift.config.sections import Config
 from unift.config.stages import evaluation_tokens, stages
+from unift.files import publish_folder, writing
 from unift.model import attention, matmul, paths
 from unift.model.policy import Policy
 from unift.rows.dataset import Data
@@ -198,6 +200,30 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
         base.config._attn_implementation_internal = kept
         base.config.use_cache = False
     policy.tokenizer.save_pretrained(folder)
+
+
+def keep_model(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """Keep a loaded model and its tokenizer in ``folder``, once, so that a run can begin from it and be continued without it.
+
+    The model itself stays as it is. Raises ConfigError for what such a folder cannot hold.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    if tokenizer is None:
+        raise ConfigError(f"a loaded model ({type(model).__name__}) needs its tokenizer: pass tokenizer=...")
+    if hasattr(model, "peft_config"):
+        raise ConfigError(
+            "the model has adapters: merge them first (merge_and_unload()), or pass its base and set model.lora"
+        )
+    if getattr(model, "is_quantized", False):
+        raise ConfigError("the model is quantized: its weights cannot be trained. Pass it in a float type")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    with writing("the model that was handed over", folder.parent):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        publish_folder(temporary, folder)
+    return folder
 
 
 def check_positions(config: Config, data: Data) -> None:

@@ -31,10 +31,11 @@ class Dataset:
         return digest.hexdigest()[:16]
 
 
-def load(config: Config, handed: Mapping[str, list[Row]] | None = None) -> Dataset:
+def load(config: Config, handed: Mapping[str, list[Row]] | None = None, only: str | None = None) -> Dataset:
     """Rows of both splits. Raises DataError or ConfigError before any model is loaded.
 
-    handed: "train" and "test" rows of a Python caller, where data.train and data.test say so.
+    handed: "train" and "test" rows of a Python caller, where data.train and data.test say so. only: this split, to be
+    evaluated: nothing else is read, and its rows need no solution.
     """
     data, handed = config.data, handed or {}
     if data.task:
@@ -42,6 +43,9 @@ def load(config: Config, handed: Mapping[str, list[Row]] | None = None) -> Datas
 
         train = make_rows(data.task, data.train_rows or 1000, data.seed, "train", **data.options)
         test = make_rows(data.task, data.test_rows or 200, data.seed, "test", **data.options)
+    elif only is not None:
+        rows = _split(config, "train" if only == "train" else "test", handed, False)
+        return Dataset(rows, []) if only == "train" else Dataset([], rows[: config.eval.rows])
     else:
         from unift.rows.inspect import overlap
 

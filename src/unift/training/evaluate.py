@@ -21,7 +21,7 @@ from unift.rows import dataset
 from unift.rows.dataset import Split
 from unift.sampling.engines.native import Request
 from unift.sampling.groups import completed
-from unift.types import ConfigError, Row, Sample
+from unift.types import ConfigError, Given, Row, Sample
 
 
 @dataclass(frozen=True)
@@ -103,32 +103,43 @@ def pass_curve(judge: Judge, split: Split, draws: Draws) -> dict[str, dict[str, 
     return curve
 
 
-def evaluate_split(config: Config, split: str, samples: int) -> str:
-    """Greedy accuracy, and pass@k from ``samples`` completions a row, as text. Nothing is written."""
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy of a model on a split, without hints. ``pass_at``: "pass@k" -> accuracy, low, high. ``forward``: which path."""
+
+    split: str
+    greedy: Accuracy
+    pass_at: Mapping[str, Mapping[str, float]]
+    forward: str
+
+    def __str__(self) -> str:
+        lines = [f"{self.split}, greedy, no hint: {_percent(asdict(self.greedy))} of {self.greedy.n} rows"]
+        if self.forward.startswith("plain"):
+            lines.insert(0, f"forward: {self.forward}")
+        return "\n".join([*lines, *(f"{name}: {_percent(v)}" for name, v in self.pass_at.items())])
+
+
+def evaluate_split(config: Config, split: str, samples: int, given: Given | None = None) -> Evaluation:
+    """Greedy accuracy, and pass@k from ``samples`` completions a row. Nothing is written."""
     if split not in ("train", "test"):
-        raise ConfigError(f"--split: found {split!r}, expected train or test")
+        raise ConfigError(f"split: found {split!r}, expected train or test")
     with processes.joined(pick_device(config.model.device).type == "cuda"):
-        return _evaluate(config, split, samples)
+        return _evaluate(config, split, samples, given or Given())
 
 
-def _evaluate(config: Config, split: str, samples: int) -> str:
+def _evaluate(config: Config, split: str, samples: int, given: Given) -> Evaluation:
     tokenizer = load_tokenizer(config.model)
-    data = dataset.encode(tokenizer, dataset.load(config), config)
+    data = dataset.encode(tokenizer, dataset.load(config, given.rows, only=split), config)
     check_positions(config, data)
     asked = data.test if split == "test" else data.train
     if not asked.rows:
         raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")
-    with open_scorer(config.reward) as scorer:
+    with open_scorer(config.reward, given.reward) as scorer:
         policy = load_policy(config.model, tokenizer, longest(config))
         judge = Judge(policy, scorer, evaluation_tokens(config))
-        a = greedy(judge, asked)
-        lines = [f"{split}, greedy, no hint: {_percent(asdict(a))} of {a.n} rows"]
-        if not policy.shared:
-            lines.insert(0, f"forward: {policy.path}")
-        if samples:
-            curve = pass_curve(judge, asked, Draws(samples, config.seed))
-            lines += [f"{name}: {_percent(v)}" for name, v in curve.items()]
-    return "\n".join(lines)
+        accuracy = greedy(judge, asked)
+        curve = pass_curve(judge, asked, Draws(samples, config.seed)) if samples else {}
+    return Evaluation(split, accuracy, curve, policy.path)
 
 
 def _percent(a: Mapping[str, float]) -> str:

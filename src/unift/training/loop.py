@@ -32,13 +32,13 @@ from unift.rewards import open_scorer
 from unift.rows import dataset
 from unift.training import evaluate, update
 from unift.training.evaluate import Draws, Judge
-from unift.training.progress import Given, Metrics, Report, Run, State, Watch, silent, unwatched
+from unift.training.progress import Metrics, Report, Run, State, Watch, silent, unwatched
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
 from unift.training.run import check_trackers, checkpoint, claim, open_run, trackers, write_result
 from unift.training.run.metrics import append_metrics, rewind_metrics
 from unift.training.step import one_step
-from unift.types import ConfigError, Stopped
+from unift.types import ConfigError, Given, Stopped
 
 T = TypeVar("T")
 
@@ -48,8 +48,8 @@ def train(
 ) -> dict[str, Any]:
     """Run, or continue, the run in ``folder``; returns its result (also written to ``result.json``).
 
-    ``given``: rows and reward that the settings cannot name. ``watch`` is told how far an evaluation is. Under torchrun or accelerate launch every process calls this;
-    they share the work and all return the result.
+    ``given``: rows and reward that the settings cannot name. ``watch`` is told how far an evaluation is. Under torchrun or
+    accelerate launch every process calls this; they share the work and all return the result.
     Raises Stopped once a signal, or a true answer of ``report``, asked for it and the run was saved.
     """
     given = given or Given()

@@ -18,7 +18,6 @@ from unift.rewards.pool import Scorer
 from unift.rows.dataset import Data
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
-from unift.types import Row
 
 Metrics = dict[str, Any]
 Report = Callable[[Metrics, int], Any]  # (metrics of a step, steps of the run); a true result asks the run to stop
@@ -31,14 +30,6 @@ def silent(metrics: Metrics, total: int) -> None:
 
 def unwatched(what: str, done: int, total: int) -> None:
     """The same of evaluations."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a Python caller hands over in place of names in the settings: rows of both splits, and a reward."""
-
-    rows: Mapping[str, list[Row]] = field(default_factory=dict[str, list[Row]])
-    reward: Any = None
 
 
 @dataclass

@@ -14,13 +14,11 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unift.commands.compare.table import Result, by_method, reading, table
 from unift.types import ConfigError, UniftError
 
-if TYPE_CHECKING:
-    from unift.commands.compare.budget import Budget
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 END_SECONDS = 10.0  # for a run to end when asked
 COMMAND = ".command.json"  # what brought the result of a folder; a dot file, since `train` minds foreign files
@@ -44,7 +42,7 @@ class Job:
     command: list[str]
 
 
-def train_job(method: str, seed: int, recipe: str, folder: Path, settings: Sequence[str], name: str = "") -> Job:
+def train_job(method: str, seed: int, recipe: str | None, folder: Path, settings: Sequence[str], name: str = "") -> Job:
     """``unift train`` of one run with one thread, in the folder's ``<method>-seed<seed>`` or ``<name>-seed<seed>``."""
     own = folder / f"{name or method}-seed{seed}"
     start = [
@@ -53,8 +51,7 @@ def train_job(method: str, seed: int, recipe: str, folder: Path, settings: Seque
         "unift",
         "train",
         "--quiet",
-        "--recipe",
-        recipe,
+        *(["--recipe", recipe] if recipe else []),
         "--method",
         method,
         "--run",
@@ -202,20 +199,32 @@ def _outcome(result: Result) -> str:
     return f"{accuracy}{result['seconds']:.0f} s"
 
 
-def compare_methods(
-    methods: Sequence[str], seeds: int, recipe: str, folder: Path, settings: Sequence[str], workers: int,
-    limit: Budget | None = None,
-) -> str:  # fmt: skip
-    """The whole comparison; returns table, reading and the path of the plot as text. Settings are checked first. If some
-    runs fail, the table of the others is printed before RunsFailed is raised.
+@dataclass(frozen=True)
+class Plan:
+    """A comparison. ``settings``: key=value words for every run. ``budget``: "sampled=2M", "trained=2M" or "seconds=60"."""
 
-    With a budget, every method's steps are chosen so that one run uses it up (``unift.commands.compare.budget``).
+    methods: Sequence[str]
+    seeds: int
+    recipe: str | None
+    folder: Path
+    settings: Sequence[str] = ()
+    workers: int = 2
+    budget: str | None = None
+
+
+def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
+    """The whole comparison; returns (table, reading and the path of the plot as text; results). Settings are checked first.
+    If some runs fail, the table of the others is printed before RunsFailed is raised.
+
+    With a budget, every method's steps are chosen so that one run uses it up (``budget.py``).
     """
     from unift.commands.compare import budget as budgets
     from unift.config.packaged import preset_names
     from unift.config.resolve import parse_overrides, resolve
 
-    methods = list(dict.fromkeys(m.strip() for m in methods if m.strip()))
+    recipe, folder, settings, workers, seeds = plan.recipe, plan.folder, plan.settings, plan.workers, plan.seeds
+    limit = budgets.parse(plan.budget) if plan.budget else None
+    methods = list(dict.fromkeys(m.strip() for m in plan.methods if m.strip()))
     methods = preset_names() if methods == ["all"] else methods
     if not methods or seeds < 1:
         raise ConfigError(
@@ -264,7 +273,7 @@ def compare_methods(
     if failure:
         say(text)
         raise failure
-    return text
+    return text, results
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -117,7 +117,7 @@ def open_run(folder: Path, config: Config, data: str) -> dict[str, Any] | None:
         result = folder / "result.json"
         return _json(result) if result.is_file() else None
     if any(folder.iterdir()):
-        own = ("config.yaml", "environment.json", "log.txt")
+        own = ("config.yaml", "environment.json", "log.txt", "base")
         foreign = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in own]
         if foreign:
             raise ConfigError(f"{folder} is not empty and holds no run (found {foreign[0]!r}). Use another run folder")
