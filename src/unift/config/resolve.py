@@ -54,7 +54,7 @@ def dotted(items: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"cannot read the setting {item!r}: expected key=value, as in train.lr=1e-6")
         try:
             found[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise ConfigError(f"cannot read the value of {name.strip()!r} as YAML: {value!r}") from error
     return found
 
@@ -67,8 +67,8 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
 def _yaml_mapping(text: str, source: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2026-99-99
+        raise ConfigError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: expected a mapping of settings, found {type(tree).__name__}")
     return tree

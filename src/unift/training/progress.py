@@ -79,8 +79,8 @@ class Run:
         self.eval_tokens = evaluation_tokens(self.config)
 
     def left(self) -> list[Stage]:
-        """Stages with steps still to do."""
-        return [stage for stage in self.stages if stage.stop > self.done]
+        """Stages with steps still to do; where none has, the last one, whose weights are evaluated and saved all the same."""
+        return [stage for stage in self.stages if stage.stop > self.done] or self.stages[-1:]
 
 
 @dataclass

@@ -167,12 +167,13 @@ def _read(folder: Path) -> Result | None:
     """result.json, with the number of training completions added from the run's settings where it lacks it."""
     from unift.config.resolve import read_yaml, validate
     from unift.config.stages import stages
+    from unift.training.run import read_result
 
     try:
-        result = json.loads((folder / "result.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        result = read_result(folder)
+    except UniftError:  # damaged is not finished: `train` says so when the run is started again
         return None
-    if "completions" not in result and (folder / "config.yaml").is_file():
+    if result is not None and "completions" not in result and (folder / "config.yaml").is_file():
         found = stages(validate(read_yaml(folder / "config.yaml")))
         result["completions"] = sum(s.total * s.rules.train.prompts * s.rules.sample.completions for s in found)
     return result
