@@ -113,6 +113,26 @@ def test_missing_files_and_folders(refused, tmp_path):
     assert "no rows: set data.train=FILE" in refused("train", "model.path=embedded:lock")
 
 
+def test_rows_that_share_an_id(refused, tmp_path):
+    """Draws, hint lengths and partitions go by the id: a repeated one would give two problems one length, silently."""
+    rows = [json.loads(GOOD) | {"prompt": f"lock {n}:", "id": i} for n, i in enumerate((0, 7, 3, 7))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = refused(*own("rows.jsonl", "--method", "adaptive"))
+    assert "rows.jsonl, row 4, column 'id': '7' is the id of row 2, too." in said and "give every row its own" in said
+
+
+def test_copies_of_a_row_have_ids_of_their_own(tmp_path):
+    """The same row again, named by its content or by the file, is numbered; written and read, copies keep their ids."""
+    (tmp_path / "rows.jsonl").write_text("\n".join([GOOD, GOOD.replace("[", '["so ", '), GOOD, GOOD]))
+    ids = [row.id for row in read_rows(str(tmp_path / "rows.jsonl"))]
+    assert len(set(ids)) == 4 and ids[2:] == [f"{ids[0]}-2", f"{ids[0]}-3"]
+    write_rows(read_rows(str(tmp_path / "rows.jsonl")), tmp_path / "again.jsonl")
+    assert [row.id for row in read_rows(str(tmp_path / "again.jsonl"))] == ids
+    named = json.dumps(json.loads(GOOD) | {"id": 0})
+    (tmp_path / "named.jsonl").write_text(f"{named}\n{named}")
+    assert [row.id for row in read_rows(str(tmp_path / "named.jsonl"))] == ["0", "0-2"]
+
+
 def test_truncated_parquet(refused, tmp_path):
     write_rows(make_rows("lock", 200, 0, "train"), tmp_path / "rows.parquet")
     whole = (tmp_path / "rows.parquet").read_bytes()

@@ -29,7 +29,12 @@ KINDS = {
     # kind: (type of the setting, section and field, entries, functions)
     "schedule": (words.ScheduleName, ("show", "schedule"), words.SCHEDULES, schedules.SCHEDULES),
     "baseline": (words.BaselineName, ("credit", "baseline"), words.BASELINES, RULES),
-    "score": (words.ScoreName, ("credit", "score"), words.SCORES, discriminative.SCORES),
+    "sequence_logp": (
+        words.SequenceLogpName,
+        ("credit", "sequence_logp"),
+        words.SEQUENCE_LOGPS,
+        discriminative.SEQUENCE_LOGPS,
+    ),
     "loss": (words.LossName, ("policy", "loss"), words.LOSSES, {**objectives.LOSSES, **PAIRS}),
     "off_policy": (
         words.OffPolicyName,

@@ -118,12 +118,15 @@ def test_large_logits_keep_their_gradient():
 
 @pytest.mark.parametrize("method", preset_names())
 def test_format_credit_and_entropy_only_where_the_source_has_them(method):
-    """Traps 3 and 24: neither is on by default. On in the official behaviour of UFT; in ReFT's reward (2.11: .1 for a wrong
-    number) and its PPO; LUFFY's and ReLIFT's code have the entropy bonus."""
+    """Traps 3 and 24: neither is on by default. On in the official behaviour of UFT and its baselines; in ReFT's reward
+    (2.11: .1 for a wrong number) and its PPO; LUFFY's, ReLIFT's and HPT's code have the entropy bonus."""
     config = settings(method)
-    phases = [config, *config.phases]
-    assert config.reward.format_score == (0.1 if method in ("uft-paper", "ppo", "reft") else 0.0)
-    assert all(p.policy.entropy == (0.001 if method in ("uft-paper", "luffy", "relift") else 0.0) for p in phases)
+    official = method.endswith("-paper")
+    assert config.reward.format_score == (0.1 if official or method in ("ppo", "reft") else 0.0)
+    bonus = official or method in ("luffy", "relift", "hpt")
+    for stage in config.phases or [config]:
+        samples = stage.sample.completions > 0
+        assert stage.policy.entropy == (0.001 if bonus and samples else 0.0)
 
 
 def test_chat_messages_go_through_the_template():

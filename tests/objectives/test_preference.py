@@ -8,15 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import char_tokenizer, close, gradients, settings, tiny_policy
+from conftest import VOCAB, FakeTokenizer, char_tokenizer, close, gradients, settings, tiny_policy
 from plain import token_logprobs
 
-from unift.credit import discriminative
+from unift.credit import assign, discriminative
 from unift.credit.members import items_of, paired
+from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, DEMO, Item, Member, pack
 from unift.objectives import loss as objectives
 from unift.objectives.weights import weigh
 from unift.rows import dataset
+from unift.rows.dataset import Split
+from unift.rows.tokens import Encoded
+from unift.training.annealing import one_update
 from unift.training.row_memory import RowMemory
 from unift.training.run.metrics import read_metrics
 from unift.training.update import prepare
@@ -221,8 +225,99 @@ def test_golden_partition():
     assert math.isfinite(far) and all(map(math.isfinite, w))
 
 
+def official(u, parts, logp0, tau, momentum, mean):
+    """(u, weights, loss) of one row in the form of the authors' code: ``parts``: log-probs of the negatives, then of the
+    solution. The exponent of a negative is sum(l) / tau - log P0, or mean(l) / tau; weights are not differentiated."""
+    s = [p.mean() if mean else p.sum() for p in parts]
+    x = torch.stack(s[:-1]).detach() / tau - (0 if mean else logp0)
+    u = torch.log((1 - momentum) * torch.exp(u) + momentum * torch.exp(x).mean())
+    w = torch.exp(x - u) / len(x)
+    return u, w, -s[-1] + sum(w_j * s_j for w_j, s_j in zip(w, s, strict=False))
+
+
+def one_nat_policy():
+    """A model in float64 that gives token 5 the probability 1/e after anything: layers that add nothing, one head row."""
+    policy, plain = tiny_policy(torch.float64, tie=False)
+    with torch.no_grad():
+        for model in (policy.model, plain):
+            model.model.embed_tokens.weight.fill_(1.0)
+            model.lm_head.weight.zero_()
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+            h = model.model.norm.weight.double() / math.sqrt(1 + model.config.rms_norm_eps)  # the norm of ones
+            model.lm_head.weight[5] = math.log((VOCAB - 1) / (math.e - 1)) * h / (h @ h)
+    return policy
+
+
+def discriminated(method, policy, own, demo, logps, memory):
+    """(e_t by member, packs, settings) of one row, from its tokens by the functions of the loop: items, packs, loss."""
+    config = settings(method)
+    policy.tokenizer = FakeTokenizer()
+    samples = [Sample(t, list(p), t[-1] == 1, score=Score(0.0, None)) for t, p in zip(own, logps, strict=True)]
+    row = Encoded([3, 4], demo, [0, len(demo) - 1])
+    groups = [Group(0, "r", row.prompt, [], 0, 1, samples)]
+    items = assign.credited(
+        groups, Split([], [row], [None]), config, assign.Models(policy, None, memory.partition), (0, 0)
+    )
+    (packs,) = prepare(policy, items, one_update(config), None)
+    (batch,) = packs
+    l = logprobs(policy, batch, 1.0)[0].detach().requires_grad_()
+    losses = objectives.losses(l, None, batch, config.policy, "k3", config.likelihood)
+    (grad,) = torch.autograd.grad(losses["policy"] + losses["likelihood"], l)
+    e = [(-grad[batch.member_S == j]).tolist() for j in range(len(own) + 1)]
+    return e, batch, config
+
+
+@pytest.mark.parametrize(
+    ("method", "u", "w"),
+    [("discriminative", 0.0, 0.5), ("discriminative-mean", math.log(0.1 + 0.9 * math.exp(-1 / 0.3)), None)],
+)
+def test_golden_discriminative_from_tokens(method, u, w):
+    """Policy = reference, negatives of 20 and 35 tokens at 1 nat each: log P0 = -20 and -35 cancel the sums, so that u = 0
+    and the weights are 1/2; the means are -1 whatever the lengths, u = log(.1 + .9 e^(-1/.3)) = -2.02, weights .135."""
+    memory = RowMemory()
+    own, demo = [[5] * 20, [5] * 35], [6, 7, 1]
+    e, _, _ = discriminated(method, one_nat_policy(), own, demo, [[-1.0] * 20, [-1.0] * 35], memory)
+    mean = w is None
+    w = math.exp(-1 / 0.3 - u) / 2 if mean else w
+    assert memory.partition == {"r": pytest.approx(u, abs=1e-5)}  # norms in float32
+    assert (u, w) == (pytest.approx(-2.02, abs=5e-3), pytest.approx(0.135, abs=5e-4)) if mean else (u, w) == (0, 0.5)
+    for tokens, got, weight in zip([*own, demo], e, (-w, -w, 1.0), strict=True):
+        assert got == pytest.approx([weight / (len(tokens) if mean else 1)] * len(tokens), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["discriminative", "discriminative-mean"])
+def test_discriminative_gradient_is_the_published_one(method):
+    """Policy != reference, two steps on one row: u, every e_t and the gradient of the weights equal autograd's of the
+    published form on plain log-probs. A token's weight under the policy counts once, its log P0 once or not at all."""
+    policy, plain = tiny_policy(torch.float64)
+    gen = np.random.default_rng(3)
+    memory, u = RowMemory(), torch.tensor(0.0, dtype=torch.float64)
+    for _ in range(2):
+        own = [[*gen.integers(2, VOCAB, n).tolist(), 1] for n in (4, 9)]
+        demo = [*gen.integers(2, VOCAB, 5).tolist(), 1]
+        logps = [(-gen.random(len(t)) * 3.6).tolist() for t in own]
+        logp0 = torch.tensor([sum(p) for p in logps], dtype=torch.float64)
+        e, batch, config = discriminated(method, policy, own, demo, logps, memory)
+        c = config.credit
+        l, _ = token_logprobs(plain, [[3, 4, *t] for t in (*own, demo)])
+        parts = [x[1:] for x in l]
+        u, _, loss = official(u, parts, logp0, c.tau, c.momentum, c.sequence_logp == "mean")
+        expected = torch.autograd.grad(loss, parts, retain_graph=True)
+        for got, want in zip(e, expected, strict=True):
+            assert got == pytest.approx((-want).tolist(), rel=1e-5)
+        assert memory.partition["r"] == pytest.approx(u.item(), rel=1e-5)
+        plain.zero_grad()
+        loss.backward()
+        policy.model.zero_grad()
+        l_S = logprobs(policy, batch, 1.0)[0]
+        objectives.losses(l_S, None, batch, config.policy, "k3", config.likelihood)["policy"].backward()
+        close(gradients(policy.model), gradients(plain), 1e-5)  # norms in float32
+
+
 def test_the_credit_is_the_gradient_of_the_partition_loss():
-    """momentum 1: e_t equals autograd's of - s(y) + log mean_j exp(s'_j / tau - log P0_j) * tau, mean over rows."""
+    """momentum 1: e_t equals autograd's of - s(y) + tau log mean_j exp(s'_j / tau - log P0_j), differentiated as a whole."""
     for method, tau in (("discriminative", 1.0), ("discriminative-mean", 0.3)):
         config = settings(method, "credit.momentum=1")
         members = [
@@ -230,19 +325,17 @@ def test_the_credit_is_the_gradient_of_the_partition_loss():
             Member([7, 1], COMPLETION, 0.0, [-3.0, -1.0]),
         ]
         item = Item([3], [], [*members, Member([9, 8, 1], DEMO)], address=(0, 0, "r"))
-        now, then = [[[-1.2, -1.0, -0.7], [-2.0, -2.5], []]], [[[-1.0, -2.0, -0.5], [-3.0, -1.0], []]]
-        (made,) = discriminative.spread([item], config, now, then if method == "discriminative" else None, {})
+        now = [[[-1.2, -1.0, -0.7], [-2.0, -2.5], []]]
+        (made,) = discriminative.spread([item], config, now, {})
         l = torch.tensor([*now[0][0], *now[0][1], -1.0, -0.4, -0.3], dtype=torch.float64, requires_grad=True)
         batch = pack([made], [0], weigh([made], config), config)
         loss = objectives.losses(l, None, batch, config.policy, "k3", config.likelihood)["policy"]
         (got,) = torch.autograd.grad(loss, l)
-        logp0 = torch.tensor([-3.5, -4.0], dtype=torch.float64)
         parts = (l[:3], l[3:5], l[5:])
         if method == "discriminative":
-            s = [p.sum() for p in parts]
-            s = torch.stack([s[0] + 3.5, s[1] + 4.0, s[2]])
+            s, logp0 = torch.stack([p.sum() for p in parts]), torch.tensor([-3.5, -4.0], dtype=torch.float64)
         else:
-            s = torch.stack([p.mean() for p in parts])
+            s, logp0 = torch.stack([p.mean() for p in parts]), torch.zeros(2, dtype=torch.float64)
         expected = -s[2] + tau * (torch.logsumexp(s[:2] / tau - logp0, 0) - math.log(2))
         (grad,) = torch.autograd.grad(expected, l)
         assert torch.allclose(got, grad, atol=1e-9), method
@@ -251,7 +344,7 @@ def test_the_credit_is_the_gradient_of_the_partition_loss():
 def test_without_negatives_it_is_sft():
     config = settings("discriminative")
     item = Item([3], [], [Member([9, 8, 1], DEMO)], address=(0, 0, "r"))
-    (made,) = discriminative.spread([item], config, [[[]]], [[[]]], {})
+    (made,) = discriminative.spread([item], config, [[[]]], {})
     batch = pack([made], [0], weigh([made], config), config)
     l = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(objectives.losses(l, None, batch, config.policy, "k3")["policy"], l)
@@ -262,6 +355,6 @@ def test_partition_state_is_kept_by_row():
     config = settings("discriminative")
     item = Item([3], [], [Member([5, 1], COMPLETION, 0.0, [-1.0, -1.0]), Member([9, 1], DEMO)], address=(0, 0, "a"))
     memory = RowMemory()
-    discriminative.spread([item], config, [[[-1.0, -1.0], []]], [[[-1.0, -1.0], []]], memory.partition)
-    assert memory.partition == {"a": pytest.approx(math.log(0.15 + 0.85 * math.exp(2)))}
+    discriminative.spread([item], config, [[[-0.5, -0.5], []]], memory.partition)
+    assert memory.partition == {"a": pytest.approx(math.log(0.15 + 0.85 * math.exp(1)))}
     assert RowMemory.load(memory.dump()).partition == memory.partition

@@ -8,7 +8,7 @@ from typing import Any
 from unift.config.packaged import nearest, preset_names
 from unift.config.sections import Config, Rules
 from unift.config.stages import stages
-from unift.config.words import ANNEALINGS, BASELINES, LOSSES, NORMS, SCHEDULES, SOURCES, TOKENS
+from unift.config.words import ANNEALINGS, BASELINES, INTOS, LOSSES, NORMS, SCHEDULES, SOURCES, TOKENS
 from unift.types import ConfigError
 
 
@@ -21,7 +21,8 @@ def check(config: Config) -> None:
                 f"train.prompts={train.prompts} does not divide into train.updates={train.updates} equal updates; "
                 f"use a multiple of {train.updates}"
             )
-        counted = [name for name in (phase.policy.norm, phase.likelihood.norm) if NORMS[name].micro]
+        norms = (phase.policy.norm, phase.likelihood.norm, phase.policy.entropy_norm or phase.policy.norm)
+        counted = [name for name in norms if NORMS[name].micro]
         if counted:
             if train.micro_prompts is None:
                 raise ConfigError(f"norm {counted[0]} needs train.micro_prompts (prompts of a micro-batch)")
@@ -89,6 +90,15 @@ def _check_together(phase: Rules) -> None:
         (
             likelihood.buffer > 0 and (likelihood.gate is None or not tokens.demo),
             "likelihood.buffer holds gated rows: it needs likelihood.gate and likelihood.tokens=demo",
+        ),
+        (
+            (sample.first_eos or sample.instruction is not None) and not (sample.first and tokens.own),
+            "sample.first_eos and sample.instruction are of supervised first tokens: they need sample.first and "
+            "likelihood.tokens=own",
+        ),
+        (
+            phase.reference.clamp is not None and INTOS[phase.reference.into].reward,
+            "reference.clamp limits the KL term of the loss; with reference.into=reward there is none",
         ),
         (
             ANNEALINGS[likelihood.schedule].hint and not schedule.falls,

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from unift.config.sections import Rules
-from unift.config.words import BASELINES, KEEPS, LOSSES, RULES, SCHEDULES, SCORES, SOURCES, TOKENS
+from unift.config.words import BASELINES, KEEPS, LOSSES, RULES, SCHEDULES, SOURCES, TOKENS
 
 
 def reference(s: Rules) -> bool:
     """The model that the phase began with: for a KL, a rule that compares with it, or to sample from."""
-    pulls = s.reference.kl != 0 or LOSSES[s.policy.loss].reference or compared(s)
+    pulls = s.reference.kl != 0 or LOSSES[s.policy.loss].reference
     return pulls or RULES[s.likelihood.rule].reference or SOURCES[s.sample.source].reference
-
-
-def compared(s: Rules) -> bool:
-    """Its log-probs stand in the credit of whole sequences."""
-    return BASELINES[s.credit.baseline].solution and SCORES[s.credit.score].reference
 
 
 def old(s: Rules) -> bool:

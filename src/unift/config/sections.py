@@ -63,6 +63,10 @@ class Show(Section):
         default=0.6, ge=0, le=1, description="share of the steps with hints (cosine, staircase, window); then none"
     )
     draw: words.DrawName = Field(default="binomial", description="k ~ Binomial(cuts, p), or k = round(cuts * p)")
+    stages: Literal["equal", "floored"] = Field(
+        default="equal",
+        description="staircase: T_hint / (num + 1) steps each, or as floored by the official code of UFT",
+    )
     unit: Literal["cuts", "tokens"] = Field(
         default="cuts", description="a hint ends at a cut, or after any token of the steps"
     )
@@ -103,6 +107,10 @@ class SampleFrom(Section):
     full: float = Field(
         default=0.0, ge=0, le=1, description="share of the prompts that are sampled to the end in spite of first"
     )
+    first_eos: bool = Field(default=False, description="the first tokens are supervised with an EOS after them")
+    instruction: str | None = Field(
+        default=None, description="text after the prompt under which the first tokens are supervised, not sampled"
+    )
 
 
 class Credit(Section):
@@ -121,10 +129,10 @@ class Credit(Section):
     positive_entropy: float = Field(
         default=0.0, description="positive advantages times exp(this * H), H the policy's mean entropy"
     )
-    score: words.ScoreName = Field(
-        default="ratio", description="partition: a sequence's score is sum log(pi / reference), or mean log pi"
+    sequence_logp: words.SequenceLogpName = Field(
+        default="sum", description="partition: log-prob of a sequence, sum log pi (against log P0) or mean log pi"
     )
-    tau: float = Field(default=1.0, gt=0, description="partition: temperature of the scores")
+    tau: float = Field(default=1.0, gt=0, description="partition: temperature of the sequences' log-probs")
     momentum: float = Field(default=0.85, gt=0, le=1, description="partition: weight of the newest estimate of a row's")
     gamma: float = Field(default=1.0, ge=0, le=1, description="discount of later tokens' rewards (critic)")
     lam: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda (critic)")
@@ -142,7 +150,14 @@ class PolicyStream(Section):
     high: float = Field(default=0.2, ge=0, description="ratio is clipped above 1 + high")
     dual_clip: float | None = Field(default=None, gt=1, description="cap of the ratio where the advantage is negative")
     norm: words.NormName = Field(default="token_mean", description="what the sum over completion tokens is divided by")
-    entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus on completions")
+    entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
+    entropy_tokens: Literal["completions", "all"] = Field(
+        default="completions",
+        description="where it acts: sampled tokens, or every token with a loss, the solution's too",
+    )
+    entropy_norm: words.NormName | None = Field(
+        default=None, description="its normaliser, over those tokens; null = that of the completions' policy stream"
+    )
     weight: float | Literal["complement"] = Field(
         default=1.0, description="of the stream; complement = 1 - likelihood.weight"
     )
@@ -199,6 +214,9 @@ class Pull(Section):
 
     kl: float = Field(default=0.0, ge=0, description="weight of the KL term; 0 = none")
     estimator: words.EstimatorName = Field(default="k3", description="of the loss term")
+    clamp: float | None = Field(
+        default=None, gt=0, description="most that one token's loss term can be; beyond it no gradient; null = no limit"
+    )
     into: words.IntoName = Field(
         default="loss", description="a term of the loss, or taken off each token's reward (k1, l - l_ref)"
     )
@@ -235,6 +253,9 @@ class Train(Section):
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
     clip_norm: float | None = Field(default=1.0, gt=0, description="of the whole gradient; null = no clipping")
+    skip_norm: float | None = Field(
+        default=None, gt=0, description="an update whose gradient, before clipping, is longer than this is left out"
+    )
     token_budget: int = Field(
         default=16384, ge=1, description="padded tokens of one forward; changes memory, not the update"
     )

@@ -121,26 +121,28 @@ BASELINES: Mapping[BaselineName, Baseline] = {
     "none": Baseline("r", "REINFORCE++, arXiv 2501.03262"),
     "sign": Baseline("+1 / -1", "SRFT, arXiv 2506.19767", grouped=True, scaled=False),
     "critic": Baseline("GAE", "arXiv 1506.02438, eq. 16; ReFT, arXiv 2401.08967", critic=True),
-    "partition": Baseline("solution against the others, {score}", "arXiv 2502.18679", scores=False, solution=True),
+    "partition": Baseline(
+        "solution against the others, {sequence_logp} of log pi", "arXiv 2502.18679", scores=False, solution=True
+    ),
 }
 
 ScaleName = Literal["sample_std", "population_std", "none"]
-ScoreName = Literal["ratio", "mean"]
+SequenceLogpName = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True)
-class SequenceScore(Word):
-    reference: bool = False
+class SequenceLogp(Word):
+    density: bool = False  # a log-probability, which the reference's own is taken off
 
 
-SCORES: Mapping[ScoreName, SequenceScore] = {
-    "ratio": SequenceScore("ratio", "arXiv 2502.18679", reference=True),
-    "mean": SequenceScore("mean", "arXiv 2502.18679"),
+SEQUENCE_LOGPS: Mapping[SequenceLogpName, SequenceLogp] = {
+    "sum": SequenceLogp("sum", "DFT, arXiv 2502.18679", density=True),
+    "mean": SequenceLogp("mean", "DFT2, arXiv 2502.18679"),
 }
 
 # ---------------------------------------------------------------------------------------------- policy
 
-LossName = Literal["clip", "reinforce", "cispo", "gspo", "dpo", "una", "none"]
+LossName = Literal["clip", "ratio", "reinforce", "cispo", "gspo", "dpo", "una", "none"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ class Loss(Word):
 
 LOSSES: Mapping[LossName, Loss] = {
     "clip": Loss("clip {low:g}/{high:g}", "PPO, arXiv 1707.06347, eq. 7", ratio=True),
+    "ratio": Loss("ratio", "the official code of LUFFY, ReLIFT and HPT", ratio=True),
     "reinforce": Loss("reinforce", "Williams 1992"),
     "cispo": Loss("cispo {high:g}", "CISPO, arXiv 2506.13585", ratio=True),
     "gspo": Loss("gspo {low:g}/{high:g}", "GSPO, arXiv 2507.18071, eq. 5", ratio=True),
@@ -176,7 +179,12 @@ OFF_POLICY: Mapping[OffPolicyName, Word] = {
 # ---------------------------------------------------------------------------------------------- normalisers of both streams
 
 NormName = Literal[
-    "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "microbatch_token_mean"
+    "token_mean",
+    "seq_mean_token_mean",
+    "seq_mean_token_sum",
+    "seq_mean_token_sum_norm",
+    "token_sum_norm",
+    "microbatch_token_mean",
 ]
 
 
@@ -193,6 +201,7 @@ NORMS: Mapping[NormName, Norm] = {
     "seq_mean_token_sum_norm": Norm(
         "mean over sequences of the sum over tokens / max_tokens", "Dr.GRPO, arXiv 2503.20783"
     ),
+    "token_sum_norm": Norm("sum over all tokens / max_tokens", "the official code of LUFFY, ReLIFT and HPT"),
     "microbatch_token_mean": Norm(
         "mean over micro-batches of the mean over tokens", "the official code of UFT", micro=True
     ),

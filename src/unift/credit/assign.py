@@ -12,7 +12,7 @@ from unift.config.sections import Rules
 from unift.config.words import BASELINES, LOSSES
 from unift.credit import discriminative, returns
 from unift.credit.advantages import group_advantages, shaped_scores
-from unift.credit.members import items_of, paired
+from unift.credit.members import first_steps, items_of, paired
 from unift.model import critic
 from unift.model.logprobs import logprobs
 from unift.model.packs import Item, PackedBatch
@@ -33,7 +33,7 @@ class Models:
 
 
 def credited(
-    groups: Sequence[Group], split: Split, rules: Rules, models: Models, address: tuple[object, ...]
+    groups: Sequence[Group], split: Split, rules: Rules, models: Models, address: tuple[int, int]
 ) -> list[Item]:
     """``split``: the training rows (``group.row`` is the index). ``address``: (seed, step).
 
@@ -42,6 +42,9 @@ def credited(
     policy = models.policy
     demos = [split.encoded[g.row].solution for g in groups] if needs.demonstrations(rules) else None
     made = items_of(groups, [group_advantages(g, rules) for g in groups], demos, rules, address)
+    if rules.sample.first is not None:
+        instructed = [split.encoded[g.row].instructed for g in groups]
+        made = first_steps(made, groups, instructed, rules, policy.tokenizer.eos_token_id, address)
     if LOSSES[rules.policy.loss].sequences:
         return paired(made, groups, rules, [split.rejected[g.row] for g in groups])
     if not returns.active(rules):
@@ -50,14 +53,14 @@ def credited(
     def logps(batch: PackedBatch) -> Tensor:
         return logprobs(policy, batch.to(policy.device), rules.sample.temperature)[0]
 
+    if BASELINES[rules.credit.baseline].solution:
+        return discriminative.spread(made, rules, returns.measured(logps, made, rules), models.partition)
     ref = None
-    if returns.kl_in_reward(rules) or needs.compared(rules):
+    if returns.kl_in_reward(rules):
         reference = models.reference
         if reference is None:
             raise ValueError(f"method {rules.method} compares with the reference, and none was given")
         ref = returns.measured(lambda b: reference(b.to(policy.device)), made, rules)
-    if BASELINES[rules.credit.baseline].solution:
-        return discriminative.spread(made, rules, returns.measured(logps, made, rules), ref, models.partition)
     values = None
     if policy.critic is not None:
         values = returns.measured(lambda b: critic.values(policy, b.to(policy.device)), made, rules)

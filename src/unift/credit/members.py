@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from unift import rng
 from unift.config import words
-from unift.config.sections import Rules
+from unift.config.sections import Rules, SampleFrom
 from unift.config.words import LossName
 from unift.model.packs import COMPLETION, DEMO, OWN, Item, Member
 from unift.types import ConfigError, Group, Score
@@ -45,6 +46,36 @@ def items_of(
             members.append(Member(demos[i][len(group.hint) :], DEMO, a))
         items.append(Item(group.prompt, group.hint, members, supervised, (*address, group.row_id)))
     return items
+
+
+def cut_short(sample: SampleFrom, seed: int, step: int, row_id: str) -> bool:
+    """Are only the first tokens of this row's completions wanted? A draw of (seed, step, row): the share ``full`` is not."""
+    return sample.first is not None and float(rng.uniforms("full", seed, step, row_id, shape=1)[0]) >= sample.full
+
+
+def first_steps(
+    items: Sequence[Item],
+    groups: Sequence[Group],
+    instructed: Sequence[list[int] | None],
+    rules: Rules,
+    eos: int,
+    address: tuple[int, int],
+) -> list[Item]:
+    """Items of which only the first tokens were wanted, as the planning mode of UPFT trains them (arXiv 2503.02875): the
+    prompt asks for a first step (``instructed``: a row's prompt with the instruction; None: as it is), an EOS ends it."""
+    out: list[Item] = []
+    for item, group, prompt in zip(items, groups, instructed, strict=True):
+        if not cut_short(rules.sample, *address, group.row_id):
+            out.append(item)
+            continue
+        ended = [
+            replace(m, tokens=[*m.tokens, eos])
+            if m.role == OWN and rules.sample.first_eos and m.tokens[-1] != eos
+            else m
+            for m in item.members
+        ]
+        out.append(replace(item, prompt=prompt or item.prompt, members=ended))
+    return out
 
 
 def success_rate(group: Group) -> float:

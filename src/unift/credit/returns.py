@@ -44,11 +44,12 @@ def gae(rewards_N: Sequence[float] | np.ndarray, values_N: Sequence[float], gamm
 
 
 def whitened(values: Sequence[np.ndarray], epsilon: float) -> list[np.ndarray]:
-    """Mean 0 and (population) std 1 over all tokens (REINFORCE++, arXiv 2501.03262; ReFT). All equal: exactly 0."""
+    """Mean 0 and std 1 (of a sample, n - 1, as in verl) over all tokens (REINFORCE++, arXiv 2501.03262; ReFT). All equal:
+    exactly 0."""
     flat = np.concatenate(list(values)) if values else np.zeros(0)
     if not flat.size or (flat == flat[0]).all():
         return [np.zeros_like(v) for v in values]
-    return [(v - flat.mean()) / (flat.std() + epsilon) for v in values]
+    return [(v - flat.mean()) / (flat.std(ddof=1) + epsilon) for v in values]
 
 
 def measured(of: Callable[[PackedBatch], Tensor], items: Sequence[Item], rules: Rules) -> Tokens:

@@ -71,7 +71,11 @@ def any_cut(show: Show, at: At, num: int) -> int:
 
 
 def staircase(show: Show, at: At, num: int) -> int:
-    """Equal stages of T_hint / (num + 1) steps: the last one ends at T_hint whatever num is."""
+    """Equal stages of T_hint / (num + 1) steps: the last one ends at T_hint whatever num is. Floored, as in the official code
+    of UFT: k = num - floor(t / floor(T_hint / (num + 1))), t = step + 1, not below 0."""
+    if show.stages == "floored":
+        length = max(hinted_steps(show, at.total) // (num + 1), 1)
+        return max(num - (at.step + 1) // length, 0)
     return num - min(num, at.step * (num + 1) // hinted_steps(show, at.total))
 
 

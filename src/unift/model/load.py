@@ -240,9 +240,10 @@ def check_positions(config: Config, data: Data) -> None:
     for name, split, most in (("data.train", data.train, sampled), ("data.test", data.test, evaluated)):
         for number, e in enumerate(split.encoded, start=1):
             hint = e.step_ends[-1] if hinted and name == "data.train" else 0
-            if len(e.prompt) + hint + most > positions:
+            prompt = max(len(e.prompt), len(e.instructed or []))
+            if prompt + hint + most > positions:
                 raise DataError(
-                    f"{name}, row {number}: the prompt ({len(e.prompt)} tokens), its longest hint ({hint}) and a completion "
+                    f"{name}, row {number}: the prompt ({prompt} tokens), its longest hint ({hint}) and a completion "
                     f"({most}) take more than the {positions} positions of the model. Lower sample.max_tokens to "
-                    f"{max(positions - len(e.prompt) - hint, 0)} or less, or drop the row"
+                    f"{max(positions - prompt - hint, 0)} or less, or drop the row"
                 )

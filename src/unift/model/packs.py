@@ -57,11 +57,14 @@ class Item:
 @dataclass(frozen=True)
 class ItemWeights:
     """Weights of an item's tokens, coefficient / Z: ``policy[j]`` of member j's, ``likelihood`` of the hint and the
-    demonstration, ``own[j]`` of a member that is supervised by itself."""
+    demonstration, ``own[j]`` of a member that is supervised by itself; of the entropy bonus, ``entropy_hint`` and
+    ``entropy[j]``."""
 
     policy: Sequence[float]
     likelihood: float
     own: Sequence[float]
+    entropy_hint: float
+    entropy: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ def pack(
         item = items[i]
         members = list(enumerate(item.members))
         if weights is None:
-            weight = ItemWeights([0.0] * len(members), 0.0, [0.0] * len(members))
+            zeros = [0.0] * len(members)
+            weight = ItemWeights(zeros, 0.0, zeros, 0.0, zeros)
         else:
             weight = weights[i]
             if silent(item, rules):
@@ -205,9 +209,8 @@ def _pack_item(
     if item.hint and weight.likelihood:
         first = prefix.start + len(item.prompt) - 1
         at = range(first, first + len(item.hint))
-        flat.supervise(
-            at, item.hint, role=HINT, item=number, member=-1, sequence=solution, likelihood_w=weight.likelihood
-        )
+        values = {"sequence": solution, "likelihood_w": weight.likelihood, "entropy_w": weight.entropy_hint}
+        flat.supervise(at, item.hint, role=HINT, item=number, member=-1, **values)
     copies = sum(1 for _, m in members if m.given)  # of a hint that so many members alone have seen
     for j, m in members:
         span = flat.extend(m.tokens[:-1], len(prefix))
@@ -219,18 +222,26 @@ def _pack_item(
                 _pushed(m, weight.policy[j], own) | {"advantage": m.advantage} if needs.solution_pushes(rules) else {}
             )
             sequence = solution if weight.likelihood else own
-            values = pushed | {"sequence": sequence, "likelihood_w": weight.likelihood}
+            values = pushed | {"sequence": sequence, "likelihood_w": weight.likelihood, "entropy_w": weight.entropy[j]}
             flat.supervise(at, m.tokens, role=DEMO, **mine, **values)
         elif m.role == OWN:
-            flat.supervise(at, m.tokens, role=OWN, **mine, sequence=own, likelihood_w=weight.own[j])
+            values = {"sequence": own, "likelihood_w": weight.own[j], "entropy_w": weight.entropy[j]}
+            flat.supervise(at, m.tokens, role=OWN, **mine, **values)
         else:
             n = m.given
             if n and (needs.solution_pushes(rules) or (shown and weight.likelihood)):
                 values = _given(m, weight.policy[j], own, rules) | {
-                    "likelihood_w": weight.likelihood / copies if shown else 0.0
+                    "likelihood_w": weight.likelihood / copies if shown else 0.0,
+                    "entropy_w": weight.entropy[j] if rules.policy.entropy_tokens == "all" else 0.0,
                 }
                 flat.supervise(at[:n], m.tokens[:n], role=HINT, **mine, **values)
-            flat.supervise(at[n:], m.tokens[n:], role=COMPLETION, **mine, **_sampled(m, weight.policy[j], own, rules))
+            flat.supervise(
+                at[n:],
+                m.tokens[n:],
+                role=COMPLETION,
+                **mine,
+                **_sampled(m, weight.policy[j], weight.entropy[j], own, rules),
+            )
 
 
 def _pushed(m: Member, w: float, sequence: int) -> dict[str, Any]:
@@ -245,10 +256,10 @@ def _given(m: Member, w: float, sequence: int, rules: Rules) -> dict[str, Any]:
     return _pushed(m, w, sequence) | {"advantage": a}
 
 
-def _sampled(m: Member, w: float, sequence: int, rules: Rules) -> dict[str, Any]:
+def _sampled(m: Member, w: float, entropy_w: float, sequence: int, rules: Rules) -> dict[str, Any]:
     kl = 0.0 if words.INTOS[rules.reference.into].reward else rules.reference.kl * w
     sampler = list(m.logps) if m.logps is not None else [math.nan] * (len(m.tokens) - m.given)
-    values = {"advantage": m.advantage, "kl_w": kl, "entropy_w": rules.policy.entropy * w, "sampler": sampler}
+    values = {"advantage": m.advantage, "kl_w": kl, "entropy_w": entropy_w, "sampler": sampler}
     if m.returns is not None and m.values is not None:
         values |= {"return": m.returns, "value": m.values}
     return _pushed(m, w, sequence) | values

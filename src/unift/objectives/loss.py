@@ -39,6 +39,11 @@ def _clip(ratio_S: Tensor, a_S: Tensor, low: float, high: float, dual: float | N
     return surrogate_S
 
 
+def importance_ratio(l_S: Tensor, old_S: Tensor, a_S: Tensor) -> Tensor:
+    """rho A, rho = exp(l - old): PPO's surrogate without its clip. e = rho A."""
+    return torch.exp(l_S - old_S) * a_S
+
+
 def reinforce(l_S: Tensor, a_S: Tensor) -> Tensor:
     """A * l: the score-function estimator without a ratio (Williams 1992)."""
     return a_S * l_S
@@ -67,13 +72,16 @@ def sequence_ratio(
     return _clip(s_S * torch.exp(l_S - l_S.detach()), a_S, low, high, dual)
 
 
-def kl_penalty(l_S: Tensor, ref_S: Tensor, estimator: words.EstimatorName) -> Tensor:
+def kl_penalty(l_S: Tensor, ref_S: Tensor, estimator: words.EstimatorName, clamp: float | None = None) -> Tensor:
     """Per-token penalty towards the reference, d = ref - l (Schulman's estimators).
 
     k3 = exp(d) - d - 1: gradient on sampled tokens is that of the forward KL(ref || pi); e_t = exp(d) - 1.
     k2 = d^2 / 2: gradient of the reverse KL(pi || ref); e_t = d.
+    clamp: the penalty of a token is at most this, with no gradient beyond (verl and the official code of UFT clamp k3 to
+    10, which d = 2.61 reaches).
     """
-    return ESTIMATORS[estimator](ref_S - l_S)
+    penalty_S = ESTIMATORS[estimator](ref_S - l_S)
+    return penalty_S if clamp is None else penalty_S.clamp(max=clamp)
 
 
 ESTIMATORS: Mapping[words.EstimatorName, Callable[[Tensor], Tensor]] = {
@@ -118,6 +126,7 @@ def _clipped(t: Pushed, p: PolicyStream) -> Tensor:
 # Losses of whole sequences are in ``preference.LOSSES``.
 LOSSES: Mapping[words.LossName, Function] = {
     "clip": _clipped,
+    "ratio": lambda t, p: importance_ratio(t.l, t.old, t.a),
     "reinforce": lambda t, p: reinforce(t.l, t.a),
     "cispo": lambda t, p: clipped_importance(t.l, t.old, t.a, p.low, p.high),
     "gspo": lambda t, p: sequence_ratio(t.l, t.old, t.a, t.sequence, t.own, p.low, p.high, p.dual_clip),
@@ -158,8 +167,11 @@ def losses(
     policy: PolicyStream,
     estimator: words.EstimatorName,
     likelihood: Likelihood | None = None,
+    clamp: float | None = None,
 ) -> dict[str, Tensor]:
-    """Scalar losses of both streams of a packed batch: ``policy`` (with ``kl`` and ``entropy`` inside) and ``likelihood``."""
+    """Scalar losses of both streams of a packed batch: ``policy`` (with ``kl`` and ``entropy`` inside) and ``likelihood``.
+
+    ``clamp``: of the KL penalty, see `kl_penalty`."""
     old_S = l_S.detach() if batch.old_S is None else batch.old_S
     if words.LOSSES[policy.loss].sequences:
         pushed = -sequence_loss(l_S, batch, policy)
@@ -170,7 +182,7 @@ def losses(
         g_S = terms(l_S, old_S, batch.ref_S, batch.sequence_S, batch.likelihood_w_S != 0, likelihood)
     out = {"policy": -pushed, "likelihood": -(batch.likelihood_w_S * g_S).sum()}
     if batch.ref_S is not None and bool(batch.kl_w_S.any()):
-        out["kl"] = (batch.kl_w_S * kl_penalty(l_S, batch.ref_S, estimator)).sum()
+        out["kl"] = (batch.kl_w_S * kl_penalty(l_S, batch.ref_S, estimator, clamp)).sum()
         out["policy"] = out["policy"] + out["kl"]
     if entropy_S is not None and policy.entropy:
         out["entropy"] = (batch.entropy_w_S * entropy_S).sum()

@@ -56,6 +56,11 @@ def _token_mean(counts: Counts) -> Callable[[int], float]:
     return lambda n: 1.0 / tokens
 
 
+def _token_sum(counts: Counts) -> Callable[[int], float]:
+    most = counts.max_tokens
+    return lambda n: 1.0 / most
+
+
 def _sequence_mean(of: Callable[[int, int], int]) -> Callable[[Counts], Callable[[int], float]]:
     """1 / (sequences * of(length, max_tokens))."""
 
@@ -73,6 +78,7 @@ NORMS: Mapping[words.NormName, Callable[[Counts], list[list[float]]]] = {
     "seq_mean_token_mean": _alike(_sequence_mean(lambda n, most: n)),
     "seq_mean_token_sum": _alike(_sequence_mean(lambda n, most: 1)),
     "seq_mean_token_sum_norm": _alike(_sequence_mean(lambda n, most: most)),
+    "token_sum_norm": _alike(_token_sum),
     "microbatch_token_mean": _by_microbatch,
 }
 
@@ -100,11 +106,44 @@ def weigh(items: Sequence[Item], rules: Rules) -> list[ItemWeights]:
     unit = NORMS[likelihood.norm](Counts(supervised, max_tokens, micro))
     policy = NORMS[rules.policy.norm](Counts(completions, max_tokens, micro))
     share = policy_weight(rules)
+    policy = policy if share == 1 else [[share * w for w in pushed] for pushed in policy]
     out: list[ItemWeights] = []
-    for pushed, shares, counts in zip(policy, unit, supervised, strict=True):
+    for pushed, shares, counts, h in zip(policy, unit, supervised, _entropy(items, policy, rules), strict=True):
         own = [likelihood.weight * x if n else 0.0 for x, n in zip(shares, counts, strict=True)]
-        out.append(ItemWeights(pushed if share == 1 else [share * w for w in pushed], own[0], own[1:]))
+        out.append(ItemWeights(pushed, own[0], own[1:], h[0], h[1:]))
     return out
+
+
+def _entropy(items: Sequence[Item], policy: list[list[float]], rules: Rules) -> list[list[float]]:
+    """Weights of the entropy bonus: of an item's hint, then of its members; on completions they default to the policy's."""
+    p = rules.policy
+    if not p.entropy:
+        return [[0.0] * (1 + len(item.members)) for item in items]
+    if p.entropy_tokens == "completions" and p.entropy_norm is None:
+        return [[0.0, *(p.entropy * w for w in pushed)] for pushed in policy]
+    lengths = [_with_loss(item, rules) if p.entropy_tokens == "all" else _sampled(item) for item in items]
+    counts = Counts(lengths, rules.sample.max_tokens, rules.train.micro_prompts)
+    return [[p.entropy * w for w in row] for row in NORMS[p.entropy_norm or p.norm](counts)]
+
+
+def _sampled(item: Item) -> list[int]:
+    """Sampled tokens: none of the hint, then of every member."""
+    return [0, *(len(m.tokens) - m.given if m.role == COMPLETION else 0 for m in item.members)]
+
+
+def _with_loss(item: Item, rules: Rules) -> list[int]:
+    """Tokens that any stream acts on: of the hint, then of every member."""
+    kind, pushes = words.TOKENS[rules.likelihood.tokens], needs.solution_pushes(rules)
+    supervised = item.supervised and rules.likelihood.weight > 0
+
+    def of(m: Member) -> int:
+        if m.role == COMPLETION:
+            return len(m.tokens) - (0 if pushes or (kind.alone and supervised) else m.given)
+        if m.role == DEMO:
+            return len(m.tokens) if pushes or (kind.demo and supervised) else 0
+        return len(m.tokens) if rules.likelihood.weight > 0 else 0
+
+    return [len(item.hint) if kind.hint and supervised else 0, *map(of, item.members)]
 
 
 def policy_weight(rules: Rules) -> float:

@@ -112,8 +112,13 @@ class Data:
 
 def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
     """Tokenise both splits. DataError for a row that does not fit."""
-    limit = config.data.max_prompt
-    train, test = encode_rows(tokenizer, dataset.train, limit), encode_rows(tokenizer, dataset.test, limit)
+    limit, texts = config.data.max_prompt, {s.rules.sample.instruction for s in stages(config)} - {None}
+    if len(texts) > 1:
+        raise ConfigError(
+            f"sample.instruction has {len(texts)} values over the phases: {sorted(map(str, texts))}; use one"
+        )
+    train = encode_rows(tokenizer, dataset.train, limit, next(iter(texts), None))
+    test = encode_rows(tokenizer, dataset.test, limit)
     columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
     rejected = encode_column(tokenizer, dataset.train, columns, limit)
     return Data(Split(dataset.train, train, rejected), Split(dataset.test, test), dataset.fingerprint)

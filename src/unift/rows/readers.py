@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ def rows_of(
     if not records:
         raise DataError(f"{name} holds no rows")
     if all(isinstance(record, Row) for record in records):
-        return [check_steps(row, f"{name}, row {number}", need_steps) for number, row in enumerate(records, start=1)]
+        given = [check_steps(row, f"{name}, row {number}", need_steps) for number, row in enumerate(records, start=1)]
+        return told_apart(given, name)
     layout = detect(records[0], name) if format == "auto" else format
     if layout not in _READERS:
         raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
@@ -62,7 +65,28 @@ def rows_of(
         row = _READERS[layout](record, where)
         _check_text(row, where)
         rows.append(check_steps(row, where, need_steps))
-    return rows
+    return told_apart(rows, name)
+
+
+def told_apart(rows: Sequence[Row], name: str = "rows") -> list[Row]:
+    """Rows with an id of their own each: draws and what a run remembers of a row (its hint length) go by it. Further copies of
+    the very same row are numbered, ``<id>-2``; DataError where two different rows share an id."""
+    out: list[Row] = []
+    first: dict[str, int] = {}  # id: number of the row that has it
+    copies: Counter[str] = Counter()
+    for number, row in enumerate(rows, start=1):
+        if row.id in first and _content(row) == _content(rows[first[row.id] - 1]):
+            copies[row.id] += 1
+            row = replace(row, id=f"{row.id}-{copies[row.id] + 1}")
+        if row.id in first:
+            raise DataError(
+                f"{name}, row {number}, column 'id': {row.id!r} is the id of row {first[row.id]}, too. Draws and what a run "
+                "remembers of a row (its hint length) go by the id: give every row its own, or drop the column, and the content "
+                "names them"
+            )
+        first[row.id] = number
+        out.append(row)
+    return out
 
 
 def check_steps(row: Row, where: str, need_steps: bool) -> Row:
@@ -221,8 +245,16 @@ def _build(
     task = TASK_OF.get(source, "math" if "math" in source.lower() else source)
     extra = {k: v for k, v in record.items() if k not in {*used, "id", "task"}}
     plain = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
-    row_id = str(record.get("id") or content_id(plain, steps, ending, answer))
-    return Row(row_id, prompt, steps, ending, answer, task, extra)
+    return Row(_own_id(record) or content_id(plain, steps, ending, answer), prompt, steps, ending, answer, task, extra)
+
+
+def _content(row: Row) -> tuple[Any, ...]:
+    return row.prompt, row.steps, row.ending, row.answer
+
+
+def _own_id(record: Mapping[str, Any]) -> str:
+    """The id that the data gives (0 is one), or an empty text."""
+    return "" if record.get("id") is None else str(record["id"])
 
 
 def _unift(record: Mapping[str, Any], where: str) -> Row:

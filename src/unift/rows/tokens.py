@@ -9,11 +9,13 @@ A step's cut lies after the last token that ends within the step, so a hint neve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from unift.types import DataError, Row
+
+Prompt = str | tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Encoded:
     solution: list[int]  # steps + ending + EOS
     step_ends: list[int]  # n_steps + 1 entries, first 0
     forced: bool = False
+    instructed: list[int] | None = None  # prompt with the run's instruction for first steps (sample.instruction)
 
     @property
     def n_steps(self) -> int:
@@ -112,6 +115,19 @@ def encode_row(tokenizer: Any, row: Row, max_tokens: int, number: int | None = N
     return Encoded(own, solution, step_ends, forced)
 
 
-def encode_rows(tokenizer: Any, rows: Sequence[Row], max_tokens: int) -> list[Encoded]:
+def encode_rows(tokenizer: Any, rows: Sequence[Row], max_tokens: int, instruction: str | None = None) -> list[Encoded]:
+    """``instruction``: text that a second version of every prompt has at its end, or in chat, of its last user message."""
     check_tokenizer(tokenizer)
-    return [encode_row(tokenizer, row, max_tokens, number) for number, row in enumerate(rows, start=1)]
+    encoded = [encode_row(tokenizer, row, max_tokens, number) for number, row in enumerate(rows, start=1)]
+    if instruction is None:
+        return encoded
+    bare = [replace(row, prompt=_with(row.prompt, instruction), steps=(), ending="") for row in rows]
+    asked = [encode_row(tokenizer, row, max_tokens, number).prompt for number, row in enumerate(bare, start=1)]
+    return [replace(e, instructed=prompt) for e, prompt in zip(encoded, asked, strict=True)]
+
+
+def _with(prompt: Prompt, instruction: str) -> Prompt:
+    if isinstance(prompt, str):
+        return prompt + instruction
+    last = max((i for i, m in enumerate(prompt) if m.get("role") == "user"), default=len(prompt) - 1)
+    return tuple({**m, "content": m["content"] + instruction} if i == last else m for i, m in enumerate(prompt))

@@ -13,6 +13,7 @@ from unift import rng
 from unift.config import needs
 from unift.config.sections import Rules
 from unift.config.stages import Moment
+from unift.credit.members import cut_short
 from unift.hints import schedules
 from unift.model.policy import Policy
 from unift.rewards import score_groups
@@ -80,11 +81,7 @@ def complete(policy: Policy, groups: Sequence[Group], places: Sequence[int], mom
     for i, group in zip(places, groups, strict=True):
         place = ("sample", seed, step, i, group.row_id, *([attempt] if attempt else []))
         uniforms = rng.uniforms(*place, shape=(sample.completions, sample.max_tokens))
-        cut = (
-            sample.first is not None
-            and float(rng.uniforms("full", seed, step, group.row_id, shape=1)[0]) >= sample.full
-        )
-        wanted = short if cut else whole
+        wanted = short if cut_short(sample, seed, step, group.row_id) else whole
         if members is None:
             wanted.add(group, [], uniforms)
             continue

@@ -141,7 +141,7 @@ class Tally:
 def apply(
     policy: Policy, optimizer: torch.optim.Optimizer, packs: Sequence[PackedBatch], rules: Rules, order: Order
 ) -> dict[str, float]:
-    """One optimizer step; returns its metrics.
+    """One optimizer step, or none where the gradient is longer than train.skip_norm; returns its metrics.
 
     Raises NonFiniteError, with the packs saved under ``order.dump``, before anything non-finite reaches the weights.
     """
@@ -167,8 +167,11 @@ def apply(
     norm = _clipped(policy, rules.train.clip_norm, packs, order.dump)
     for group in optimizer.param_groups:
         group["lr"] = order.lr
-    optimizer.step()
-    return _metrics(tally, policy, rules) | {"grad/norm": norm, "lr": order.lr} | _angle(streams)
+    skipped = rules.train.skip_norm is not None and norm > rules.train.skip_norm
+    if not skipped:
+        optimizer.step()
+    told = {"grad/norm": norm, "lr": order.lr} | ({"grad/skipped": float(skipped)} if rules.train.skip_norm else {})
+    return _metrics(tally, policy, rules) | told | _angle(streams)
 
 
 def losses_of(policy: Policy, batch: PackedBatch, rules: Rules) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -179,7 +182,8 @@ def losses_of(policy: Policy, batch: PackedBatch, rules: Rules) -> tuple[dict[st
     else:
         l_S, entropy_S, v_S = critic.logprobs_and_values(policy, batch, rules.sample.temperature)
     with_entropy = entropy_S if rules.policy.entropy or rules.policy.off_policy_top < 1 else None
-    losses = objectives.losses(l_S, with_entropy, batch, rules.policy, rules.reference.estimator, rules.likelihood)
+    kl = rules.reference
+    losses = objectives.losses(l_S, with_entropy, batch, rules.policy, kl.estimator, rules.likelihood, kl.clamp)
     if v_S is not None:
         losses["value"] = rules.credit.value_weight * objectives.value_loss(v_S, batch, rules.credit.value_clip)
         losses["policy"] = losses["policy"] + losses["value"]

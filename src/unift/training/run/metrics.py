@@ -15,9 +15,9 @@ from unift.types import Group, UniftError
 
 
 def merged(parts: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Metrics of a step from those of its updates: means, and sums of tokens."""
+    """Metrics of a step from those of its updates: means, and sums of tokens and of skipped updates."""
     found: dict[str, Any] = {k: float(np.mean([p[k] for p in parts if k in p])) for k in parts[0]}
-    for name in ("tokens/forwarded", "tokens/supervised"):
+    for name in {"tokens/forwarded", "tokens/supervised", "grad/skipped"} & found.keys():
         found[name] = sum(p[name] for p in parts)
     return found
 
