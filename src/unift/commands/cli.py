@@ -96,6 +96,8 @@ def _summary(result: dict[str, Any]) -> str:
             lines.append(
                 f"{label}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}] of {a['n']}"
             )
+    if not result.get("test"):
+        lines.append("held-out accuracy: not measured (set data.test)")
     for name, where in (("train", "in training"), ("eval", "in evaluations")):
         counts = result.get("scorer", {}).get(name, {})
         if failed := failures(counts):

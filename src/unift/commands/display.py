@@ -54,7 +54,7 @@ def fields(
 
 def failures(counts: dict[str, Any]) -> str:
     """``5 timeouts, 1 crashes``: the failed scores so far by kind, empty if there are none."""
-    return ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in FAILURES if counts.get(name))
+    return ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in FAILURES if counts.get(name))
 
 
 class Live:

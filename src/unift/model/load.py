@@ -1,8 +1,7 @@
-"""A model's folder: found, read, adapted (LoRA) and saved; the device that it is put on, and the lengths that it allows."""
+"""A model's folder: found, read, adapted (LoRA) and saved; and the device that it is put on."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -14,14 +13,10 @@ import torch
 from torch import nn
 
 from unift import processes
-from unift.config import needs
-from unift.config.sections import Config
-from unift.config.stages import evaluation_tokens, stages
 from unift.files import publish_folder, writing
 from unift.model import attention, matmul, paths
 from unift.model.policy import Policy
-from unift.rows.dataset import Data
-from unift.types import ConfigError, DataError
+from unift.types import ConfigError
 
 if TYPE_CHECKING:
     from unift.config.sections import Lora
@@ -224,26 +219,3 @@ def keep_model(model: Any, tokenizer: Any, folder: Path) -> Path:
         tokenizer.save_pretrained(temporary)
         publish_folder(temporary, folder)
     return folder
-
-
-def check_positions(config: Config, data: Data) -> None:
-    """DataError where prompt, hint and completion can take more tokens than the model has positions (its config.json;
-    a GGUF file has none). Beyond them a model with learned positions fails, and one with rotary ones turns to noise."""
-    path = locate(config.model.path) / "config.json"
-    positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
-    if not isinstance(positions, int):
-        return
-    found = [stage.rules for stage in stages(config)]
-    hinted = any(needs.hints(s) for s in found)
-    sampled = max([s.sample.max_tokens for s in found if s.sample.completions], default=0)
-    evaluated = evaluation_tokens(config)
-    for name, split, most in (("data.train", data.train, sampled), ("data.test", data.test, evaluated)):
-        for number, e in enumerate(split.encoded, start=1):
-            hint = e.step_ends[-1] if hinted and name == "data.train" else 0
-            prompt = max(len(e.prompt), len(e.instructed or []))
-            if prompt + hint + most > positions:
-                raise DataError(
-                    f"{name}, row {number}: the prompt ({prompt} tokens), its longest hint ({hint}) and a completion "
-                    f"({most}) take more than the {positions} positions of the model. Lower sample.max_tokens to "
-                    f"{max(positions - prompt - hint, 0)} or less, or drop the row"
-                )

@@ -13,7 +13,8 @@ from unift import processes, rng
 from unift.config.sections import Config
 from unift.config.stages import evaluation_tokens, longest
 from unift.intervals import wilson
-from unift.model.load import check_positions, load_policy, load_tokenizer, pick_device
+from unift.model.limits import check_positions, use_threads
+from unift.model.load import load_policy, load_tokenizer, pick_device
 from unift.model.policy import Policy
 from unift.rewards import open_scorer
 from unift.rewards.pool import Scorer
@@ -123,6 +124,7 @@ def evaluate_split(config: Config, split: str, samples: int, given: Given | None
     """Greedy accuracy, and pass@k from ``samples`` completions a row. Nothing is written."""
     if split not in ("train", "test"):
         raise ConfigError(f"split: found {split!r}, expected train or test")
+    use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"):
         return _evaluate(config, split, samples, given or Given())
 

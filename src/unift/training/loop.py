@@ -25,7 +25,8 @@ from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest
 from unift.files import write_atomic, writing
 from unift.model import critic
-from unift.model.load import check_positions, load_policy, load_tokenizer, pick_device, save_pretrained
+from unift.model.limits import check_positions, use_threads
+from unift.model.load import load_policy, load_tokenizer, pick_device, save_pretrained
 from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.rewards import open_scorer
@@ -54,7 +55,7 @@ def train(
     """
     given = given or Given()
     check_trackers(config)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
+    use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
         tokenizer = load_tokenizer(config.model)
         data = dataset.encode(tokenizer, dataset.load(config, given.rows), config)
