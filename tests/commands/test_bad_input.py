@@ -54,8 +54,8 @@ def refused(unift, monkeypatch):
     def load(*args):
         raise AssertionError("the model was loaded before the error")
 
-    for module in ("training.loop", "training.evaluate", "model.load"):  # each has a name of its own; importers first
-        monkeypatch.setattr(f"unift.{module}.load_policy", load)
+    for user in ("training.loop", "training.evaluate", "commands.retention"):
+        monkeypatch.setattr(f"unift.{user}.load_policy", load)
 
     def run(*words):
         code, said = unift(*words)

@@ -161,6 +161,13 @@ def test_paths_beside_a_file(project):
     assert found["reward.function"] == f"{folder / 'mine.py'}:score"
 
 
+def test_several_rewards_beside_a_file(project):
+    rewards = ["mine.py:score", {"function": "mine.py:length", "weight": 0.5}, "auto"]
+    found = beside(written(project, reward={"function": rewards}), project, {})["reward"]["function"]
+    mine = project.parent / "mine.py"
+    assert found == [f"{mine}:score", {"function": f"{mine}:length", "weight": 0.5}, "auto"]
+
+
 def test_the_working_folder_comes_first(project, tmp_path):
     (tmp_path / "here" / "rows.jsonl").write_text("")
     assert beside(written(project, data={"train": "rows.jsonl"}), project, {}) == {"data": {"train": "rows.jsonl"}}

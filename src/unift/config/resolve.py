@@ -91,21 +91,29 @@ def beside(tree: Mapping[str, Any], file: Path, over: Mapping[str, Any]) -> dict
     Raises ConfigError, with both places, for a path that is in neither.
     """
     found, set_later = flat(tree), flat(over)
-    for key in PATHS:
-        value = found.get(key)
-        if key in set_later or not isinstance(value, str) or _no_path(key, value):
-            continue
-        name, sign, function = value.partition(":") if key == "reward.function" else (value, "", "")
+
+    def moved(key: str, value: Any) -> Any:
+        if isinstance(value, list):  # rewards, each alone or with its weight
+            return [moved(key, item) for item in value]
+        if isinstance(value, Mapping):
+            return {name: moved(key, item) if name == "function" else item for name, item in value.items()}
+        if not isinstance(value, str) or _no_path(key, value):
+            return value
+        name, sign, function = value.rpartition(":") if key == "reward.function" else (value, "", "")
         path = Path(name).expanduser()
         if path.is_absolute() or path.exists():
-            continue
+            return value
         if not (file.parent / path).exists():
             raise ConfigError(
                 f"{key}={value!r} of {file} does not exist: looked in {Path.cwd()} and, beside the file, in "
                 f"{file.parent.absolute()}"
             )
-        section, name = key.split(".")
-        tree = _merge(tree, {section: {name: f"{file.parent / path}{sign}{function}"}})
+        return f"{file.parent / path}{sign}{function}"
+
+    for key in PATHS:
+        if key in found and key not in set_later:
+            section, name = key.split(".")
+            tree = _merge(tree, {section: {name: moved(key, found[key])}})
     return dict(tree)
 
 

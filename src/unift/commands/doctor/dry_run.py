@@ -27,9 +27,11 @@ def describe(config: Config, folder: Path) -> str:
 
 def _rows(config: Config) -> str:
     """Rows of files are read; one row of a task is made; what lies on the Hub, or was handed over, is left alone."""
-    data, place = config.data, config.reward.function.rpartition(":")[0]
-    if place.endswith(".py") and not Path(place).expanduser().is_file():
-        raise ConfigError(f"reward.function={config.reward.function!r}: no such file (looked in {Path.cwd()})")
+    data, rewards = config.data, config.reward.function
+    for name in [rewards] if isinstance(rewards, str) else [reward.function for reward in rewards]:
+        place = name.rpartition(":")[0]
+        if place.endswith(".py") and not Path(place).expanduser().is_file():
+            raise ConfigError(f"reward.function={name!r}: no such file (looked in {Path.cwd()})")
     if data.task:
         make_rows(data.task, 1, data.seed, "train", **data.options)
         return f"rows: made by the task {data.task}"
