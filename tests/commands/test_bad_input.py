@@ -649,3 +649,51 @@ def test_disk_errors_that_nothing_else_caught(monkeypatch, capsys):
             cli.main()
         if code:
             assert end.value.code == code and "the disk is full" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- numbers, damaged models
+
+
+@pytest.mark.parametrize("apart", [0, 1], ids=["plain", "streams measured"])
+@pytest.mark.parametrize(
+    "items",
+    [
+        ["likelihood.weight=1e30"],
+        ["reference.kl=1e36", "train.updates=2", "train.lr=0.01"],
+        ["reward.function=huge.py:score", "credit.scale=none"],
+    ],
+    ids=["likelihood", "kl", "reward"],
+)
+def test_a_gradient_whose_norm_overflows(unift, tmp_path, items, apart):
+    """Every entry is finite, the sum of squares is not: named, with the batch on disk."""
+    (tmp_path / "huge.py").write_text(
+        "def score(completion, row):\n    return 1e25 * (sum(map(ord, completion)) % 7)\n"
+    )
+    words = [
+        *TINY,
+        f"log.gradients_every={apart}",
+        "show.schedule=constant",
+        "train.warmup=0",
+        "--run",
+        "run",
+        "--quiet",
+    ]
+    code, said = unift("train", "--recipe", "lock", "train.steps=2", *words, *items)
+    assert code == 2 and len(said.strip().splitlines()) == 1, said
+    assert "the norm of the gradient is inf, though every entry is finite (the largest, " in said
+    (dump,) = (tmp_path / "run" / "nonfinite").iterdir()
+    assert str(dump.relative_to(tmp_path)) in said and "tokens_T" in torch.load(dump, weights_only=True)[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("left", [0, 7, 300])
+def test_a_model_folder_that_is_cut_short(unift, tmp_path, name, left):
+    import shutil
+
+    shutil.copytree(locate("embedded:lock"), tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.write_bytes(path.read_bytes()[:left])
+    for words in (["train", "--recipe", "lock", "model.path=model", "--quiet", *TINY], ["eval", "model", *TINY[2:4]]):
+        code, said = unift(*words)
+        assert code == 2 and said.startswith("error: ") and len(said.strip().splitlines()) == 1, said
+        assert "model" in said and "fetch the model again" in said

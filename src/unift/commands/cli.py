@@ -58,6 +58,9 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing while training")] = False,
 ) -> None:
     """Train, or continue the run in an existing folder. Without settings: the embedded demo with its baselines."""
+    from unift import processes
+
+    processes.end_with_parent()
     from unift.commands import settings as layers
     from unift.config.resolve import parse_overrides
 
@@ -68,7 +71,6 @@ def train(
 
         typer.echo(describe(resolved, folder))
         return
-    from unift import processes
 
     if layers.is_demo(config, recipe, parse_overrides(settings or [])) and method is None and not quiet:
         processes.alone("the demo (unift train without a method or rows)")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from unift.config import needs
 from unift.config.sections import Config
 from unift.config.stages import evaluation_tokens, stages
-from unift.model.load import locate
+from unift.model.folder import locate, model_settings
 from unift.rows.dataset import Data
 from unift.types import ConfigError, DataError
 
@@ -39,20 +37,6 @@ def use_threads(wanted: int | None) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- config.json
-
-
-def model_settings(folder: Path) -> dict[str, Any]:
-    """config.json of a model; empty where there is none (a GGUF file). ConfigError if it is damaged."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON ({error}): fetch the model again") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds {type(found).__name__}, expected an object: fetch the model again")
-    return found
 
 
 def positions(settings: Mapping[str, Any]) -> int | None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from unift.commands.compare.table import Result, by_method, reading, table
+from unift.processes import END_SECONDS, child_environment
 from unift.types import ConfigError, UniftError
 
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-END_SECONDS = 10.0  # for a run to end when asked
 COMMAND = ".command.json"  # what brought the result of a folder; a dot file, since `train` minds foreign files
 
 
@@ -155,7 +155,7 @@ def _start(job: Job) -> tuple[subprocess.Popen[bytes], int]:
         job.folder.mkdir(parents=True, exist_ok=True)
         with open(job.folder / "log.txt", "ab") as log:
             offset = log.tell()
-            environment = os.environ | ONE_THREAD
+            environment = child_environment() | ONE_THREAD
             process = subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
     except OSError as error:
         raise UniftError(f"cannot start {job.method} seed {job.seed} in {job.folder}: {error}") from error

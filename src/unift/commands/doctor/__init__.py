@@ -115,9 +115,11 @@ def parameters(folder: Path) -> int:
     """Number of parameters from the headers of the weight files; 0 if there are none. GGUF: an upper bound."""
     from safetensors import safe_open
 
+    from unift.model.folder import reading
+
     count = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, "np") as file:
+        with reading("weights", folder), safe_open(path, "np") as file:
             count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
     other = [*folder.glob("*.gguf"), *folder.glob("pytorch_model*.bin")] if not count else []
     return count + sum(2 * path.stat().st_size for path in other)
