@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import select
 import shutil
 import signal
 import socket
@@ -330,3 +331,53 @@ def test_a_gpu_for_each_process(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match="no GPU is left for process 2 of this machine: found 2"):
         pick_device("cuda")
+
+
+# ---------------------------------------------------------------------------------------------- parent and child
+
+PARENT = """
+import subprocess, sys, time
+from unift import processes
+subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=processes.child_environment())
+time.sleep(60)
+"""
+CHILD = """
+import signal, sys, time
+from unift import processes
+processes.END_SECONDS = 0.3
+{before}
+processes.end_with_parent(0.05)
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "signal.signal(signal.SIGTERM, signal.SIG_IGN)"], ids=["asked", "killed"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_ends_with_its_parent(number, before):
+    """The child alone holds the pipe once its parent is killed: the end of the pipe is the end of the child."""
+    command = [sys.executable, "-c", PARENT, CHILD.format(before=before)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert parent.stdout.readline() == b"up\n"
+        parent.send_signal(number)
+        parent.wait()
+        ready, _, _ = select.select([parent.stdout], [], [], 20)
+        assert ready and parent.stdout.read() == b""
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+
+
+def test_a_process_of_its_own_outlives_whoever_started_it(monkeypatch):
+    """Only what was started for it ends with its parent, and the wish is not handed on to children of its own."""
+    import threading
+
+    before = threading.active_count()
+    monkeypatch.delenv(processes.PARENT, raising=False)
+    processes.end_with_parent()
+    assert threading.active_count() == before
+    monkeypatch.setenv(processes.PARENT, str(os.getppid()))
+    processes.end_with_parent(60)
+    assert threading.active_count() == before + 1 and processes.PARENT not in os.environ

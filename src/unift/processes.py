@@ -9,6 +9,8 @@ a process that fails tells the others why before it leaves.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 WAIT_SECONDS = float(os.environ.get("UNIFT_WAIT_SECONDS", "1800"))  # for the slowest of the others
 BUCKET_BYTES = 64 << 20  # gradients are summed in flat buffers of about this size
+PARENT = "UNIFT_PARENT"  # process id, in the environment of a run that ends with the process that started it
+END_SECONDS = 10.0  # for a process to end when asked
 FAILED = "unift/failed"  # key of the first failure in the store that all processes see
 
 _store: Any = None
@@ -58,6 +62,31 @@ def alone(what: str) -> None:
         raise ConfigError(
             f"{what} starts processes of its own; found {size()} of a launcher. Run it without the launcher"
         )
+
+
+# ---------------------------------------------------------------------------------------------- parent and child
+
+
+def child_environment() -> dict[str, str]:
+    """The environment for a run that shall not outlive this process, see `end_with_parent`."""
+    return os.environ | {PARENT: str(os.getpid())}
+
+
+def end_with_parent(every: float = 0.5) -> None:
+    """In a process that was started with `child_environment`: once its parent is gone, however that ended, ask this one to
+    stop (SIGTERM, so it is saved first) and kill it if it is still there after END_SECONDS."""
+    expected = os.environ.pop(PARENT, "")  # not for children of its own
+    if not expected.isdigit() or os.name != "posix":
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(expected):
+            time.sleep(every)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(END_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="unift: parent", daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------------- meeting and leaving

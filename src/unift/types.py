@@ -5,7 +5,8 @@ Row -> (hints) -> Group with a prompt and a hint -> (sampling) -> its Samples ->
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,12 @@ HANDED = "given"  # stands in a setting in place of the name of a thing that was
 
 class UniftError(Exception):
     """A mistake a person can mend: says what was found, what was expected and what to do. The CLI prints it alone."""
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that a mistyped one most likely means, for messages; None where none is near."""
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+    return near[0] if near else None
 
 
 class DataError(UniftError):

@@ -275,7 +275,10 @@ def test_line_separators_inside_texts_are_text(tmp_path):
 
 SETTINGS = [
     ("train.lrr=1", "unknown setting 'train.lrr'; did you mean 'lr'?"),
-    ("learning_rate=1", "unknown setting 'learning_rate'"),
+    ("learning_rate=1", "unknown setting 'learning_rate'; did you mean 'train.lr'?"),
+    ("threads=10000", "threads=10000: this machine has "),
+    ("threads=1180591620717411303424", "setting 'threads': expected a whole number that fits 64 bits"),
+    ("sample.temperature=1.0e-45", "setting 'sample.temperature': input should be greater than or equal to 0.001"),
     (
         "train.steps=abc",
         "setting 'train.steps': input should be a valid integer, unable to parse string as an integer; found 'abc'",
@@ -335,6 +338,57 @@ def test_config_files(refused, tmp_path, name):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert said in refused("train", "--config", name)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.train=none.jsonl", "model.path=embedded:lock"], "none.jsonl: no such file (looked in "),
+        (["data.train=good.jsonl", "data.test=none.jsonl", "model.path=embedded:lock"], "none.jsonl: no such file"),
+        (["data.train=good.jsonl", "model.path=nowhere"], "model.path='nowhere' is neither a folder nor"),
+        (["data.train=good.jsonl"], "without model.path: set model.path=FOLDER"),
+        (["data.train=bad.jsonl", "model.path=embedded:lock"], "bad.jsonl, line 1: not valid JSON"),
+        (["data.task=lok", "model.path=embedded:lock"], "task 'lok' is unknown"),
+        (["--recipe", "lock", "data.options.lenght=3"], "option 'lenght' of task 'lock' is unknown"),
+        (["--recipe", "lock", "reward.function=none.py:score"], "reward.function='none.py:score': no such file"),
+    ],
+)
+def test_a_dry_run_says_what_is_missing(refused, tmp_path, words, said):
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    (tmp_path / "bad.jsonl").write_text("{")
+    assert said in refused("train", "--dry-run", *words)
+
+
+def test_a_dry_run_counts_the_rows_of_files(unift, tmp_path, monkeypatch, capsys):
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    monkeypatch.setattr(
+        sys, "argv", ["unift", "train", "--dry-run", "data.train=good.jsonl", "model.path=embedded:lock"]
+    )
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code and "rows: 1 for training, 0 held out" in capsys.readouterr().out
+
+
+def test_no_accuracy_without_held_out_rows(tmp_path, monkeypatch, capsys):
+    """Neither on the way nor at the end, nor in the result, nor on the page; with eval.train_rows=0 none at all."""
+    from unift.commands import report
+    from unift.commands.compare.table import reading, table
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    words = ["data.train=good.jsonl", "model.path=embedded:lock", "train.steps=2", "train.prompts=2", "eval.every=1"]
+    words += ["sample.completions=2", "threads=1", "eval.train_rows=0", "--run", "run"]
+    monkeypatch.setattr(sys, "argv", ["unift", "train", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    shown = capsys.readouterr().out
+    assert not end.value.code and "held-out accuracy: not measured (set data.test)" in shown
+    assert "accuracy without hint" not in shown and "0.0 %" not in shown and "evaluating" not in shown
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert "test" not in result and "train" not in result and result["base"] == {}
+    page = report.write(tmp_path / "run", None).read_text()
+    assert "There are no held-out rows (data.test)" in page and "held-out accuracy, no hint" not in page
+    assert "| uft | 1 | - | - | - | - |" in table([result]) and reading([result]) == []
 
 
 def test_names_have_one_full_stop(refused):
@@ -595,3 +649,51 @@ def test_disk_errors_that_nothing_else_caught(monkeypatch, capsys):
             cli.main()
         if code:
             assert end.value.code == code and "the disk is full" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- numbers, damaged models
+
+
+@pytest.mark.parametrize("apart", [0, 1], ids=["plain", "streams measured"])
+@pytest.mark.parametrize(
+    "items",
+    [
+        ["likelihood.weight=1e30"],
+        ["reference.kl=1e36", "train.updates=2", "train.lr=0.01"],
+        ["reward.function=huge.py:score", "credit.scale=none"],
+    ],
+    ids=["likelihood", "kl", "reward"],
+)
+def test_a_gradient_whose_norm_overflows(unift, tmp_path, items, apart):
+    """Every entry is finite, the sum of squares is not: named, with the batch on disk."""
+    (tmp_path / "huge.py").write_text(
+        "def score(completion, row):\n    return 1e25 * (sum(map(ord, completion)) % 7)\n"
+    )
+    words = [
+        *TINY,
+        f"log.gradients_every={apart}",
+        "show.schedule=constant",
+        "train.warmup=0",
+        "--run",
+        "run",
+        "--quiet",
+    ]
+    code, said = unift("train", "--recipe", "lock", "train.steps=2", *words, *items)
+    assert code == 2 and len(said.strip().splitlines()) == 1, said
+    assert "the norm of the gradient is inf, though every entry is finite (the largest, " in said
+    (dump,) = (tmp_path / "run" / "nonfinite").iterdir()
+    assert str(dump.relative_to(tmp_path)) in said and "tokens_T" in torch.load(dump, weights_only=True)[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("left", [0, 7, 300])
+def test_a_model_folder_that_is_cut_short(unift, tmp_path, name, left):
+    import shutil
+
+    shutil.copytree(locate("embedded:lock"), tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.write_bytes(path.read_bytes()[:left])
+    for words in (["train", "--recipe", "lock", "model.path=model", "--quiet", *TINY], ["eval", "model", *TINY[2:4]]):
+        code, said = unift(*words)
+        assert code == 2 and said.startswith("error: ") and len(said.strip().splitlines()) == 1, said
+        assert "model" in said and "fetch the model again" in said

@@ -137,3 +137,49 @@ def test_doctor_lists_targets_that_are_compared_as_text(tmp_path):
     assert "1 targets cannot be read" in check.text and "row 2" in check.text and "ellipsis" in check.text
     check, _ = try_reward(resolve("sft", recipe="lock", overrides={"reward": {"answer": "hash"}}), rows)
     assert not check.ok and "reward.answer=boxed accepts 2" in check.text
+
+
+def test_doctor_reads_rows_as_train_does(tmp_path):
+    """A file may use a task's name with answers of its own, and repeat a problem in other words."""
+    from unift.commands.doctor import load_rows
+    from unift.rows.dataset import load
+
+    row = {"prompt": "1+1=", "steps": ["2"], "answer": "2", "task": "countdown"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"prompt": "2+2="}))
+    overrides = {"data": {"train": str(tmp_path / "rows.jsonl")}, "model": {"path": "embedded:lock"}}
+    config = resolve("sft", overrides=overrides)
+    check, data = load_rows(config)
+    assert check.ok, check.text
+    assert data == load(config)
+
+
+# ---------------------------------------------------------------------------------------------- evaluations
+
+
+def test_evaluations_are_announced_and_go_on_visibly(capsys):
+    live = Live(every=0)
+    live.watch("training rows", 0, 300)
+    live.watch("training rows", 256, 300)
+    live.watch("training rows", 300, 300)
+    assert capsys.readouterr().out.splitlines() == [
+        "evaluating training rows: 0 of 300",
+        "evaluating training rows: 256 of 300",
+    ]
+    patient = Live(every=1e9)
+    patient.last = float("inf")
+    patient.watch("held-out rows", 256, 300)
+    Quiet().watch("held-out rows", 0, 300)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_failures_of_the_end_and_of_the_page_are_the_same():
+    from types import SimpleNamespace
+
+    from unift.commands.report.findings import _scorer
+    from unift.rewards.journal import COUNTS
+
+    assert set(display.FAILURES) == set(COUNTS) - {"total", "skipped"}
+    counts = {"total": 5000, "skipped": 3, "timeouts": 1200, "crashes": 0, "exceptions": 1, "bad_values": 0}
+    ((_, said),) = _scorer(SimpleNamespace(result={"scorer": {"train": counts}}, metrics=[]))
+    assert display.failures(counts) == "1,200 timeouts, 1 exceptions" and display.failures(counts) in said
+    assert _scorer(SimpleNamespace(result={"scorer": {"train": {"total": 9, "skipped": 2}}}, metrics=[])) == []

@@ -86,7 +86,14 @@ def test_hub_folders(tmp_path, monkeypatch, saved):
     from unift.config.resolve import parse_overrides, resolve
     from unift.rows.dataset import load
 
-    data = load(resolve("rft", overrides=parse_overrides([f"data.train=hf:{folder}", f"data.test=hf:{folder}"])))
+    data = load(
+        resolve(
+            "rft",
+            overrides=parse_overrides(
+                ["model.path=embedded:lock", f"data.train=hf:{folder}", f"data.test=hf:{folder}"]
+            ),
+        )
+    )
     assert (len(data.train), [r.prompt for r in data.test]) == (5, ["9+9="])
 
 

@@ -43,8 +43,9 @@ class RunFolder:
     @property
     def result(self) -> dict[str, Any] | None:
         """Accuracies and counts; None while the run is not finished."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        from unift.training.run import read_result
+
+        return read_result(self.folder)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

@@ -58,6 +58,9 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing while training")] = False,
 ) -> None:
     """Train, or continue the run in an existing folder. Without settings: the embedded demo with its baselines."""
+    from unift import processes
+
+    processes.end_with_parent()
     from unift.commands import settings as layers
     from unift.config.resolve import parse_overrides
 
@@ -68,7 +71,6 @@ def train(
 
         typer.echo(describe(resolved, folder))
         return
-    from unift import processes
 
     if layers.is_demo(config, recipe, parse_overrides(settings or [])) and method is None and not quiet:
         processes.alone("the demo (unift train without a method or rows)")
@@ -96,6 +98,8 @@ def _summary(result: dict[str, Any]) -> str:
             lines.append(
                 f"{label}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}] of {a['n']}"
             )
+    if not result.get("test"):
+        lines.append("held-out accuracy: not measured (set data.test)")
     for name, where in (("train", "in training"), ("eval", "in evaluations")):
         counts = result.get("scorer", {}).get(name, {})
         if failed := failures(counts):

@@ -54,7 +54,7 @@ def fields(
 
 def failures(counts: dict[str, Any]) -> str:
     """``5 timeouts, 1 crashes``: the failed scores so far by kind, empty if there are none."""
-    return ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in FAILURES if counts.get(name))
+    return ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in FAILURES if counts.get(name))
 
 
 class Live:
@@ -67,6 +67,8 @@ class Live:
         self.every, self.last = every, 0.0
         self.accuracy: float | None = None
         self.speed: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # (step, training seconds so far)
+        self.shown: dict[str, str] | None = None  # of the last step
+        self.share = 0.0  # of the steps done
         self.live: Any = None
 
     def __enter__(self) -> Live:
@@ -94,11 +96,22 @@ class Live:
             self._say(f"forward: {metrics['forward']}")
         narrow = self.live is not None and self.live.console.width < WIDE
         shown = fields(metrics, total, self.accuracy, self._left(step, total), 0.02 if narrow else 0.0)
+        self.shown, self.share = shown, step / max(total, 1)
         if self.live is not None:
-            self.live.update(_panel(shown, step / max(total, 1)))
+            self.live.update(_panel(shown, self.share))
         elif evaluated or step == total or now - self.last > self.every:
             self.last = now
             print("  ".join(f"{name} {value}" for name, value in shown.items() if value != "-"), flush=True)
+
+    def watch(self, what: str, done: int, total: int) -> None:
+        """How far an evaluation is: said when it is announced (``done`` 0), then as often as steps are."""
+        now = time.monotonic()
+        text = f"evaluating {what}: {done} of {total}"
+        if self.live is not None:
+            self.live.update(text if self.shown is None else _panel({**self.shown, "now": text}, self.share))
+        elif done == 0 or (done < total and now - self.last > self.every):
+            self.last = now
+            print(text, flush=True)
 
     def _say(self, text: str) -> None:
         if self.live is not None:
@@ -133,4 +146,7 @@ class Quiet(Live):
         return self
 
     def update(self, metrics: dict[str, Any], total: int) -> None:
+        pass
+
+    def watch(self, what: str, done: int, total: int) -> None:
         pass

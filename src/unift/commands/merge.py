@@ -24,6 +24,7 @@ from torch import Tensor
 
 from unift import rng
 from unift.files import publish_folder
+from unift.model.folder import reading
 from unift.model.load import locate
 from unift.types import ConfigError, NonFiniteError
 
@@ -87,7 +88,7 @@ class _Weights:
         self.files: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
             if path.name.startswith(WEIGHTS):
-                with safe_open(path, "pt") as handle:
+                with reading("weights", folder), safe_open(path, "pt") as handle:
                     self.files |= dict.fromkeys(handle.keys(), path)
         if not self.files:
             raise ConfigError(
@@ -96,7 +97,7 @@ class _Weights:
             )
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.files[name], "pt") as handle:
+        with reading("weights", self.folder), safe_open(self.files[name], "pt") as handle:
             return handle.get_tensor(name)
 
 

@@ -21,7 +21,8 @@ from unift.config.sections import Config, Model
 from unift.config.stages import evaluation_tokens, stages
 from unift.config.words import TOKENS
 from unift.files import write_atomic
-from unift.model.load import check_positions, load_policy, load_tokenizer
+from unift.model.limits import check_positions
+from unift.model.load import load_policy, load_tokenizer
 from unift.model.logprobs import logprobs
 from unift.model.packs import DEMO, Item, Member, cut, pack
 from unift.model.policy import Policy

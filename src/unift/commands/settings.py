@@ -9,7 +9,7 @@ from typing import Any
 
 from unift import processes
 from unift.config.identity import config_hash
-from unift.config.resolve import nested, read_yaml, resolve
+from unift.config.resolve import beside, nested, read_yaml, resolve
 from unift.config.sections import Config
 from unift.types import HANDED, Given, Row, Stopped
 
@@ -35,7 +35,7 @@ def resolved(
     Without rows, model, recipe and file, the embedded demo's.
     """
     over = nested(settings or {})
-    file = config if isinstance(config, Mapping) else read_yaml(config) if config else {}
+    file = config if isinstance(config, Mapping) else beside(read_yaml(config), Path(config), over) if config else {}
     return resolve(method, recipe=DEMO if is_demo(config, recipe, over) else recipe, file=file, overrides=over)
 
 
@@ -78,7 +78,7 @@ def run_training(
             return on_step(metrics["step"], metrics) if on_step is not None and metrics["step"] > 0 else None
 
         try:
-            return train(config, folder, report, given)
+            return train(config, folder, report, given, display.watch)
         except Stopped as stop:
             if not quiet:
                 print(f"{stop}; the same call continues", flush=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from unift.config.packaged import nearest, preset_names
 from unift.config.sections import Config, Rules
 from unift.config.stages import stages
@@ -52,6 +55,19 @@ def check(config: Config) -> None:
         raise ConfigError("data.task (generated rows) and data.train (a file) are both set; keep one")
     if not (config.data.task or config.data.train):
         raise ConfigError("no rows: set data.train=FILE, or data.task to a built-in task, or use --recipe")
+
+
+def check_model(config: Config, user: Mapping[str, Any]) -> None:
+    """Rows of one's own train a model of one's own. ``user``: what was set by hand, in a file or on the command line.
+
+    The default and those of recipes are toys of a few thousand parameters that know one task's letters.
+    """
+    model = user.get("model")
+    if config.data.train and not (isinstance(model, Mapping) and model.get("path")):
+        raise ConfigError(
+            f"data.train={config.data.train!r} without model.path: set model.path=FOLDER, the Hugging Face model to train. "
+            f"The default, {config.model.path!r}, is a toy that knows its own task alone"
+        )
 
 
 def _check_together(phase: Rules) -> None:

@@ -22,19 +22,20 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} -> {"train.lr": 1}. Lists stay values; an empty mapping is one too."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree} if prefix else {}
+    found: dict[str, Any] = {}
     for name, value in cast("Mapping[str, Any]", tree).items():
-        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
-    return flat
+        found |= flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return found
 
 
 def numeric_settings(config: Config) -> dict[str, Any]:
     """The settings that decide the numbers, flat: {"train.lr": 1e-6, ...}."""
-    flat = _flat(config.model_dump(mode="json"))
-    return {k: v for k, v in flat.items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)}
+    found = flat(config.model_dump(mode="json"))
+    return {k: v for k, v in found.items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)}
 
 
 def config_hash(config: Config) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from importlib import resources
 
-from unift.types import ConfigError
+from unift.types import ConfigError, closest
 
 
 def _names(folder: str) -> list[str]:
@@ -37,5 +36,5 @@ def recipe_text(name: str) -> str:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = closest(word, words)
+    return f"; did you mean {near!r}?" if near else ""

@@ -14,10 +14,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from unift.config.checks import check
+from unift.config.aliases import suggestion
+from unift.config.checks import check, check_model
+from unift.config.identity import flat
 from unift.config.packaged import nearest, preset_text, recipe_text
 from unift.config.sections import METHOD_SECTIONS, Config
-from unift.types import ConfigError
+from unift.types import HANDED, ConfigError
+
+PATHS = ("model.path", "data.train", "data.test", "reward.function")  # settings that name a file or a folder
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def dotted(items: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"cannot read the setting {item!r}: expected key=value, as in train.lr=1e-6")
         try:
             found[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise ConfigError(f"cannot read the value of {name.strip()!r} as YAML: {value!r}") from error
     return found
 
@@ -63,8 +67,8 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
 def _yaml_mapping(text: str, source: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2026-99-99
+        raise ConfigError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: expected a mapping of settings, found {type(tree).__name__}")
     return tree
@@ -78,6 +82,46 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return _yaml_mapping(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
+
+
+def beside(tree: Mapping[str, Any], file: Path, over: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a YAML file with its relative paths as they are from here: a path that is not below the working
+    folder, but beside the file, is meant there. ``over``: settings that replace those of the file.
+
+    Raises ConfigError, with both places, for a path that is in neither.
+    """
+    found, set_later = flat(tree), flat(over)
+
+    def moved(key: str, value: Any) -> Any:
+        if isinstance(value, list):  # rewards, each alone or with its weight
+            return [moved(key, item) for item in value]
+        if isinstance(value, Mapping):
+            return {name: moved(key, item) if name == "function" else item for name, item in value.items()}
+        if not isinstance(value, str) or _no_path(key, value):
+            return value
+        name, sign, function = value.rpartition(":") if key == "reward.function" else (value, "", "")
+        path = Path(name).expanduser()
+        if path.is_absolute() or path.exists():
+            return value
+        if not (file.parent / path).exists():
+            raise ConfigError(
+                f"{key}={value!r} of {file} does not exist: looked in {Path.cwd()} and, beside the file, in "
+                f"{file.parent.absolute()}"
+            )
+        return f"{file.parent / path}{sign}{function}"
+
+    for key in PATHS:
+        if key in found and key not in set_later:
+            section, name = key.split(".")
+            tree = _merge(tree, {section: {name: moved(key, found[key])}})
+    return dict(tree)
+
+
+def _no_path(key: str, value: str) -> bool:
+    """Names of things of the package, of the Hub, of modules, and what was handed over from Python."""
+    if key == "reward.function":
+        return ".py:" not in value
+    return value.startswith(("embedded:", "hf:", f"{HANDED}:")) or value == HANDED
 
 
 def _method_layers(method: str, recipe: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,6 +155,7 @@ def resolve(
         phases.append(_merge(sections, phase))
     config = validate(tree | {"phases": phases})
     check(config)
+    check_model(config, user)
     return config
 
 
@@ -135,14 +180,26 @@ def _fields_at(path: list[Any]) -> list[str]:
     return list(model.model_fields)
 
 
+def _unknown(name: str, value: Any) -> str:
+    """A line for each unknown setting at or below ``name``, with the one that is most likely meant."""
+    below = [f"{name}.{leaf}" for leaf in flat(value)] if isinstance(value, Mapping) else []
+    foreign = [leaf for leaf in below if suggestion(leaf)]
+    if foreign and not suggestion(name):  # settings of another library, in its own sections
+        return "\n".join(f"unknown setting {leaf!r}{suggestion(leaf)}" for leaf in foreign)
+    *path, last = name.split(".")
+    known = _fields_at([part for part in path if not part.isdigit()])
+    everywhere = [f"{section}.{field}" for section in Config.model_fields for field in _fields_at([section])]
+    plain = [setting for setting in Config.model_fields if setting == last and not _fields_at([setting])]
+    same = plain or [setting for setting in everywhere if setting.endswith(f".{last}")]
+    hint = suggestion(name) or (f"; did you mean {same[0]!r}?" if len(same) == 1 else "")
+    return f"unknown setting {name!r}{hint or nearest(last, known) or nearest(name, everywhere)}"
+
+
 def _explain(item: Any) -> str:
     path = list(item["loc"])
     name = ".".join(str(part) for part in path)
     if item["type"] == "extra_forbidden":
-        known = _fields_at(path[:-1])
-        everywhere = [f"{section}.{field}" for section in Config.model_fields for field in _fields_at([section])]
-        hint = nearest(str(path[-1]), known) or nearest(name, everywhere)
-        return f"unknown setting {name!r}{hint}"
+        return _unknown(name, item["input"])
     if item["type"] in ("model_type", "model_attributes_type"):
         known = ", ".join(f"{name}.{field}" for field in _fields_at(path)[:3])
         return f"setting {name!r} is a section: set what is in it ({known}, ...); found {item['input']!r}"

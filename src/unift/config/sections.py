@@ -3,17 +3,56 @@ one config is in ``resolve.py``."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from unift.config import words
 
+LARGEST = 2**63 - 1  # of a whole number
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _kinds(cls, value: Any, info: ValidationInfo) -> Any:
+        """true and false are no numbers, texts and numbers are not true or false: pydantic alone would take
+        ``train.steps=true`` for 1 and ``save.rollouts="no"`` for false."""
+        kinds = _leaves(cls.model_fields[str(info.field_name)].annotation)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, bool) and kinds & {int, float} and bool not in kinds:
+                raise PydanticCustomError("kind", "expected a number")
+            if item is not None and not isinstance(item, bool) and bool in kinds:
+                raise PydanticCustomError("kind", "expected true or false")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise PydanticCustomError("size", "expected a whole number that fits 64 bits")
+        return value
+
+
+def _leaves(annotation: Any) -> set[type]:
+    """The types that a setting may have: {int, NoneType} of ``int | None``, {str} of a Literal of words."""
+    args = get_args(annotation)
+    if not args:
+        return {annotation if isinstance(annotation, type) else type(annotation)}
+    return set[type]().union(*map(_leaves, args))
 
 
 class Show(Section):
@@ -57,7 +96,10 @@ class SampleFrom(Section):
 
     completions: int = Field(default=8, ge=0, description="G; 0 = none (supervised)")
     temperature: float = Field(
-        default=1.0, gt=0, description="divides the logits when sampling and in the completions' log-probs; hints at 1"
+        default=1.0,
+        ge=1e-3,
+        le=1e3,
+        description="divides the logits when sampling and in the completions' log-probs; hints at 1",
     )
     max_tokens: int = Field(default=64, ge=1, description="length limit of a completion, tokens")
     source: words.SourceName = Field(
@@ -272,7 +314,17 @@ class Model(Section):
     cuda_graphs: bool = Field(
         default=True, description="on a GPU, sampling replays recorded steps; false: launches every kernel"
     )
-    lora: Lora | None = Field(default=None, description="train low-rank adapters only; null = all weights")
+    lora: Lora | None = Field(
+        default=None, description="train low-rank adapters only; true, a rank, or the keys below; null = all weights"
+    )
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """``true`` and ``16`` for what they are meant to be."""
+        if isinstance(value, bool):
+            return {} if value else None
+        return {"rank": value} if isinstance(value, int) else value
 
 
 class Data(Section):
@@ -337,6 +389,9 @@ class Reward(Section):
 class Eval(Section):
     every: int = Field(default=50, ge=0, description="steps; 0 = only at the end")
     rows: int | None = Field(default=None, ge=1, description="first so many rows of the test split")
+    train_rows: int | None = Field(
+        default=100, ge=0, description="first so many training rows, at the end of a run; 0 = none, null = all"
+    )
     samples: int = Field(
         default=0, ge=0, description="sampled completions a row for pass@k at the end; 0 = greedy only"
     )

@@ -1,55 +1,25 @@
-"""A model's folder: found, read, adapted (LoRA) and saved; the device that it is put on, and the lengths that it allows."""
+"""A model's folder: found, read, adapted (LoRA) and saved; and the device that it is put on."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from unift import processes
-from unift.config import needs
-from unift.config.sections import Config
-from unift.config.stages import evaluation_tokens, stages
 from unift.files import publish_folder, writing
 from unift.model import attention, lora, matmul, paths
+from unift.model.folder import locate, model_settings, reading
 from unift.model.policy import Policy
 from unift.rows import tokens
-from unift.rows.dataset import Data
-from unift.types import ConfigError, DataError
+from unift.types import ConfigError
 
 if TYPE_CHECKING:
     from unift.config.sections import Model as ModelConfig
-
-
-def locate(path: str) -> Path:
-    """Folder of a model: a real folder, ``embedded:NAME`` in the package, or a GGUF file's folder."""
-    if path.startswith("embedded:"):
-        root = Path(str(resources.files("unift.model") / "embedded"))
-        folder = root / path.split(":", 1)[1]
-        if not folder.is_dir():
-            known = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("_"))
-            raise ConfigError(f"model.path={path!r}: no such base in the package. Known: {', '.join(known)}")
-        return folder
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        raise ConfigError(
-            f"model.path={path!r} is neither a folder nor embedded:NAME. unift does not download models: "
-            "fetch the folder first, for example with `hf download`"
-        )
-    if folder.is_file() and folder.suffix != ".gguf":
-        raise ConfigError(f"model.path={path!r} is a file of an unknown kind; expected a folder or a .gguf file")
-    if folder.is_dir() and not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
-        raise ConfigError(
-            f"model.path={path!r}: the folder has no config.json, so it is no Hugging Face model. Expected config.json, "
-            "weights (*.safetensors) and a tokenizer (tokenizer.json), or a .gguf file"
-        )
-    return folder.parent if folder.is_file() else folder
 
 
 def _gguf(config: ModelConfig) -> str | None:
@@ -60,14 +30,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     folder, gguf = locate(config.path), _gguf(config)
-    try:
+    with reading("tokenizer", folder):
         extra = {"gguf_file": gguf} if gguf else {}
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer could be read from {folder}: {error}") from error
-    settings = folder / "config.json"
-    if settings.is_file() and not gguf:
-        known = json.loads(settings.read_text(encoding="utf-8"))
+    known = {} if gguf else model_settings(folder)
+    if known:
         size = (known.get("text_config") or known).get("vocab_size")
         if isinstance(size, int):
             tokens.check_rows(tokenizer, size)
@@ -81,9 +48,10 @@ def expected_path(config: ModelConfig, longest: float) -> str:
     if config.forward == "plain":
         return "plain (model.forward=plain)"
     gguf = _gguf(config)
-    settings = AutoConfig.from_pretrained(
-        str(locate(config.path)), local_files_only=True, **({"gguf_file": gguf} if gguf else {})
-    )
+    folder = locate(config.path)
+    with reading("config", folder):
+        extra = {"gguf_file": gguf} if gguf else {}
+        settings = AutoConfig.from_pretrained(str(folder), local_files_only=True, **extra)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
     reason = paths.obstacle(model, longest)
@@ -137,12 +105,10 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
     folder, gguf = locate(config.path), _gguf(config)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config)
     device = pick_device(config.device)
-    try:
+    with reading("causal language model", folder):
         extra = {"gguf_file": gguf} if gguf else {}
         dtype = getattr(torch, config.dtype)
         model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=dtype, **extra)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no causal language model could be read from {folder}: {error}") from error
     if device.type == "cpu":
         matmul.route()
     tokens.check_rows(tokenizer, len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
@@ -210,26 +176,3 @@ def keep_model(model: Any, tokenizer: Any, folder: Path) -> Path:
         tokenizer.save_pretrained(temporary)
         publish_folder(temporary, folder)
     return folder
-
-
-def check_positions(config: Config, data: Data) -> None:
-    """DataError where prompt, hint and completion can take more tokens than the model has positions (its config.json;
-    a GGUF file has none). Beyond them a model with learned positions fails, and one with rotary ones turns to noise."""
-    path = locate(config.model.path) / "config.json"
-    positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings") if path.is_file() else None
-    if not isinstance(positions, int):
-        return
-    found = [stage.rules for stage in stages(config)]
-    hinted = any(needs.hints(s) for s in found)
-    sampled = max([s.sample.max_tokens for s in found if s.sample.completions], default=0)
-    evaluated = evaluation_tokens(config)
-    for name, split, most in (("data.train", data.train, sampled), ("data.test", data.test, evaluated)):
-        for number, e in enumerate(split.encoded, start=1):
-            hint = e.step_ends[-1] if hinted and name == "data.train" else 0
-            prompt = max(len(e.prompt), len(e.instructed or []))
-            if prompt + hint + most > positions:
-                raise DataError(
-                    f"{name}, row {number}: the prompt ({prompt} tokens), its longest hint ({hint}) and a completion "
-                    f"({most}) take more than the {positions} positions of the model. Lower sample.max_tokens to "
-                    f"{max(positions - prompt - hint, 0)} or less, or drop the row"
-                )

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unift.model.folder import reading
+
 LOST = 0.1  # share of the weights that may stay where they are before a person is told
 TYPICAL = 0.02  # size of a weight where none can be looked at: how most models are initialised
 LOOK = 2**16  # numbers that are looked at in each weight
@@ -43,7 +45,7 @@ def of_folder(folder: Path) -> list[tuple[Tensor, int]]:
 
     found = []
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
+        with reading("weights", folder), safe_open(path, "pt") as file:
             for name in file.keys():
                 part = file.get_slice(name)
                 numbers = math.prod(part.get_shape())

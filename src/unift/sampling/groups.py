@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,10 +24,14 @@ from unift.types import Group, Row, Sample, Score
 
 
 def completed(
-    policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float = 1.0
+    policy: Policy,
+    requests: Sequence[Request],
+    max_tokens: int,
+    temperature: float = 1.0,
+    watch: Callable[[int], Any] = lambda done: None,
 ) -> list[list[Sample]]:
-    """Samples of every request, with their texts."""
-    groups = generate(policy, requests, max_tokens, temperature)
+    """Samples of every request, with their texts. ``watch`` is told the number of requests that are done."""
+    groups = generate(policy, requests, max_tokens, temperature, watch=watch)
     flat = [s for g in groups for s in g]
     # What ends a completion is no part of its text, also where the tokenizer does not call it special.
     spoken = [s.tokens[:-1] if s.finished else s.tokens for s in flat]

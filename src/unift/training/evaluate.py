@@ -3,8 +3,9 @@ the reward (format credit does not count, trap 33)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from unift import processes, rng
 from unift.config.sections import Config
 from unift.config.stages import evaluation_tokens, longest
 from unift.intervals import wilson
-from unift.model.load import check_positions, load_policy, load_tokenizer, pick_device
+from unift.model.limits import check_positions, use_threads
+from unift.model.load import load_policy, load_tokenizer, pick_device
 from unift.model.policy import Policy
 from unift.rewards import open_scorer
 from unift.rewards.pool import Scorer
@@ -42,11 +44,12 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who answers, who judges, and the length limit of an answer in tokens."""
+    """Who answers, who judges, the length limit of an answer in tokens, and who watches: f(rows done, rows)."""
 
     policy: Policy
     scorer: Scorer
     max_tokens: int
+    watch: Callable[[int, int], Any] = lambda done, total: None
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ def verdicts(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Sequence[Samp
 def _judged(judge: Judge, split: Split, requests: Sequence[Request], temperature: float = 1.0) -> list[list[bool]]:
     """Sample and judge: right or not, per row and sample. Each process takes its share of the rows; all get the whole."""
     own = processes.share(len(split.rows))
-    groups = completed(judge.policy, [requests[i] for i in own], judge.max_tokens, temperature)
+    asked = [requests[i] for i in own]
+    groups = completed(judge.policy, asked, judge.max_tokens, temperature, lambda done: judge.watch(done, len(own)))
     right = verdicts(judge.scorer, [split.rows[i] for i in own], groups)
     return processes.interleave(processes.gather("an evaluation", right))
 
@@ -120,6 +124,7 @@ def evaluate_split(config: Config, split: str, samples: int, given: Given | None
     """Greedy accuracy, and pass@k from ``samples`` completions a row. Nothing is written."""
     if split not in ("train", "test"):
         raise ConfigError(f"split: found {split!r}, expected train or test")
+    use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"):
         return _evaluate(config, split, samples, given or Given())
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,8 @@ from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest
 from unift.files import write_atomic, writing
 from unift.model import critic
-from unift.model.load import check_positions, load_policy, load_tokenizer, pick_device, save_pretrained
+from unift.model.limits import check_positions, use_threads
+from unift.model.load import load_policy, load_tokenizer, pick_device, save_pretrained
 from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.rewards import open_scorer
@@ -32,7 +34,7 @@ from unift.rows import dataset
 from unift.rows.tasks.format import check_format
 from unift.training import evaluate, update
 from unift.training.evaluate import Draws, Judge
-from unift.training.progress import Metrics, Report, Run, State, silent
+from unift.training.progress import Metrics, Report, Run, State, Watch, silent, unwatched
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
 from unift.training.run import check_trackers, checkpoint, claim, open_run, trackers, write_result
@@ -41,19 +43,20 @@ from unift.training.step import one_step
 from unift.types import ConfigError, Given, Stopped
 
 T = TypeVar("T")
-FIRST = 500  # training rows whose accuracy the end of a run measures
 
 
-def train(config: Config, folder: Path, report: Report = silent, given: Given | None = None) -> dict[str, Any]:
+def train(
+    config: Config, folder: Path, report: Report = silent, given: Given | None = None, watch: Watch = unwatched
+) -> dict[str, Any]:
     """Run, or continue, the run in ``folder``; returns its result (also written to ``result.json``).
 
-    ``given``: rows and reward that the settings cannot name. Under torchrun or accelerate launch every process calls this;
-    they share the work and all return the result.
+    ``given``: rows and reward that the settings cannot name. ``watch`` is told how far an evaluation is. Under torchrun or
+    accelerate launch every process calls this; they share the work and all return the result.
     Raises Stopped once a signal, or a true answer of ``report``, asked for it and the run was saved.
     """
     given = given or Given()
     check_trackers(config)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
+    use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
         tokenizer = load_tokenizer(config.model)
         data = dataset.encode(tokenizer, dataset.load(config, given.rows), config)
@@ -68,7 +71,7 @@ def train(config: Config, folder: Path, report: Report = silent, given: Given | 
                 scorer.check(data.train.rows[0])
                 torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
                 policy = load_policy(config.model, tokenizer, longest(config))
-                return run_to_end(Run(config, folder, policy, scorer, data, report, track), asked)
+                return run_to_end(Run(config, folder, policy, scorer, data, report, track, watch), asked)
 
 
 def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def begin(run: Run) -> dict[str, Any]:
             run.report(record, run.total)
         run.progress.judged |= earlier[0].get("judged", {})  # a checkpoint, if there is one, knows more
         return earlier[0]["base"]
-    base = asdict(greedy(run, run.data.test)) if run.data.test.rows else {}
+    base = asdict(announced(run, "held-out rows", run.data.test)) if run.data.test.rows else {}
     first = {"forward": run.policy.path, "base": base, "judged": dict(run.progress.judged)}
     log(run, 0, first | ({"eval/test/accuracy": base["accuracy"]} if base else {}))
     return base
@@ -176,11 +179,16 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
         "base": base,
     }
     if run.data.test.rows:
-        result["test"] = asdict(greedy(run, run.data.test))
+        result["test"] = asdict(announced(run, "held-out rows", run.data.test))
         if config.eval.samples:
             draws = Draws(config.eval.samples, config.seed)
-            result["test"]["pass@k"] = judged(run, lambda judge: evaluate.pass_curve(judge, run.data.test, draws))
-    result["train"] = asdict(greedy(run, run.data.train.first(FIRST)))
+            curve = judged(
+                run, "samples of held-out rows", lambda judge: evaluate.pass_curve(judge, run.data.test, draws)
+            )
+            result["test"]["pass@k"] = curve
+    if config.eval.train_rows != 0:
+        rows = run.data.train.first(config.eval.train_rows or len(run.data.train.rows))
+        result["train"] = asdict(announced(run, "training rows", rows))
     run.track({f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, run.total)
     result["scorer"] = {"train": progress.scored, "eval": progress.judged}
 
@@ -210,20 +218,27 @@ def evaluated(run: Run, finished: int) -> Metrics:
     """Accuracy on the test rows, as a metric; remembers the best. Nothing without test rows."""
     if not run.data.test.rows:
         return {}
-    accuracy = greedy(run, run.data.test).accuracy
+    accuracy = greedy(run, "held-out rows", run.data.test).accuracy
     if accuracy > run.progress.best:
         run.progress.best, run.progress.best_step = accuracy, finished
     return {"eval/test/accuracy": accuracy}
 
 
-def greedy(run: Run, split: dataset.Split) -> evaluate.Accuracy:
-    return judged(run, lambda judge: evaluate.greedy(judge, split))
+def announced(run: Run, what: str, split: dataset.Split) -> evaluate.Accuracy:
+    """Before and after all steps, where nothing else says what the run is at."""
+    run.watch(what, 0, len(split.rows))
+    return greedy(run, what, split)
 
 
-def judged(run: Run, evaluation: Callable[[Judge], T]) -> T:
+def greedy(run: Run, what: str, split: dataset.Split) -> evaluate.Accuracy:
+    return judged(run, what, lambda judge: evaluate.greedy(judge, split))
+
+
+def judged(run: Run, what: str, evaluation: Callable[[Judge], T]) -> T:
     """The evaluation's result; what became of its completions, in all processes, is added to ``progress.judged``."""
     before = list(run.scorer.counts.values())
-    result = evaluation(Judge(run.policy, run.scorer, run.eval_tokens))
+    watch = partial(run.watch, what)
+    result = evaluation(Judge(run.policy, run.scorer, run.eval_tokens, watch))
     new = [n - old for n, old in zip(run.scorer.counts.values(), before, strict=True)]
     for name, n in zip(run.scorer.counts, processes.sums("an evaluation", new), strict=True):
         run.progress.judged[name] += int(n)

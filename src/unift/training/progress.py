@@ -21,10 +21,15 @@ from unift.training.row_memory import RowMemory
 
 Metrics = dict[str, Any]
 Report = Callable[[Metrics, int], Any]  # (metrics of a step, steps of the run); a true result asks the run to stop
+Watch = Callable[[str, int, int], Any]  # (what is evaluated, rows done, rows), while an evaluation goes on
 
 
 def silent(metrics: Metrics, total: int) -> None:
     """The report of whoever wants none."""
+
+
+def unwatched(what: str, done: int, total: int) -> None:
+    """The same of evaluations."""
 
 
 @dataclass
@@ -63,6 +68,7 @@ class Run:
     data: Data
     report: Report
     track: Report
+    watch: Watch = unwatched
     progress: Progress = field(default_factory=Progress)
     done: int = 0  # steps that the last checkpoint holds
     saving: float = 0.0  # seconds of the checkpoint after the last step, which the next step's metrics report
@@ -73,8 +79,8 @@ class Run:
         self.eval_tokens = evaluation_tokens(self.config)
 
     def left(self) -> list[Stage]:
-        """Stages with steps still to do."""
-        return [stage for stage in self.stages if stage.stop > self.done]
+        """Stages with steps still to do; where none has, the last one, whose weights are evaluated and saved all the same."""
+        return [stage for stage in self.stages if stage.stop > self.done] or self.stages[-1:]
 
 
 @dataclass

@@ -225,9 +225,19 @@ def _clipped(policy: Policy, limit: float | None, packs: Sequence[PackedBatch], 
     norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), limit or math.inf))
     if not math.isfinite(norm):
         bad = [n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        what = f"the gradient of {bad[0]} is not finite" if bad else f"the norm of the gradient is {norm}"
+        what = f"the gradient of {bad[0]} is not finite" if bad else _overflow(policy, norm)
         _stop(what, packs, dump)
     return norm
+
+
+def _overflow(policy: Policy, norm: float) -> str:
+    """Every entry is finite, and the sum of their squares is not."""
+    largest = {n: float(p.grad.abs().max()) for n, p in policy.named_parameters() if p.grad is not None and p.numel()}
+    name = max(largest, key=lambda n: largest[n])
+    return (
+        f"the norm of the gradient is {norm}, though every entry is finite (the largest, {largest[name]:.3g}, is of {name}): "
+        "a weight of the loss, or a reward, is far too large"
+    )
 
 
 def _metrics(tally: Tally, policy: Policy, rules: Rules) -> dict[str, float]:

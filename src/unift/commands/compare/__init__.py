@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from unift.commands.compare.table import Result, by_method, reading, table
+from unift.processes import END_SECONDS, child_environment
 from unift.types import ConfigError, UniftError
 
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-END_SECONDS = 10.0  # for a run to end when asked
 COMMAND = ".command.json"  # what brought the result of a folder; a dot file, since `train` minds foreign files
 
 
@@ -155,7 +155,7 @@ def _start(job: Job) -> tuple[subprocess.Popen[bytes], int]:
         job.folder.mkdir(parents=True, exist_ok=True)
         with open(job.folder / "log.txt", "ab") as log:
             offset = log.tell()
-            environment = os.environ | ONE_THREAD
+            environment = child_environment() | ONE_THREAD
             process = subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
     except OSError as error:
         raise UniftError(f"cannot start {job.method} seed {job.seed} in {job.folder}: {error}") from error
@@ -167,12 +167,13 @@ def _read(folder: Path) -> Result | None:
     """result.json, with the number of training completions added from the run's settings where it lacks it."""
     from unift.config.resolve import read_yaml, validate
     from unift.config.stages import stages
+    from unift.training.run import read_result
 
     try:
-        result = json.loads((folder / "result.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        result = read_result(folder)
+    except UniftError:  # damaged is not finished: `train` says so when the run is started again
         return None
-    if "completions" not in result and (folder / "config.yaml").is_file():
+    if result is not None and "completions" not in result and (folder / "config.yaml").is_file():
         found = stages(validate(read_yaml(folder / "config.yaml")))
         result["completions"] = sum(s.total * s.rules.train.prompts * s.rules.sample.completions for s in found)
     return result

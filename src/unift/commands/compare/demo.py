@@ -41,7 +41,7 @@ def run_demo(config: Config, folder: Path, settings: list[str], recipe: str) -> 
         with on_signals(signal.default_int_handler):  # raises KeyboardInterrupt
             worker.start()
             with Live() as display:
-                result = train(config.model_copy(update={"threads": 1}), own, display.update)
+                result = train(config.model_copy(update={"threads": 1}), own, display.update, watch=display.watch)
             if worker.is_alive():
                 print(f"{config.method} is done; waiting for the baselines ...", flush=True)
             worker.join()

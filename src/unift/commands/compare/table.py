@@ -49,11 +49,16 @@ def table(results: Sequence[Result]) -> str:
             f"| base | - | {100 * base['accuracy']:.1f} | {100 * base['low']:.1f} to {100 * base['high']:.1f} | - | - | - | - | - |"
         )
     for method, runs in by_method(results).items():
-        accuracy, low, high = accuracy_of(runs)
-        each = " ".join(f"{100 * r['test']['accuracy']:.1f}" for r in runs)
-        fit, seconds = mean(r["train"]["accuracy"] for r in runs), mean(r["seconds"] for r in runs)
+        measured = [r for r in runs if r.get("test")]
+        held_out, each = "- | -", "-"
+        if measured:
+            accuracy, low, high = accuracy_of(measured)
+            held_out = f"{100 * accuracy:.1f} | {100 * low:.1f} to {100 * high:.1f}"
+            each = " ".join(f"{100 * r['test']['accuracy']:.1f}" for r in measured)
+        fits, seconds = [r["train"]["accuracy"] for r in runs if r.get("train")], mean(r["seconds"] for r in runs)
+        fit = f"{100 * mean(fits):.1f}" if fits else "-"
         lines.append(
-            f"| {method} | {len(runs)} | {100 * accuracy:.1f} | {100 * low:.1f} to {100 * high:.1f} | {each} | {100 * fit:.1f} "
+            f"| {method} | {len(runs)} | {held_out} | {each} | {fit} "
             f"| {_tokens(runs, 'tokens_sampled')} | {_tokens(runs, 'tokens_trained')} | {seconds:.0f} |"
         )
     return "\n".join(lines)
@@ -61,7 +66,7 @@ def table(results: Sequence[Result]) -> str:
 
 def reading(results: Sequence[Result]) -> list[str]:
     """A line each for RFT, SFT and UFT, computed from the numbers and true whichever way they fall."""
-    groups = by_method(results)
+    groups = by_method([r for r in results if r.get("test")])
     lines = []
     if "rft" in groups:
         lines.append(_read_rft(groups["rft"]))
@@ -100,6 +105,8 @@ def _read_rft(runs: Sequence[Result]) -> str:
 
 def _read_sft(runs: Sequence[Result]) -> str:
     accuracy, _, high = accuracy_of(runs)
+    if not all(r.get("train") for r in runs):
+        return f"SFT: {_percent(accuracy)} on held-out rows; its training rows were not evaluated."
     fit, n = mean(r["train"]["accuracy"] for r in runs), runs[0]["train"]["n"]
     head = f"SFT: {_percent(fit)} on its training rows (n = {n}), {_percent(accuracy)} on held-out rows"
     if fit > high:

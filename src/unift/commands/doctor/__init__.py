@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -17,11 +16,10 @@ from unift.types import Row, UniftError
 
 if TYPE_CHECKING:
     from unift.config.sections import Config
-    from unift.rows.dataset import Dataset
+    from unift.rows.dataset import Data, Dataset
     from unift.rows.tokens import Encoded
 LISTED = 10  # targets that are shown with their reason
 DEMONSTRATIONS = 50  # training rows whose own solution is scored
-BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def diagnose(config: Config) -> list[Check]:
             lengths, encoded = _guard("lengths", lambda: measure(config, tokenizer, data))
             checks.append(lengths)
             if encoded:
-                checks.append(room(config, weights[0], encoded))
+                checks.append(_guard("room", lambda: (room(config, encoded), True))[0])
         checks.append(_guard("reward", lambda: try_reward(config, data.train))[0])
     checks.append(_guard("disk", lambda: (disk(config, weights), True))[0])
     return checks
@@ -95,7 +93,9 @@ def packages() -> Check:
 def threads(config: Config) -> Check:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from unift.model.limits import cores as usable
+
+    cores = usable()
     used = config.threads or torch.get_num_threads()
     device, cuda = config.model.device, torch.cuda.is_available()
     if device.startswith("cuda") and not cuda:
@@ -117,9 +117,11 @@ def parameters(folder: Path) -> int:
     """Number of parameters from the headers of the weight files; 0 if there are none. GGUF: an upper bound."""
     from safetensors import safe_open
 
+    from unift.model.folder import reading
+
     count = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, "np") as file:
+        with reading("weights", folder), safe_open(path, "np") as file:
             count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
     other = [*folder.glob("*.gguf"), *folder.glob("pytorch_model*.bin")] if not count else []
     return count + sum(2 * path.stat().st_size for path in other)
@@ -177,22 +179,14 @@ def load_tokenizer(config: Config) -> tuple[Check, Any]:
 # ---------------------------------------------------------------------------------------------- rows
 
 
-def _form(row: Row) -> str:
-    """What makes two rows the same problem: the task's canonical form where it has one, else the prompt."""
-    from unift.rows.tasks import get_task, task_names
-
-    if row.task in task_names():
-        return repr(get_task(row.task).canonical(row))
-    return json.dumps(row.prompt, default=str)
-
-
 def load_rows(config: Config) -> tuple[Check, Dataset | None]:
     from unift.config import needs
     from unift.config.stages import stages
     from unift.rows.dataset import load
+    from unift.rows.inspect import canonical
 
     data = load(config)
-    train, test = [_form(r) for r in data.train], [_form(r) for r in data.test]
+    train, test = [canonical(r) for r in data.train], [canonical(r) for r in data.test]
     twice, shared = len(train) - len(set(train)), len(set(train) & set(test))
     steps = [len(r.steps) for r in data.train]
     bare = sum(n == 0 for n in steps)
@@ -211,21 +205,18 @@ def load_rows(config: Config) -> tuple[Check, Dataset | None]:
     return Check("rows", not faults, "; ".join([text, *faults])), data
 
 
-def measure(config: Config, tokenizer: Any, data: Dataset) -> tuple[Check, list[Encoded] | None]:
+def measure(config: Config, tokenizer: Any, data: Dataset) -> tuple[Check, Data | None]:
     """Lengths in tokens of every row, and how many prompts cannot be told apart from their solution by tokens."""
-    from unift.rows.dataset import named
-    from unift.rows.tokens import encode_row
+    from unift.rows.dataset import encode
 
-    limit, encoded, faults = config.data.max_prompt, [], []
-    for rows, source in ((data.train, config.data.train), (data.test, config.data.test)):
-        for number, row in enumerate(rows, start=1):
-            try:
-                encoded.append(encode_row(tokenizer, row, limit, number, named(source)))
-            except UniftError as error:
-                faults.append(str(error))
-    if faults:
+    try:
+        both = encode(tokenizer, data, config)
+    except UniftError as error:
+        faults = _unfit(config, tokenizer, data)
         total = len(data.train) + len(data.test)
-        return Check("lengths", False, f"{len(faults)} of {total} rows cannot be encoded. First: {faults[0]}"), None
+        count = f"{len(faults)} of {total} rows cannot be encoded. First: {faults[0]}" if faults else str(error)
+        return Check("lengths", False, count), None
+    encoded, limit = [*both.train.encoded, *both.test.encoded], config.data.max_prompt
     prompt, solution = max(len(e.prompt) for e in encoded), max(len(e.solution) for e in encoded)
     forced = sum(e.forced for e in encoded)
     text = f"longest prompt {prompt} tokens, longest solution {solution} tokens (data.max_prompt {limit})"
@@ -240,22 +231,39 @@ def measure(config: Config, tokenizer: Any, data: Dataset) -> tuple[Check, list[
             f"; in {forced} of {len(encoded)} rows a token spans the end of the prompt, so the boundary is forced: "
             "end the prompt with a line break or another mark of its own"
         )
-    return Check("lengths", forced <= len(encoded) // 100, text), encoded
+    return Check("lengths", forced <= len(encoded) // 100, text), both
 
 
-def room(config: Config, folder: Path, encoded: Sequence[Encoded]) -> Check:
-    """Do solutions fit into a completion, and prompt + completion into the model's positions?"""
+def _unfit(config: Config, tokenizer: Any, data: Dataset) -> list[str]:
+    """What is wrong with each row that cannot be encoded."""
+    from unift.rows.dataset import named
+    from unift.rows.tokens import encode_row
+
+    faults: list[str] = []
+    for rows, source in ((data.train, config.data.train), (data.test, config.data.test)):
+        for number, row in enumerate(rows, start=1):
+            try:
+                encode_row(tokenizer, row, config.data.max_prompt, number, named(source))
+            except UniftError as error:
+                faults.append(str(error))
+    return faults
+
+
+def room(config: Config, data: Data) -> Check:
+    """Do solutions fit into a completion, and prompt, hint and completion into the model's positions?"""
     from unift.config.stages import evaluation_tokens, stages
+    from unift.model import limits
+    from unift.model.load import locate
 
+    encoded = [*data.train.encoded, *data.test.encoded]
     most = max(evaluation_tokens(config), *(stage.rules.sample.max_tokens for stage in stages(config)))
     longer = sum(len(e.solution) > most for e in encoded)
-    # A hint leaves the whole length limit to the completion, so the longest context is all of the row + the limit.
-    context = max(len(e.prompt) + len(e.solution) for e in encoded) + most
-    path = folder / "config.json"
-    positions = json.loads(path.read_text()).get("max_position_embeddings") if path.is_file() else None
-    if positions and context > positions:
-        text = f"prompt, hint and completion can take {context} tokens, the model holds {positions}. Lower sample.max_tokens"
-        return Check("room", False, text)
+    try:
+        limits.check_positions(config, data)
+    except UniftError as error:
+        return Check("room", False, str(error))
+    context = max(sum(parts) for _, _, *parts in limits.longest_contexts(config, data))
+    positions = limits.positions(limits.model_settings(locate(config.model.path)))
     if longer > len(encoded) // 10:
         need = max(len(e.solution) for e in encoded)
         text = (
@@ -320,6 +328,8 @@ def disk(config: Config, weights: tuple[Path, int] | None) -> Check:
     place = next(p for p in (folder, *folder.parents) if p.exists())
     if not os.access(place, os.W_OK) or not place.is_dir():
         return Check("disk", False, f"cannot write to {place}. Name another run folder with --run")
+    from unift.model.limits import BYTES
+
     free, gib = shutil.disk_usage(place).free, 2**30
     if weights is None:
         return Check("disk", True, f"{free / gib:.1f} GiB free at {place}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from unift.config import needs
@@ -10,13 +9,37 @@ from unift.config.identity import to_yaml
 from unift.config.sections import Config
 from unift.config.stages import stages
 from unift.hints import schedules
+from unift.model import limits
 from unift.model.load import locate
+from unift.rows.dataset import load
+from unift.rows.tasks import make_rows
+from unift.types import HANDED, ConfigError
 
 
 def describe(config: Config, folder: Path) -> str:
-    """Text for people. Reads the model's config.json at most; loads no weights and no rows."""
-    parts = [to_yaml(config).rstrip(), f"run folder: {folder}", *_batches(config), _memory(config)]
+    """Text for people. Reads what a run would read before the weights: rows of files, and the model's config.json.
+
+    Raises UniftError for rows, a reward or a model that are not there or cannot be read.
+    """
+    parts = [to_yaml(config).rstrip(), f"run folder: {folder}", _rows(config), *_batches(config), _memory(config)]
     return "\n".join([*parts, *_schedule(config)])
+
+
+def _rows(config: Config) -> str:
+    """Rows of files are read; one row of a task is made; what lies on the Hub, or was handed over, is left alone."""
+    data, rewards = config.data, config.reward.function
+    for name in [rewards] if isinstance(rewards, str) else [reward.function for reward in rewards]:
+        place = name.rpartition(":")[0]
+        if place.endswith(".py") and not Path(place).expanduser().is_file():
+            raise ConfigError(f"reward.function={name!r}: no such file (looked in {Path.cwd()})")
+    if data.task:
+        make_rows(data.task, 1, data.seed, "train", **data.options)
+        return f"rows: made by the task {data.task}"
+    elsewhere = [name for name in (data.train, data.test) if str(name).startswith("hf:") or name == HANDED]
+    if elsewhere:
+        return f"rows: {elsewhere[0]}, not looked at"
+    found = load(config)
+    return f"rows: {len(found.train)} for training, {len(found.test)} held out"
 
 
 def _batches(config: Config) -> list[str]:
@@ -34,25 +57,17 @@ def _batches(config: Config) -> list[str]:
 
 def _memory(config: Config) -> str:
     """Weights, gradients and AdamW state exactly, from the shapes in config.json; activations as a rough bound."""
-    path = locate(config.model.path) / "config.json"
-    if not path.is_file():
+    shapes = limits.model_settings(locate(config.model.path))
+    if not shapes:
         return "memory: not estimated (no config.json beside the model)"
-    c = json.loads(path.read_text())
-    width, layers, vocab = c.get("hidden_size"), c.get("num_hidden_layers"), c.get("vocab_size")
-    if not (width and layers and vocab):
+    parameters, token = limits.parameters(shapes), limits.token_bytes(shapes, config.model.dtype)
+    if parameters is None or token is None:
         return "memory: not estimated (config.json has no hidden_size, num_hidden_layers or vocab_size)"
-    heads = c.get("num_attention_heads", 1)
-    kv = c.get("num_key_value_heads") or heads
-    inner = c.get("intermediate_size", 4 * width)
-    head = c.get("head_dim") or width // heads
-    parameters = layers * (width * head * (2 * heads + 2 * kv) + 3 * width * inner + 2 * width) + vocab * width
-    if not c.get("tie_word_embeddings", False):
-        parameters += vocab * width
-    size = {"float32": 4, "bfloat16": 2, "float64": 8}[config.model.dtype]
+    size = limits.BYTES[config.model.dtype]
     trained = parameters * size * 4 if config.model.lora is None else parameters * size
     copied = any(needs.reference(stage.rules) for stage in stages(config))
     reference = parameters * size if copied and config.model.lora is None else 0
-    activations = config.train.token_budget * layers * (10 * width + 3 * inner) * size
+    activations = config.train.token_budget * token
     gib = 2**30
     return (
         f"memory: {parameters / 1e6:.1f} M parameters; weights, gradients and AdamW {trained / gib:.2f} GiB, "

@@ -5,7 +5,6 @@ Nothing here is read by a run: a run's numbers depend on settings and never on a
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import torch
 
 from unift.commands.doctor import Check
 from unift.config.sections import Config
-from unift.model import matmul
+from unift.model import limits, matmul
+from unift.model.limits import cores
 from unift.model.load import locate, pick_device
 
 ROWS, WIDTH, INNER = 1024, 576, 1536  # a product of a 135 M model's feed-forward layer over a thousand tokens
@@ -71,10 +71,6 @@ def measure(threads: int) -> Rates:
         torch.set_float32_matmul_precision(precision)
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def free_bytes() -> int:
     """Memory that a process can take now: what Linux calls available, elsewhere half of all."""
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
@@ -86,13 +82,9 @@ def free_bytes() -> int:
 
 def budget(config: Config, free: int) -> tuple[int, str] | None:
     """(largest power of two of tokens whose activations fit, why); None without a config.json beside the model."""
-    path = locate(config.model.path) / "config.json"
-    c = json.loads(path.read_text()) if path.is_file() else {}
-    width, layers = c.get("hidden_size"), c.get("num_hidden_layers")
-    if not (width and layers):
+    token = limits.token_bytes(limits.model_settings(locate(config.model.path)), config.model.dtype)
+    if token is None:
         return None
-    size = {"float32": 4, "bfloat16": 2, "float64": 8}[config.model.dtype]
-    token = layers * (10 * width + 3 * c.get("intermediate_size", 4 * width)) * size
     tokens = max(int(free * SHARE / token), 256)
     tokens = min(1 << (tokens.bit_length() - 1), 65536)
     return tokens, f"about {token / 1024:,.0f} KiB of activations a token, {free / 2**30:.1f} GiB free"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from unift.commands.display import FAILURES, failures
 from unift.commands.report.charts import series
 from unift.commands.report.gather import RunData
 from unift.intervals import wilson
@@ -100,12 +101,10 @@ def _scorer(run: RunData) -> list[tuple[str, str] | None]:
     counts = dict(((run.result or {}).get("scorer") or {}).get("train") or {})
     if not counts and run.metrics:
         last = run.metrics[-1]
-        names = ("timeouts", "crashes", "exceptions", "bad_values")
-        counts = {n: int(last[f"reward/{n}"]) for n in names if last.get(f"reward/{n}")}
-    bad = {k: v for k, v in counts.items() if k not in ("total", "skipped") and v}
-    if not bad:
+        counts = {n: int(last[f"reward/{n}"]) for n in FAILURES if last.get(f"reward/{n}")}
+    listed = failures(counts)
+    if not listed:
         return []
-    listed = ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in bad.items())
     of = f" of {counts['total']:,} completions" if counts.get("total") else ""
     return [(WATCH, f"The scorer failed: {listed}{of}. Such a completion takes no part in training; see Rollouts.")]
 

@@ -3,10 +3,8 @@ completions, so that the page stays small."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,15 @@ from typing import Any
 import numpy as np
 import yaml
 
+from unift.config.identity import flat
 from unift.config.packaged import preset_names, preset_text
 from unift.config.resolve import read_yaml, validate
 from unift.config.sections import Config, Credit, Phase
 from unift.config.stages import stages
 from unift.credit.advantages import advantages
+from unift.training.run import read_object, read_result
 from unift.training.run.metrics import read_metrics
+from unift.training.run.rollouts import UNREADABLE, read_records
 from unift.types import ConfigError, UniftError
 
 CONFIG = "config.yaml"
@@ -108,14 +109,15 @@ def read_run(folder: Path, steps: int = 8, groups: int = 3, samples: int = 4) ->
         config = None
         remarks.append(f"This version of unift does not accept the stored settings ({error}); advantages are left out.")
     metrics = _metrics(folder / "metrics.jsonl", remarks)
+    environment = folder / "environment.json"
     shown, available = choose(folder, config, steps, groups, samples, remarks)
     return RunData(
         folder=folder,
         settings=settings,
         config=config,
         metrics=metrics,
-        result=_json(folder / "result.json", remarks),
-        environment=_json(folder / "environment.json", remarks) or {},
+        result=_or_remark(lambda: read_result(folder), remarks) or None,
+        environment=_or_remark(lambda: read_object(environment), remarks) if environment.is_file() else {},
         rollouts=shown,
         rollout_steps=available,
         stopped=(folder / "nonfinite").is_dir() and any((folder / "nonfinite").iterdir()),
@@ -123,31 +125,18 @@ def read_run(folder: Path, steps: int = 8, groups: int = 3, samples: int = 4) ->
     )
 
 
-def _json(path: Path, remarks: list[str]) -> dict[str, Any] | None:
+def _or_remark(read: Callable[[], dict[str, Any] | None], remarks: list[str]) -> dict[str, Any]:
+    """What was read; nothing, and a remark, where it is damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        remarks.append(f"{path.name} could not be read ({error}).")
-        return None
-    if not isinstance(value, dict):
-        remarks.append(f"{path.name} was left out: found {type(value).__name__}, expected an object.")
-        return None
-    return value
+        return read() or {}
+    except UniftError as error:
+        remarks.append(f"{error}.")
+        return {}
 
 
 def _metrics(path: Path, remarks: list[str]) -> list[dict[str, Any]]:
-    try:
-        records = read_metrics(path)
-        written = sum(bool(line.strip()) for line in path.read_bytes().splitlines()) if path.is_file() else 0
-    except (OSError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UniftError(
-            f"{path} cannot be read ({error!r}): expected one JSON object with a step a line. "
-            "Continuing the run (`unift train` with the same command) writes it anew from the last checkpoint"
-        ) from error
-    if not all(isinstance(r, dict) and isinstance(r.get("step"), int) for r in records):
-        raise UniftError(f"{path} holds a line that is no metrics of a step: expected JSON objects with a whole step")
+    records = read_metrics(path)
+    written = sum(bool(line.strip()) for line in path.read_bytes().splitlines()) if path.is_file() else 0
     if written > len(records):
         remarks.append(
             f"metrics.jsonl: {written - len(records)} of {written} lines left out, from the first that is torn. "
@@ -194,16 +183,6 @@ def _compared(
             origin = "this run"
         found.append(Setting(head + key, text_of(value), text_of(default), origin))
     return found
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 1}} -> {"train.lr": 1}. Lists stay values; an empty mapping is one too."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree} if prefix else {}
-    merged: dict[str, Any] = {}
-    for name, value in tree.items():
-        merged |= flat(value, f"{prefix}.{name}" if prefix else str(name))
-    return merged
 
 
 def text_of(value: Any) -> str:
@@ -262,7 +241,7 @@ def choose(
     for path in picked:
         try:
             found.append(_step(path, numbers[path], config, groups, samples))
-        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             remarks.append(f"rollouts/{path.name} was left out: it cannot be read ({error!r}).")
     return found, len(paths)
 
@@ -270,9 +249,7 @@ def choose(
 def _step(path: Path, step: int, config: Config | None, groups: int, samples: int) -> Step:
     rule = _credit(config, step)
     found: list[Group] = []
-    with gzip.open(path, "rt", encoding="utf-8") as handle:
-        next(handle)
-        found.extend(_chosen_group(json.loads(line), rule) for line in handle)
+    found.extend(_chosen_group(record, rule) for record in read_records(path)[1:])
     queues = [[g for g in found if g.kind == kind] for kind in KINDS]
     picked: list[Group] = []
     while len(picked) < groups and any(queues):  # one of each kind before a second of any

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unift.types import ConfigError, DataError, Row, Score
+from unift.types import ConfigError, DataError, Row, Score, closest
 
 RULES = ("unift", "paper")
 
@@ -35,8 +34,8 @@ class Task:
 def nearest(word: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` plus the full list, for messages about an unknown name."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    guess = f" Did you mean {close[0]!r}?" if close else ""
+    close = closest(word, known)
+    guess = f" Did you mean {close!r}?" if close else ""
     return f"{guess} Known: {', '.join(known) or 'none'}."
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,8 +42,11 @@ def generate(
     max_tokens: int,
     temperature: float = 1.0,
     rows: int = ROWS,
+    watch: Callable[[int], Any] = lambda done: None,
 ) -> list[list[Sample]]:
-    """Samples of every request, in order: token ids (EOS kept as the last), log-probs under softmax(logits/T)."""
+    """Samples of every request, in order: token ids (EOS kept as the last), log-probs under softmax(logits/T).
+
+    watch: told the number of requests that are done, after every batch."""
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt), i))  # little padding in a batch
     results: list[list[Sample]] = [[] for _ in requests]
     batches: list[list[int]] = []
@@ -64,6 +68,7 @@ def generate(
                 sampled = _run_plain(policy, picked, max_tokens, temperature)
             for i, samples in zip(batch, sampled, strict=True):
                 results[i] = samples
+            watch(sum(map(bool, results)))
     return results
 
 

@@ -110,13 +110,13 @@ def open_run(folder: Path, config: Config, data: str) -> dict[str, Any] | None:
     """
     stored = folder / "config.yaml"
     if stored.is_file() and (folder / "metrics.jsonl").is_file():
-        changed = differences(validate(read_yaml(stored)), config)
+        changed = differences(_stored(stored), config)
         if changed:
             raise ConfigError(
                 f"{folder} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
                 "Use another run folder (run=...), or the settings it began with"
             )
-        known = _json(folder / "environment.json").get("data")
+        known = read_object(folder / "environment.json").get("data")
         if known != data:
             raise DataError(
                 f"the training rows are not those that {folder} began with (fingerprint {data}, expected {known}). "
@@ -124,8 +124,7 @@ def open_run(folder: Path, config: Config, data: str) -> dict[str, Any] | None:
             )
         for place in (folder, folder / "checkpoints", folder / "rollouts"):
             clean_temporary(place)
-        result = folder / "result.json"
-        return _json(result) if result.is_file() else None
+        return read_result(folder)
     if any(folder.iterdir()):
         own = ("config.yaml", "environment.json", "log.txt", "base")
         foreign = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in own]
@@ -136,13 +135,46 @@ def open_run(folder: Path, config: Config, data: str) -> dict[str, Any] | None:
     return None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _stored(path: Path) -> Config:
+    """The settings that the run began with."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return validate(read_yaml(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path} does not hold the settings of a run: {error}. Use another run folder") from None
+
+
+def read_object(path: Path, todo: str = "Use another one (--run)") -> dict[str, Any]:
+    """A JSON object of a run folder. UniftError for anything else, with what to do."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UniftError(f"{path} cannot be read ({error}): the run folder is damaged. {todo}") from error
+    if not isinstance(value, dict):
         raise UniftError(
-            f"{path} cannot be read ({error}): the run folder is damaged. Use another one (--run)"
-        ) from error
+            f"{path} holds {type(value).__name__} {value!r:.40}, expected an object: the run folder is damaged. {todo}"
+        )
+    return value
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result of a finished run, None while it goes on. UniftError if what is there cannot be one."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    todo = "Delete it and run the same command: the end of the run is done again from its last checkpoint"
+    result = read_object(path, todo)
+    faults = [name for name in ("seconds", "steps") if not _number(result.get(name, None if name == "seconds" else 0))]
+    for name in ("base", "test", "train"):
+        found = result.get(name) or {}
+        sound = isinstance(found, dict) and all(_number(found.get(k)) for k in ("accuracy", "low", "high", "n"))
+        faults += [name] if found and not sound else []
+    if faults:
+        raise UniftError(f"{path} is no result of a run: {faults[0]!r} holds {result.get(faults[0])!r:.40}. {todo}")
+    return result
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

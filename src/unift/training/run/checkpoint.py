@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from unift.model.policy import Policy
 
 
+_DAMAGED = "delete this folder, and the same command continues from the checkpoint before it, or from the start"
+
+
 def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
@@ -70,7 +73,14 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
     where = folder / "checkpoints" / step_name(step)
     if not (where / "state.pt").is_file():
         raise UniftError(f"{where}/state.pt is missing. Several machines need a run folder that all of them see")
-    stored = torch.load(where / "state.pt", map_location=policy.device, weights_only=True)
+    try:
+        stored = torch.load(where / "state.pt", map_location=policy.device, weights_only=True)
+        trainer = json.loads((where / "trainer.json").read_text(encoding="utf-8"))
+        known = {"counters", "scorer"} <= trainer.keys() and {"weights", "optimizer"} <= stored.keys()
+    except Exception as error:  # torch and pickle raise many kinds; all mean that the file is damaged
+        raise UniftError(f"{where} cannot be read ({str(error) or repr(error):.100}): {_DAMAGED}") from None
+    if not known:
+        raise UniftError(f"{where} holds no checkpoint of this version: {_DAMAGED}")
     own = dict(policy.named_parameters())
     if optimizer is None or policy.critic is None:  # a critic belongs to the phase that trained it
         own, stored["weights"] = (
@@ -83,7 +93,7 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
             own[name].copy_(value)
     if optimizer is not None:
         optimizer.load_state_dict(stored["optimizer"])
-    return json.loads((where / "trainer.json").read_text())
+    return trainer
 
 
 def prune(folder: Path, keep: int, also: Iterable[int]) -> None:

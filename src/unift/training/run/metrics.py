@@ -11,7 +11,7 @@ import numpy as np
 
 from unift.config.sections import Rules
 from unift.files import write_atomic, writing
-from unift.types import Group
+from unift.types import Group, UniftError
 
 
 def merged(parts: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -58,15 +58,29 @@ def append_metrics(path: Path, metrics: dict[str, Any]) -> None:
 
 
 def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
-    """Complete lines with step <= ``up_to``; a line torn by a kill is left out."""
+    """Complete lines with step <= ``up_to``; a line torn by a kill is left out.
+
+    Raises UniftError for a file that is no text, and for a line that is whole and yet no metrics of a step.
+    """
     if not path.is_file():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UniftError(
+            f"{path} cannot be read as text ({error}): the run folder is damaged. Use another one"
+        ) from None
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             break
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise UniftError(
+                f"{path}, line {number} holds no metrics of a step: expected an object with a whole 'step', found "
+                f"{record!r:.40}. Delete the line, or use another run folder"
+            )
         if up_to is None or record["step"] <= up_to:
             kept.append(record)
     return kept

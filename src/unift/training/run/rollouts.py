@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 from unift.files import write_atomic
 from unift.training.run.checkpoint import step_name
-from unift.types import Group, Sample, Score
+from unift.types import Group, Sample, Score, UniftError
+
+# What damaged files raise: gzip, text, JSON and then a missing or odd field.
+UNREADABLE = (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError)
 
 
 def rollouts_path(folder: Path, step: int) -> Path:
@@ -66,11 +70,21 @@ def read_rollouts(folder: Path, step: int) -> tuple[str, list[Group]] | None:
     path = rollouts_path(folder, step)
     if not path.is_file():
         return None
-    head, *lines = gzip.decompress(path.read_bytes()).decode().split("\n")
-    groups = []
-    for line in lines:
-        r = json.loads(line)
-        samples = [_sample(s) for s in r["samples"]]
-        place = (r["row"], r["row_id"], r["prompt_tokens"], r["hint_tokens"], r["cuts"], r["cuts_total"])
-        groups.append(Group(*place, samples, r.get("discarded", 0)))
-    return json.loads(head)["weights"], groups
+    try:
+        head, *records = read_records(path)
+        return head["weights"], [_group(record) for record in records]
+    except UNREADABLE as error:
+        raise UniftError(
+            f"{path} cannot be read ({error!r}): delete it, and the step is sampled again, to the same numbers"
+        ) from None
+
+
+def read_records(path: Path) -> list[Any]:
+    """The head of a file of rollouts and its groups as they are stored. Raises one of UNREADABLE."""
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().split("\n")]
+
+
+def _group(r: dict[str, Any]) -> Group:
+    samples = [_sample(s) for s in r["samples"]]
+    place = (r["row"], r["row_id"], r["prompt_tokens"], r["hint_tokens"], r["cuts"], r["cuts_total"])
+    return Group(*place, samples, r.get("discarded", 0))

@@ -1,0 +1,106 @@
+"""What machine and model allow, before weights are read: threads, positions, memory. From config.json beside the weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from unift.config import needs
+from unift.config.sections import Config
+from unift.config.stages import evaluation_tokens, stages
+from unift.model.folder import locate, model_settings
+from unift.rows.dataset import Data
+from unift.types import ConfigError, DataError
+
+BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}  # of a number
+THREADS = 8  # times the cores (and at least 256): beyond it the system may refuse, and then ends the process
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_threads(wanted: int | None) -> None:
+    """Set torch's threads. ConfigError for a number that no machine of this size starts."""
+    import torch
+
+    if wanted is None:
+        return
+    most = max(256, THREADS * cores())
+    if wanted > most:
+        raise ConfigError(
+            f"threads={wanted}: this machine has {cores()} cores and takes at most {most} threads. Set threads={cores()}"
+        )
+    torch.set_num_threads(wanted)
+
+
+# ---------------------------------------------------------------------------------------------- config.json
+
+
+def positions(settings: Mapping[str, Any]) -> int | None:
+    """Tokens that a sequence may have; None where the model does not say."""
+    found = settings.get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
+def parameters(settings: Mapping[str, Any]) -> int | None:
+    """Of a decoder with gated feed-forward layers, from its shapes; None where one is not given."""
+    width, layers, vocab = (settings.get(n) for n in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    if not (width and layers and vocab):
+        return None
+    heads = settings.get("num_attention_heads", 1)
+    kv = settings.get("num_key_value_heads") or heads
+    head = settings.get("head_dim") or width // heads
+    layer = width * head * (2 * heads + 2 * kv) + 3 * width * _inner(settings, width) + 2 * width
+    return layers * layer + vocab * width * (1 if settings.get("tie_word_embeddings", False) else 2)
+
+
+def token_bytes(settings: Mapping[str, Any], dtype: str) -> int | None:
+    """Activations that training keeps for one token, a rough bound; None where a shape is not given."""
+    width, layers = settings.get("hidden_size"), settings.get("num_hidden_layers")
+    if not (width and layers):
+        return None
+    return layers * (10 * width + 3 * _inner(settings, width)) * BYTES[dtype]
+
+
+def _inner(settings: Mapping[str, Any], width: int) -> int:
+    return settings.get("intermediate_size", 4 * width)
+
+
+# ---------------------------------------------------------------------------------------------- lengths
+
+
+def longest_contexts(config: Config, data: Data) -> list[tuple[str, int, int, int, int]]:
+    """(split, row from 1, tokens of its prompt, of its longest hint, of a completion) of every row, as a run forwards it."""
+    found = [stage.rules for stage in stages(config)]
+    hinted = any(needs.hints(s) for s in found)
+    sampled = max([s.sample.max_tokens for s in found if s.sample.completions], default=0)
+    splits = (("data.train", data.train, sampled), ("data.test", data.test, evaluation_tokens(config)))
+    return [
+        (
+            name,
+            number,
+            max(len(e.prompt), len(e.instructed or [])),
+            e.step_ends[-1] if hinted and name == "data.train" else 0,
+            most,
+        )
+        for name, split, most in splits
+        for number, e in enumerate(split.encoded, start=1)
+    ]
+
+
+def check_positions(config: Config, data: Data) -> None:
+    """DataError where prompt, hint and completion can take more tokens than the model has positions (its config.json;
+    a GGUF file has none). Beyond them a model with learned positions fails, and one with rotary ones turns to noise."""
+    most = positions(model_settings(locate(config.model.path)))
+    if most is None:
+        return
+    for name, number, prompt, hint, completion in longest_contexts(config, data):
+        if prompt + hint + completion > most:
+            raise DataError(
+                f"{name}, row {number}: the prompt ({prompt} tokens), its longest hint ({hint}) and a completion "
+                f"({completion}) take more than the {most} positions of the model. Lower sample.max_tokens to "
+                f"{max(most - prompt - hint, 0)} or less, or drop the row"
+            )
