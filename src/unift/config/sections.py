@@ -314,7 +314,12 @@ class Reward(Section):
         "each alone (weight 1) or as {function, weight}, whose weighted sum is the score",
     )
     format_score: float = Field(default=0.0, lt=1, description="for a parsable wrong answer")
-    rule: Literal["unift", "paper"] = Field(default="unift", description="where an answer is looked for")
+    rule: Literal["unift", "paper"] = Field(
+        default="unift", description="paper: the official graders of UFT, for comparison"
+    )
+    answer: Literal["auto", "tags", "boxed", "hash", "last_number"] = Field(
+        default="auto", description="where the answer stands; auto: where the training rows' own solutions have it"
+    )
     workers: int = Field(default=1, ge=1, description="processes that score")
     timeout: float = Field(default=5.0, gt=0, description="seconds of CPU time for one completion")
     wall_timeout: float | None = Field(
