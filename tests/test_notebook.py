@@ -50,6 +50,7 @@ def test_it_defines_its_own_rows_and_reward():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive:UserWarning")  # of plt.show() in a script
 def test_it_runs(tmp_path, monkeypatch, capsys):
     """By nbclient where it is installed, else its code cells as a script; the model learns the lock either way."""
     try:
