@@ -659,7 +659,7 @@ def test_disk_errors_that_nothing_else_caught(monkeypatch, capsys):
     "items",
     [
         ["likelihood.weight=1e30"],
-        ["reference.kl=1e36", "train.updates=2", "train.lr=0.01"],
+        ["reference.kl=1e28", "train.updates=2", "train.lr=0.01"],
         ["reward.function=huge.py:score", "credit.scale=none"],
     ],
     ids=["likelihood", "kl", "reward"],
