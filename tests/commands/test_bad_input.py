@@ -87,7 +87,17 @@ FILES = {
     "text.jsonl": (b'"abc"\n', "text.jsonl, row 1: expected a mapping of columns, found str 'abc'"),
     "one.json": (GOOD.encode(), "one.json: expected a JSON list of rows, found dict"),
     "bytes.json": (b"[\xff]", "bytes.json cannot be read as json"),
-    "rows.csv": (b"prompt,answer\n1,2\n", "unknown kind of file '.csv'; expected .jsonl, .json or .parquet"),
+    "rows.xlsx": (b"PK", "unknown kind of file '.xlsx'; expected .jsonl, .json, .parquet, .csv or .tsv"),
+    "more.xlsx": (b"PK", "`unift data convert` reads what lies on the Hub"),
+    "rows.txt.gz": (b"\x1f\x8b", "unknown kind of file '.txt.gz'"),
+    "torn.jsonl.gz": (b"\x1f\x8b\x08\x00", "torn.jsonl.gz cannot be read: "),
+    "plain.jsonl.gz": (GOOD.encode(), "plain.jsonl.gz cannot be read: Not a gzipped file"),
+    "rows.csv": (b"prompt,answer\n1,2\n", "rows.csv, row 1, column 'steps': no worked solution"),
+    "ragged.csv": (b"prompt,answer,steps\n1,2\n", "ragged.csv, line 2: 2 cells, the head has 3"),
+    "quote.csv": (b'prompt,answer,steps\n"1"2,3,4\n', "quote.csv, line 2: cannot be read as a table"),
+    "latin.csv": ("prompt,answer\né,2\n".encode("latin-1"), "latin.csv, line 2: not UTF-8 text"),
+    "head.csv": (b"prompt,answer\n", "head.csv holds no rows"),
+    "inner.jsonl": (b"[[1], [2]]", "inner.jsonl, row 1: expected a mapping of columns, found list [[1], [2]]"),
     "torn.parquet": (b"PAR1" + b"\0" * 99, "torn.parquet cannot be read as parquet"),
 }
 
@@ -659,7 +669,7 @@ def test_disk_errors_that_nothing_else_caught(monkeypatch, capsys):
     "items",
     [
         ["likelihood.weight=1e30"],
-        ["reference.kl=1e36", "train.updates=2", "train.lr=0.01"],
+        ["reference.kl=1e28", "train.updates=2", "train.lr=0.01"],
         ["reward.function=huge.py:score", "credit.scale=none"],
     ],
     ids=["likelihood", "kl", "reward"],

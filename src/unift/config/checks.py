@@ -62,8 +62,8 @@ def check_model(config: Config, user: Mapping[str, Any]) -> None:
 
     The default and those of recipes are toys of a few thousand parameters that know one task's letters.
     """
-    model = user.get("model")
-    if config.data.train and not (isinstance(model, Mapping) and model.get("path")):
+    model: Any = user.get("model")
+    if config.data.train and not (isinstance(model, dict) and "path" in model):
         raise ConfigError(
             f"data.train={config.data.train!r} without model.path: set model.path=FOLDER, the Hugging Face model to train. "
             f"The default, {config.model.path!r}, is a toy that knows its own task alone"

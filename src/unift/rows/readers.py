@@ -1,4 +1,4 @@
-"""Rows from files: JSONL, JSON, Parquet and the Hub, in four layouts. Errors name file, row (from 1) and column.
+"""Rows from files and the Hub, in four layouts. Errors name file, row (from 1) and column.
 
 unift          prompt, steps, answer [, ending | solution | completion] [, id, task, any other column]
 UFT / verl     prompt (chat list), hint (list), answer (whole target text), reward_model.ground_truth, data_source
@@ -8,7 +8,6 @@ reasoning-gym  question, answer, metadata [, solution]
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from unift.rows.files import records
 from unift.rows.tasks.base import content_id
 from unift.types import DataError, Row
 
@@ -34,8 +34,8 @@ def read_rows(
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: expected 1 row or more")
-    records = _hub(path[3:], split or "train") if path.startswith("hf:") else _file(path)
-    return rows_of(records, path, format=format, limit=limit, need_steps=need_steps)
+    found = _hub(path[3:], split or "train") if path.startswith("hf:") else records(path)
+    return rows_of(found, path, format=format, limit=limit, need_steps=need_steps)
 
 
 def rows_of(
@@ -95,54 +95,6 @@ def check_steps(row: Row, where: str, need_steps: bool) -> Row:
     if need_steps and not row.steps:
         raise DataError(f"{where}, column 'steps': no worked solution, which this method learns from")
     return row
-
-
-def _file(path: str) -> list[Any]:
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise DataError(f"{path} is a folder; expected a file of rows, .jsonl, .json or .parquet")
-    if not file.is_file():
-        raise DataError(f"{path}: no such file (looked in {Path.cwd()})")
-    if file.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
-    try:
-        if file.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            return pq.read_table(file).to_pylist()
-        if file.suffix == ".json":
-            records = json.loads(file.read_text(encoding="utf-8-sig"))
-            if not isinstance(records, list):
-                raise DataError(f"{path}: expected a JSON list of rows, found {type(records).__name__}")
-            return records
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as {file.suffix[1:]}: {error}") from error
-    if file.suffix not in (".jsonl", ".ndjson"):
-        raise DataError(f"{path}: unknown kind of file {file.suffix!r}; expected .jsonl, .json or .parquet")
-    return _json_lines(file, path)
-
-
-def _json_lines(file: Path, path: str) -> list[Any]:
-    """Lines end at \\n alone: JSON texts may hold the other characters that str.splitlines takes for line ends."""
-    records = []
-    try:
-        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                records.append(json.loads(line.decode("utf-8")))
-            except UnicodeDecodeError as error:
-                bad = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
-                raise DataError(f"{path}, line {number}: not UTF-8 text ({bad}). Save the file as UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})"
-                ) from None
-            except (RecursionError, ValueError) as error:
-                raise DataError(f"{path}, line {number}: cannot be read as JSON ({error})") from None
-    return records
 
 
 def _hub(name: str, split: str) -> list[Any]:

@@ -17,7 +17,6 @@ from unift.types import Row, UniftError
 if TYPE_CHECKING:
     from unift.config.sections import Config
     from unift.rows.dataset import Data, Dataset
-    from unift.rows.tokens import Encoded
 LISTED = 10  # targets that are shown with their reason
 DEMONSTRATIONS = 50  # training rows whose own solution is scored
 

@@ -1,0 +1,83 @@
+"""Rows are the same whatever file holds them: JSON Lines, JSON lists, CSV, TSV, Parquet, gzipped or not."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+
+import pytest
+
+from unift.rows.inspect import write_rows
+from unift.rows.readers import read_rows
+from unift.rows.tasks import make_rows
+
+ROWS = [
+    {"prompt": 'Say "a, b"\u2028\n', "steps": ["one\n", "two, 2\n"], "ending": "[1] end", "answer": "4", "id": "1"},
+    {"prompt": "été\t漢字 [x]", "steps": ["first. "], "ending": "", "answer": "[1, 2]", "id": "2"},
+    {"prompt": "p", "steps": ["s"], "ending": ".", "answer": {"letters": "ab", "keys": 2}, "id": "3", "task": "lock"},
+]
+
+
+def table(delimiter):
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, ["id", "prompt", "steps", "ending", "answer", "task"], delimiter=delimiter)
+    writer.writeheader()
+    for row in ROWS:
+        cells = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in row.items()}
+        writer.writerow(cells)
+    return out.getvalue()
+
+
+TEXTS = {
+    "rows.jsonl": "\n".join(map(json.dumps, ROWS)) + "\n",
+    "list.jsonl": json.dumps(ROWS),
+    "pretty.jsonl": json.dumps(ROWS, indent=2),
+    "rows.json": "\ufeff" + json.dumps(ROWS),
+    "rows.ndjson": "\r\n".join(map(json.dumps, ROWS)),
+    "rows.csv": "\ufeff" + table(","),
+    "rows.tsv": table("\t"),
+}
+
+
+def parts(rows):
+    return [(r.id, r.prompt, r.steps, r.ending, r.answer, r.task) for r in rows]
+
+
+EXPECTED = [(r["id"], r["prompt"], tuple(r["steps"]), r["ending"], r["answer"], r.get("task", "")) for r in ROWS]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, packed):
+    content = TEXTS[name].encode()
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    found = parts(read_rows(str(path), format="unift"))
+    if name.endswith((".csv", ".tsv")):  # an empty cell is missing: the ending is then written from the answer
+        assert found[1][3] == "\n<answer> [1, 2] </answer>"
+        found[1] = (*found[1][:3], "", *found[1][4:])
+    assert found == EXPECTED
+
+
+def test_gzip_is_known_by_its_bytes(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(gzip.compress(TEXTS["rows.jsonl"].encode()))
+    assert parts(read_rows(str(tmp_path / "rows.jsonl"))) == EXPECTED
+
+
+def test_a_table_of_plain_texts(tmp_path):
+    """As a spreadsheet saves it: a solution in one cell is cut into steps, numbers stay the texts they are."""
+    (tmp_path / "rows.csv").write_text('question,prompt,solution,answer\r\n-,2+2=,"Two and two.\nFour.",4\r\n')
+    (row,) = read_rows(str(tmp_path / "rows.csv"))
+    assert (row.prompt, row.steps, row.answer) == ("2+2=", ("Two and two.\n", "Four."), "4")
+    (tmp_path / "chat.csv").write_text('prompt,steps,answer\n"[{""role"": ""user"", ""content"": ""hi""}]",a,1\n')
+    (row,) = read_rows(str(tmp_path / "chat.csv"))
+    assert row.prompt == ({"role": "user", "content": "hi"},)
+
+
+def test_parquet_and_json_lines_of_a_task(tmp_path):
+    rows = make_rows("lock", 5, 0, "train")
+    for name in ("rows.parquet", "rows.jsonl"):
+        write_rows(rows, tmp_path / name)
+        assert read_rows(str(tmp_path / name)) == rows
