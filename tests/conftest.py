@@ -129,6 +129,47 @@ def bpe_tokenizer(*merges):
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
 
 
+CHAT_TOKENS = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|user|>",
+           "<|assistant|>", "<|end|>"]  # fmt: skip
+
+
+def chat_tokenizer(template=None, bos=True, special=True):
+    """Byte-level BPE without merges. ``special``: the marks of a chat are special tokens, or only added ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*CHAT_TOKENS, *alphabet])}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if special:
+        backend.add_special_tokens(CHAT_TOKENS)
+    else:
+        backend.add_special_tokens(CHAT_TOKENS[:3])
+        backend.add_tokens(CHAT_TOKENS[3:])
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def saved_llama(folder, tokenizer, vocab=None, eos=None):
+    """Folder of a random Llama with this tokenizer; ``vocab``: rows of its embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"eos_token_id": tokenizer.eos_token_id if eos is None else eos, "bos_token_id": 1, "pad_token_id": 0}
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab or len(tokenizer), initializer_range=0.3, max_position_embeddings=256, **size, **ids
+        )
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 # ---------------------------------------------------------------------------------------------- settings and groups
 
 

@@ -50,7 +50,7 @@ class Row:
     ending: str
     answer: Any
     task: str = ""  # name of a built-in task ("countdown", ...) or the data_source of the file
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def solution(self) -> str:
@@ -63,7 +63,7 @@ class Score:
 
     value: float
     correct: bool | None = None  # None: take value >= 1.0
-    parts: Mapping[str, float] = field(default_factory=dict)  # e.g. {"format": 0.1, "correct": 0.0}
+    parts: Mapping[str, float] = field(default_factory=dict[str, float])  # e.g. {"format": 0.1, "correct": 0.0}
     note: str = ""  # why, for people
 
     @property
@@ -98,7 +98,7 @@ class Group:
     hint: list[int]  # token ids, a slice of the tokenised solution
     cuts: int  # k: how many cuts of the solution are shown
     cuts_total: int  # min(L, number of steps)
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list[Sample])
     discarded: int = 0  # tokens sampled for prompts that this one replaced (dynamic sampling)
 
 

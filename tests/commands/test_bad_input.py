@@ -54,7 +54,8 @@ def refused(unift, monkeypatch):
     def load(*args):
         raise AssertionError("the model was loaded before the error")
 
-    monkeypatch.setattr("unift.model.load.load_policy", load)
+    for user in ("training.loop", "training.evaluate", "commands.retention"):
+        monkeypatch.setattr(f"unift.{user}.load_policy", load)
 
     def run(*words):
         code, said = unift(*words)

@@ -23,7 +23,9 @@ def unift(*words, cwd=None):
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; from unift import cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys; from unift.commands import cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     shown = unift("--help").stdout
     assert all(

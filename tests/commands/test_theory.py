@@ -306,5 +306,8 @@ def test_mistakes(words, said):
 
 
 def test_numpy_only():
-    code = "import sys; from unift import theory, theory_report; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
+    code = (
+        "import sys; from unift.commands import theory, theory_study; "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -10,8 +10,8 @@ from torch import nn
 
 from unift.config.sections import Lora
 from unift.model import matmul
-from unift.model.load import _adapt
 from unift.model.logprobs import logprobs
+from unift.model.lora import adapt
 from unift.model.packs import COMPLETION, Item, Member, pack
 from unift.objectives.weights import weigh
 from unift.sampling.engines.native import Request, generate
@@ -111,7 +111,7 @@ def test_sampler(one_dnn, kind, tie, lora):
     """Its log-probs are the trainer's, whatever the model, and its tokens those of the sampler that packs nothing."""
     policy, _ = tiny_policy(kind=kind, tie=tie)
     if lora:
-        policy.model, policy.lora = _adapt(policy.model, Lora(rank=4)), True
+        policy.model, policy.lora = adapt(policy.model, Lora(rank=4)), True
         with torch.no_grad():
             for name, parameter in policy.model.named_parameters():
                 if "lora_B" in name:

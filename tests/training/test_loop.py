@@ -41,7 +41,7 @@ def no_model(monkeypatch):
     def load(*args):
         raise AssertionError("the model was loaded before the error")
 
-    monkeypatch.setattr("unift.model.load.load_policy", load)
+    monkeypatch.setattr("unift.training.loop.load_policy", load)
 
 
 @pytest.mark.parametrize("method", ["sft", "rft", "r3", "stage", "uft", "sft-rft"])
@@ -152,7 +152,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 
     config = tiny("uft", "save.every=1", "save.keep=9")
     with monkeypatch.context() as patch:
-        patch.setattr("unift.files.publish_folder", full)
+        patch.setattr("unift.training.run.checkpoint.publish_folder", full)
         with pytest.raises(UniftError, match="No space left"):
             train(config, tmp_path)
     assert checkpoint.steps_saved(tmp_path) == [1, 2]

@@ -141,6 +141,30 @@ def test_phases_and_sparse_checkpoints(tmp_path, monkeypatch, method):
     assert outcome(tmp_path / "cut") == expected
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters(tmp_path, monkeypatch, dtype):
+    """A killed LoRA run, also with adapters on the tied embeddings: bitwise, and so is one that saves less often."""
+    words = ["model.lora={rank: 4, targets: [q_proj, embed_tokens]}", f"model.dtype={dtype}", "train.lr=0.01",
+             "train.steps=4", "train.prompts=2", "eval.every=0", "sample.max_tokens=12"]  # fmt: skip
+    settings, seldom = tiny("uft", *words), tiny("uft", *words, "save.every=0")
+    train(seldom, tmp_path / "whole")
+    real = loop.one_step
+
+    def stop_at(run, moment, *args):
+        if moment.step == 2:
+            raise Killed
+        return real(run, moment, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "one_step", stop_at)
+        with pytest.raises(Killed):
+            train(settings, tmp_path / "cut")
+    train(settings, tmp_path / "cut")
+    assert outcome(tmp_path / "cut", 4) == outcome(tmp_path / "whole", 4)
+    one, other = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("cut", "whole"))
+    assert one == other
+
+
 @pytest.mark.slow
 def test_random_sigkill(tmp_path):
     """20 SIGKILLs, ten at random moments of a step and ten inside a save; all of them hit a run that goes on afterwards."""
@@ -196,7 +220,7 @@ def test_kill_during_a_save(whole, tmp_path, monkeypatch):
         real(temporary, final)
 
     with monkeypatch.context() as patch:
-        patch.setattr("unift.files.publish_folder", torn)
+        patch.setattr("unift.training.run.checkpoint.publish_folder", torn)
         with pytest.raises(Killed):
             train(tiny(), tmp_path)
     left = list((tmp_path / "checkpoints").glob(".*.tmp"))

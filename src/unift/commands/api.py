@@ -275,7 +275,7 @@ def _handed_over(settings: Mapping[str, Any], *, train: Rows, test: Rows, reward
     if isinstance(reward, str):
         over["reward.function"] = reward
     elif reward is not None:
-        from unift.rewards import describe
+        from unift.rewards.identity import describe
 
         over["reward.function"] = layers.handed(describe(reward))
     return Given(rows, None if isinstance(reward, str) else reward), over

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from unift.config.sections import Config
 
 # A continued run may change these: they do not touch the numbers.
-FREE_KEYS = ("run", "save", "log", "baselines", "reward.workers", "reward.timeout", "reward.error_rate", "threads")
+FREE_KEYS = (
+    "run", "save", "log", "baselines", "threads",
+    "reward.workers", "reward.timeout", "reward.wall_timeout", "reward.error_rate", "reward.environment",
+)  # fmt: skip
 
 
 def to_yaml(config: Config) -> str:
@@ -23,7 +26,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     flat: dict[str, Any] = {}
-    for name, value in tree.items():
+    for name, value in cast("Mapping[str, Any]", tree).items():
         flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
     return flat
 

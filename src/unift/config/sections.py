@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from unift.config import words
 
@@ -289,9 +289,29 @@ class Data(Section):
     )
 
 
+class WeightedReward(Section):
+    """One of several rewards. Text alone stands for weight 1."""
+
+    function: str = Field(description="as reward.function")
+    weight: float = Field(default=1.0, description="of its value in the score")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, found: Any) -> Any:
+        return {"function": found} if isinstance(found, str) else found
+
+
+OneOrMore = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[WeightedReward], Field(min_length=1), Tag("list")],
+    Discriminator(lambda found: "list" if isinstance(found, list) else "text"),  # one message for a mistake, not two
+]
+
+
 class Reward(Section):
-    function: str = Field(
-        default="auto", description="auto (the row's task), a task's name, module:function or file.py:function"
+    function: OneOrMore = Field(
+        default="auto",
+        description="auto (the row's task), a task's name, module:function or file.py:function; or a list of these, "
+        "each alone (weight 1) or as {function, weight}, whose weighted sum is the score",
     )
     format_score: float = Field(default=0.0, lt=1, description="for a parsable wrong answer")
     rule: Literal["unift", "paper"] = Field(
@@ -301,10 +321,16 @@ class Reward(Section):
         default="auto", description="where the answer stands; auto: where the training rows' own solutions have it"
     )
     workers: int = Field(default=1, ge=1, description="processes that score")
-    timeout: float = Field(default=5.0, gt=0, description="seconds for one completion")
+    timeout: float = Field(default=5.0, gt=0, description="seconds of CPU time for one completion")
+    wall_timeout: float | None = Field(
+        default=None, gt=0, description="seconds of wall clock for one completion; default 10 times reward.timeout"
+    )
     error_rate: float = Field(default=0.1, ge=0, le=1, description="of failed scores above which the run stops")
     memory_mb: int | None = Field(
-        default=None, ge=1, description="MiB of address space that a worker may add; null = any"
+        default=None, ge=1, description="MiB that a worker may take beyond what it holds once the reward is loaded"
+    )
+    environment: list[str] = Field(
+        default_factory=list, description="variables that the reward sees although they look like secrets"
     )
 
 

@@ -24,7 +24,7 @@ def items_of(
 
     ``demos``: whole solutions, where they carry a loss. ``rules``: who takes part (gate, own completions); None: all.
     """
-    items = []
+    items: list[Item] = []
     for i, group in enumerate(groups):
         own_a = advantages[i][: len(group.samples)]
         samples = [(s, a) for s, a in zip(group.samples, own_a, strict=True) if s.tokens and s.score is not None]
@@ -36,7 +36,7 @@ def items_of(
             push, as_member = words.LOSSES[rules.policy.loss].pushes, rules.sample.demonstration
         failed = gate is not None and fails(group, gate)
         supervised = gate is None or (failed and not waits)
-        members = []
+        members: list[Member] = []
         if push and (not failed or waits):
             members = [Member(s.tokens, COMPLETION, a, s.logps, s.given) for s, a in samples]
         if own is not None:

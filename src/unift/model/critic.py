@@ -13,7 +13,8 @@ from unift.model.policy import Policy
 
 def new_critic(policy: Policy) -> nn.Linear:
     """Zero weights: it says 0 at first, whatever the seed."""
-    head = nn.Linear(policy.embeddings.weight.shape[1], 1, device=policy.device, dtype=torch.float32)
+    width = policy.head.weight.shape[1]  # V reads what the head reads
+    head = nn.Linear(width, 1, device=policy.device, dtype=torch.float32)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head

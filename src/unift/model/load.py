@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from unift import processes
 from unift.config import needs
 from unift.config.sections import Config
 from unift.config.stages import evaluation_tokens, stages
 from unift.files import publish_folder, writing
-from unift.model import attention, matmul, paths
+from unift.model import attention, lora, matmul, paths
 from unift.model.policy import Policy
+from unift.rows import tokens
 from unift.rows.dataset import Data
 from unift.types import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from unift.config.sections import Lora
     from unift.config.sections import Model as ModelConfig
 
 
@@ -63,9 +62,16 @@ def load_tokenizer(config: ModelConfig) -> Any:
     folder, gguf = locate(config.path), _gguf(config)
     try:
         extra = {"gguf_file": gguf} if gguf else {}
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no tokenizer could be read from {folder}: {error}") from error
+    settings = folder / "config.json"
+    if settings.is_file() and not gguf:
+        known = json.loads(settings.read_text(encoding="utf-8"))
+        size = (known.get("text_config") or known).get("vocab_size")
+        if isinstance(size, int):
+            tokens.check_rows(tokenizer, size)
+    return tokenizer
 
 
 def expected_path(config: ModelConfig, longest: float) -> str:
@@ -139,6 +145,7 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
         raise ConfigError(f"no causal language model could be read from {folder}: {error}") from error
     if device.type == "cpu":
         matmul.route()
+    tokens.check_rows(tokenizer, len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
     model = model.to(device=device).eval()  # type: ignore[call-arg]  # eval: no dropout; gradients flow all the same
     model.config.use_cache = False
     if gguf:
@@ -146,7 +153,7 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
     policy = Policy(model, tokenizer, device, autocast=config.autocast, cuda_graphs=config.cuda_graphs)
     paths.choose(policy, config.forward, longest)
     if config.lora is not None:
-        policy.model, policy.lora = _adapt(model, config.lora), True
+        policy.model, policy.lora = lora.adapt(model, config.lora), True
     return policy
 
 
@@ -159,24 +166,6 @@ def _forget_gguf(model: Any) -> None:
             delattr(model.config, name)
 
 
-def _adapt(model: nn.Module, lora: Lora) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        target_modules=lora.targets,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, settings)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ConfigError(
-            f"model.lora.targets={lora.targets!r} does not fit {type(model).__name__}: {error} Name other model.lora.targets"
-        ) from error
-
-
 def save_pretrained(policy: Policy, folder: Path) -> None:
     """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained and vLLM read."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -184,16 +173,13 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
     kept = base.config._attn_implementation
     base.config._attn_implementation_internal = None  # not a property of the weights
     base.config.use_cache = True
+    generation = getattr(base, "generation_config", None)
+    if generation is not None:
+        ends = policy.end_ids
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
     try:
         if policy.lora:
-            policy.model.merge_adapter()  # type: ignore[operator]
-            state = {
-                k.replace(".base_layer", ""): v.detach().clone().contiguous()
-                for k, v in base.state_dict().items()
-                if ".lora_" not in k
-            }
-            policy.model.unmerge_adapter()  # type: ignore[operator]
-            base.save_pretrained(folder, state_dict=state)
+            base.save_pretrained(folder, state_dict=lora.merged_state(base))
         else:
             base.save_pretrained(folder)
     finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unift.model import plain
+from unift.model import lora, plain
 from unift.model.packs import COMPLETION, PackedBatch
 from unift.model.policy import Policy
 
@@ -102,7 +102,7 @@ def logprobs(policy: Policy, batch: PackedBatch, temperature: float = 1.0) -> tu
 
 def head_logprobs(policy: Policy, hidden_SD: Tensor, target_S: Tensor, scale_S: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the targets from the last hidden states, in the precision of the policy."""
-    weight, bias = policy.head.weight, policy.head.bias
+    weight, bias = lora.weight(policy.head), policy.head.bias
     if policy.autocast == "all":  # explicitly: the backward pass runs outside of autocast
         hidden_SD, weight = hidden_SD.bfloat16(), weight.bfloat16()
         bias = None if bias is None else bias.bfloat16()

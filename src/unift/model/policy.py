@@ -6,9 +6,10 @@ the plain path (``plain.py``); ``paths.py`` decides when the model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from unift.model import attention, matmul, plain
 from unift.model.attention.decode import DecodeLayout
 from unift.model.attention.packed import PackedLayout
 from unift.model.packs import PackedBatch
+from unift.rows import chat, tokens
 
 PACK_STEPS = 8  # sampled tokens from which it pays to rearrange the weights for decoding
 
@@ -49,6 +51,41 @@ class Policy:
     @property
     def base(self) -> Any:
         return self.model.get_base_model() if self.lora else self.model  # type: ignore[operator]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end a completion, ascending: the tokenizer's EOS, what closes a turn of its chat template, and those
+        of the model's generation config. The same set stops the sampler and whoever generates with the saved model."""
+        more = getattr(getattr(self.base, "generation_config", None), "eos_token_id", None)
+        own = set() if more is None else set(more if isinstance(more, list) else [more])
+        return sorted(own | chat.end_ids(self.tokenizer))
+
+    @cached_property
+    def token_ids(self) -> Tensor | None:
+        """Ids that the tokenizer has a token for, int64, where these are not all that the head has logits for; else None.
+
+        Other ids are never sampled. Log-probs are those of the whole softmax in sampler and trainer alike, as they are of
+        the saved model: a sampled token comes from this distribution, given that it is a token.
+        """
+        if not hasattr(self.tokenizer, "get_vocab") or self.head is None:
+            return None
+        rows = self.head.weight.shape[0]
+        ids = [i for i in tokens.token_ids(self.tokenizer) if i < rows]
+        return torch.tensor(ids, device=self.device) if len(ids) < rows else None
+
+    def draw(self, scores_NV: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """Ids [N] that ``pick`` chooses by their scores among the tokens: f(scores [N, K]) -> columns [N]."""
+        if self.token_ids is None:
+            return pick(scores_NV)
+        k = len(self.token_ids)
+        if self._padded:  # a view
+            return pick(scores_NV[:, :k])
+        return self.token_ids[pick(scores_NV.index_select(1, self.token_ids))]
+
+    @cached_property
+    def _padded(self) -> bool:
+        """The ids without a token are the last ones."""
+        return self.token_ids is not None and int(self.token_ids[-1]) + 1 == len(self.token_ids)
 
     @property
     def trunk(self) -> nn.Module:
@@ -107,9 +144,7 @@ class Policy:
     def logits(self, hidden_SD: Tensor) -> Tensor:
         head = self.head
         with matmul.small(self.device.type == "cpu" and head.weight.numel() < matmul.LARGE):
-            if type(head) is nn.Linear:
-                return head.forward(hidden_SD)  # with a packed weight while sampling
-            return torch.nn.functional.linear(hidden_SD, head.weight, head.bias)
+            return head(hidden_SD)  # the module itself: it may be packed while sampling, or wrapped by an adapter
 
     def tokens_forwarded(self, batch: PackedBatch) -> int:
         """Tokens that the forward of a pack computes, without padding."""

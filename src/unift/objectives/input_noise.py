@@ -54,14 +54,20 @@ def owner_T(batch: PackedBatch) -> Tensor:
     return out_T
 
 
+def no_delta(policy: Policy, batch: PackedBatch) -> Tensor:
+    """Zeros [T, width] for what is added to the input embeddings, in their precision."""
+    table = policy.embeddings.weight
+    return torch.zeros(len(batch.tokens_T), table.shape[1], dtype=table.dtype, device=table.device)
+
+
 def noise(policy: Policy, batch: PackedBatch, items: Sequence[Item], inputs: Inputs) -> Tensor:
     """uniform: alpha / sqrt(L d) * U(-1, 1) (NEFTune, arXiv 2310.05914). gaussian: N(0, mean(e^2) / SNR) (the channel
     of R-SFLLM, arXiv 2407.11654). L: tokens of the item that are forwarded; numbers are addressed by the item."""
-    owner, table = owner_T(batch), policy.embeddings.weight
-    delta_TD = torch.zeros(len(batch.tokens_T), table.shape[1], dtype=table.dtype, device=table.device)
+    owner, delta_TD = owner_T(batch), no_delta(policy, batch)
     for b, item in enumerate(items):
         at = torch.nonzero(owner == b)[:, 0]
-        embedded = table[batch.tokens_T[at]].detach()
+        with torch.no_grad():  # by the module: it may scale its rows, or hold an adapter
+            embedded = policy.embeddings(batch.tokens_T[at])
         values = NOISES[inputs.noise](rng.generator("noise", *item.address), embedded, inputs.scale)
         delta_TD[at] = torch.from_numpy(values).to(delta_TD)
     return delta_TD
@@ -86,10 +92,7 @@ NOISES: Mapping[words.NoiseName, Callable[[np.random.Generator, Tensor, float], 
 def worst_case(policy: Policy, batch: PackedBatch, rules: Rules) -> Tensor:
     """eps * g / |g| for each item, g the gradient of its loss on its embeddings: the first-order worst perturbation of
     norm eps (arXiv 1605.07725, eq. 5; the jammer of R-SFLLM)."""
-    table = policy.embeddings.weight
-    delta_TD = torch.zeros(
-        len(batch.tokens_T), table.shape[1], dtype=table.dtype, device=table.device, requires_grad=True
-    )
+    delta_TD = no_delta(policy, batch).requires_grad_()
     with torch.enable_grad():
         probe = replace(batch, delta_TD=delta_TD)
         l_S, _ = logprobs(policy, probe, rules.sample.temperature)
@@ -101,7 +104,7 @@ def worst_case(policy: Policy, batch: PackedBatch, rules: Rules) -> Tensor:
     norm_B = torch.zeros(int(owner.max()) + 1, dtype=torch.float64, device=owner.device)
     norm_B = norm_B.index_add(0, owner, g_TD.double().square().sum(1)).sqrt()
     scale_T = torch.where(norm_B > 0, rules.inputs.scale / norm_B.clamp(min=1e-300), 0.0)[owner]
-    return (g_TD.double() * scale_T[:, None]).to(table.dtype)
+    return (g_TD.double() * scale_T[:, None]).to(delta_TD.dtype)
 
 
 @torch.no_grad()
@@ -110,8 +113,7 @@ def own_guesses(policy: Policy, batch: PackedBatch, share: float) -> Tensor:
     (IFT's temporal residual connection, arXiv 2405.11870 eq. 17). One extra forward pass."""
     with policy.precision(sampling=False):
         hidden = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
-    table = policy.embeddings.weight
-    delta_TD = torch.zeros(len(batch.tokens_T), table.shape[1], dtype=table.dtype, device=table.device)
+    delta_TD = no_delta(policy, batch)
     following = _place_of_targets(batch)
     for part in range(0, len(batch.at_S), CHUNK):
         rows = slice(part, part + CHUNK)
@@ -119,8 +121,10 @@ def own_guesses(policy: Policy, batch: PackedBatch, share: float) -> Tensor:
         forwarded = place >= 0
         if not bool(forwarded.any()):
             continue
-        guess = policy.logits(hidden[batch.at_S[rows][forwarded]]).argmax(-1)
-        delta_TD[place[forwarded]] = share * (table[guess] - table[batch.target_S[rows][forwarded]])
+        guess = policy.draw(policy.logits(hidden[batch.at_S[rows][forwarded]]), lambda z_NK: z_NK.argmax(-1))
+        delta_TD[place[forwarded]] = share * (
+            policy.embeddings(guess) - policy.embeddings(batch.target_S[rows][forwarded])
+        )
     return delta_TD
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -215,7 +216,7 @@ def sequence_loss(l_S: Tensor, batch: PackedBatch, policy: PolicyStream) -> Tens
     on_S = batch.policy_w_S != 0
     if not bool(on_S.any()):
         return l_S.sum() * 0.0
-    _, owner = batch.sequence_S[on_S].unique(return_inverse=True)
+    _, owner = cast("tuple[Tensor, Tensor]", batch.sequence_S[on_S].unique(return_inverse=True))  # pyright: ignore[reportUnknownMemberType]
     n = int(owner.max()) + 1
     drift = (l_S.double() - batch.ref_S)[on_S]
     r_N = policy.beta * drift.new_zeros(n).index_add(0, owner, drift)

@@ -95,7 +95,7 @@ def weigh(items: Sequence[Item], rules: Rules) -> list[ItemWeights]:
     likelihood, kind = rules.likelihood, words.TOKENS[rules.likelihood.tokens]
     micro, max_tokens = rules.train.micro_prompts, rules.sample.max_tokens
     completions = [[_in_policy(m, rules) for m in item.members] for item in items]
-    supervised = []
+    supervised: list[list[int]] = []
     for item in items:
         n = len(item.hint) if kind.hint else 0
         if kind.demo:

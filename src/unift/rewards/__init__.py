@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def open_scorer(reward: RewardSettings, rows: Sequence[Row], handed: Any = None) -> Scorer:
     """The scorer that the settings describe.
 
-    rows: of the training split; they decide the place of the answer where reward.answer=auto. ``handed``: a function of
-    a Python caller, where the settings say that there is one.
+    rows: of the training split; they decide the place of the answer where reward.answer=auto. ``handed``: a callable
+    of a Python caller, or a list of them with weights, in place of what the settings name.
     """
-    if handed is None and str(reward.function).startswith(HANDED):
+    if handed is None and isinstance(reward.function, str) and reward.function.startswith(HANDED):
         raise RewardError(
             f"the reward of this run was handed over from Python ({reward.function}): pass it again with "
             "unift.train(reward=...), or set reward.function=file.py:function"
@@ -29,11 +29,13 @@ def open_scorer(reward: RewardSettings, rows: Sequence[Row], handed: Any = None)
         handed if handed is not None else reward.function,
         workers=reward.workers,
         timeout=reward.timeout,
+        wall_timeout=reward.wall_timeout,
         error_rate=reward.error_rate,
         format_score=reward.format_score,
         rule=reward.rule,
         memory_mb=reward.memory_mb,
         answer=answer_rule(rows, reward.answer, reward.rule),
+        environment=reward.environment,
     )
 
 
@@ -50,8 +52,8 @@ def count_outcomes(groups: Sequence[Group]) -> dict[str, int]:
 def score_groups(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], hint_texts: Sequence[str]) -> None:
     """Fill ``score`` or ``error`` of every sample from its text.
 
-    rows: the dataset (``group.row`` is the index into it). hint_texts: one per group. A sample to which a TRL-style
-    reward does not apply keeps ``score`` None and ``error`` "".
+    rows: the dataset (``group.row`` is the index into it). hint_texts: one per group. A sample to which no reward
+    applies keeps ``score`` None and ``error`` "".
     """
     if len(groups) != len(hint_texts):
         raise ValueError(f"found {len(groups)} groups and {len(hint_texts)} hint texts; want one text per group")

@@ -1,32 +1,35 @@
 """Turn a named reward function, of ours, TRL's or verl's signature, into one: (completion, row, hint) -> Score | None.
 
-A bad value is an exception here (`BadValue`), never a 0: the pool counts it. None means "does not apply" and exists
-only for TRL-style functions, where it is part of the contract.
+A bad value is an exception here (`BadValue`), never a 0: the scorer counts it. None means "does not apply" in TRL-style
+functions, where it is part of the contract, and in functions whose return annotation names None; elsewhere it is most
+likely a forgotten ``return`` and a bad value.
 """
 
 from __future__ import annotations
 
-import asyncio
+import importlib
 import importlib.util
 import inspect
 import math
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
+from unift.rewards.journal import NAME_CHARS, NOTE_CHARS, PARTS
 from unift.types import RewardError, Row, Score
 
 ACCEPTED = """the three accepted signatures are
   score(completion, row) -> float or Score   unift; hint, format_score, rule and answer are passed when it names them
   f(prompts, completions, **columns) -> list        TRL; called with lists of one element; None = does not apply
-  compute_score(data_source, solution_str, ground_truth, extra_info) -> float or dict with "score"      verl"""
+  compute_score(data_source, solution_str, ground_truth, extra_info) -> float or dict with "score"      verl
+(unift and verl: None = does not apply where the return annotation says so, as in -> float | None)"""
 EMPTY, REQUIRED = inspect.Parameter.empty, (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-NOTE_CHARS = 1000
 
 
 class BadValue(ValueError):
@@ -183,11 +186,12 @@ def _ours(
     function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter], options: Mapping[str, Any]
 ) -> Callable[[str, Row, str], Score | None]:
     extras = {name: value for name, value in options.items() if _takes(parameters, name)}
-    takes_hint = _takes(parameters, "hint")
+    takes_hint, may_skip = _takes(parameters, "hint"), _may_skip(function)
 
-    def call(completion: str, row: Row, hint: str) -> Score:
+    def call(completion: str, row: Row, hint: str) -> Score | None:
         named = {**extras, "hint": hint} if takes_hint else extras
-        return as_score(_finished(function(completion=completion, row=row, **named)))
+        value = _finished(function(completion=completion, row=row, **named))
+        return None if value is None and may_skip else as_score(value)
 
     return call
 
@@ -195,7 +199,9 @@ def _ours(
 def _verl(
     function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]
 ) -> Callable[[str, Row, str], Score | None]:
-    def call(completion: str, row: Row, hint: str) -> Score:
+    may_skip = _may_skip(function)
+
+    def call(completion: str, row: Row, hint: str) -> Score | None:
         named = {
             "data_source": row.extra.get("data_source", row.task),
             "solution_str": completion,
@@ -203,6 +209,8 @@ def _verl(
             "extra_info": row.extra.get("extra_info", dict(row.extra)),
         }
         value = _finished(function(**{name: v for name, v in named.items() if _takes(parameters, name)}))
+        if value is None and may_skip:
+            return None
         return _score_of_dict(value) if isinstance(value, Mapping) else as_score(value)
 
     return call
@@ -248,10 +256,23 @@ def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
+def _may_skip(function: Callable[..., Any]) -> bool:
+    """Whether the return annotation names None beside a value, as in ``float | None`` or ``Optional[float]``."""
+    try:
+        annotation = inspect.signature(function).return_annotation
+    except (TypeError, ValueError):
+        return False
+    if isinstance(annotation, str):
+        return annotation.strip() != "None" and re.search(r"\bNone\b|\bOptional\b", annotation) is not None
+    return type(None) in get_args(annotation)
+
+
 def _finished(value: Any) -> Any:
     """The result of an async function, too: each item has its own deadline, so there is nothing to interleave."""
     if not inspect.isawaitable(value):
         return value
+
+    import asyncio  # slow to import, and few need it
 
     async def wait(awaitable: Awaitable[Any]) -> Any:
         return await awaitable
@@ -271,7 +292,12 @@ def as_score(value: Any) -> Score:
         if _number(correct, "returned a Score whose `correct` is") not in (0.0, 1.0):
             raise BadValue(f"returned a Score whose `correct` is {_brief(correct)}; expected True, False or None")
         correct = bool(correct)
-    parts = {str(name): _number(part, f"returned a Score whose part {name!r} is") for name, part in value.parts.items()}
+    if len(value.parts) > PARTS:
+        raise BadValue(f"returned a Score of {len(value.parts)} parts; expected at most {PARTS}")
+    parts = {
+        str(name)[:NAME_CHARS]: _number(part, f"returned a Score whose part {str(name)[:80]!r} is")
+        for name, part in value.parts.items()
+    }
     return Score(_number(value.value, "returned a Score of value"), correct, parts, str(value.note)[:NOTE_CHARS])
 
 
@@ -279,7 +305,7 @@ def _score_of_dict(value: Mapping[str, Any]) -> Score:
     """verl's dict: "score" trains, "acc" (where there is one) says whether it is correct, other numbers are parts."""
     if "score" not in value:
         raise BadValue(f"returned a dict with keys {sorted(map(str, value))}; expected a key 'score'")
-    rest = {name: v for name, v in value.items() if name != "score" and isinstance(v, (bool, int, float))}
+    rest = {str(name): v for name, v in value.items() if name != "score" and isinstance(v, (bool, int, float))}
     correct = bool(rest["acc"]) if rest.get("acc") in (0, 1) else None
     return as_score(Score(_number(value["score"], "returned a dict whose score is"), correct, rest))
 

@@ -1,18 +1,24 @@
-"""What comes back from a scoring worker: outcomes, and the parent's view of a chunk, as far as its journal tells."""
+"""What a worker reports, and how the trainer reads it: untrusted bytes in, a checked value or BadRecord out.
+
+A record is one line of JSON, ``[nonce, what, ...]``. The nonce is drawn by the trainer for every item and is known to the
+worker alone, so a record is for an item that the worker holds or it is none.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import time
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 
 from unift.types import Score
 
+LINE_BYTES = 1 << 20  # no honest record is longer
+NOTE_CHARS, MESSAGE_CHARS, NAME_CHARS, PARTS = 1000, 2000, 200, 100
 COUNT_OF = {"timeout": "timeouts", "crash": "crashes", "exception": "exceptions", "bad value": "bad_values"}
 COUNTS = ("total", *COUNT_OF.values(), "skipped")
+CLEAN, LITTERED, SPOILED = 0, 1, 2  # the worker after an item: as before; threads or children are left; not to be used
 
 
 @dataclass(frozen=True)
@@ -28,56 +34,79 @@ class ScoreError:
         return self.kind if self.kind in ("timeout", "crash") else f"{self.kind}: {self.message}"
 
 
-Outcome = Score | ScoreError | None  # None: a TRL-style reward said that it does not apply
+Outcome = Score | ScoreError | None  # None: no reward applies
 
 
-@dataclass
-class Job:
-    """A chunk on its way, as far as its journal tells."""
+class BadRecord(ValueError):
+    """The worker sent what no honest worker sends."""
 
-    future: Future[None]
-    indices: list[int]
-    journal: str
-    handle: int
-    attempt: int
-    stage: str = "queued"  # then "loading", "scoring"
-    pid: int = 0
-    since: float = field(default_factory=time.monotonic)  # begin of the stage, or of the item being scored
-    scored: int = 0
-    kind: str = ""
-    unloadable: str = ""
-    retired: bool = False
-    over: bool = False
-    dead_since: float = 0.0
-    tail: bytes = b""
 
-    def read(self) -> list[tuple[int, Outcome]]:
-        """What came in since the last time."""
-        settled: list[tuple[int, Outcome]] = []
-        while data := os.read(self.handle, 1 << 20):
-            self.tail += data
-        *lines, self.tail = self.tail.split(b"\n")  # a last line without its end was cut off by a kill
-        for line in lines:
-            self.since, what, *rest = json.loads(line)
-            if what == "pid":
-                self.stage, self.pid = "loading", rest[0]
-            elif what == "ready":
-                self.stage, self.kind = "scoring", rest[0]
-            elif what == "unloadable":
-                self.unloadable = rest[0]
-            elif what == "retired":
-                self.retired = True
-            else:
-                outcome: Outcome = Score(*rest) if what == "score" else None
-                if what not in ("score", "skipped"):
-                    outcome = ScoreError(what, rest[0])
-                settled.append((self.indices[self.scored], outcome))
-                self.scored += 1
-        return settled
+@dataclass(frozen=True)
+class Ready:
+    kind: str  # "task", "unift", "TRL" or "verl"; joined by "+" where several are added up
 
-    def close(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-            self.handle = -1
-            with contextlib.suppress(OSError):
-                os.unlink(self.journal)
+
+@dataclass(frozen=True)
+class Unloadable:
+    message: str
+
+
+@dataclass(frozen=True)
+class Scored:
+    outcome: Outcome
+    state: int  # CLEAN, LITTERED or SPOILED
+
+
+R = TypeVar("R")
+
+
+def read_record(line: bytes, nonce: str, *due: type[R]) -> R:
+    """One line, without its end. Raises BadRecord unless it is a record of a kind that is due, for ``nonce``, with every
+    field as it must be."""
+    record = _read(line, nonce)
+    if isinstance(record, due):
+        return record
+    raise BadRecord("a record out of turn")
+
+
+def _read(line: bytes, nonce: str) -> Ready | Unloadable | Scored:
+    try:
+        record = json.loads(line, parse_constant=_refuse)
+    except (ValueError, RecursionError, MemoryError):
+        raise BadRecord("a line that is no record") from None
+    if not isinstance(record, list) or len(record) < 3 or record[0] != nonce:
+        raise BadRecord("a record for no item that it holds")
+    match record[1:]:
+        case ["ready", str(kind)] if len(kind) <= NAME_CHARS:
+            return Ready(kind)
+        case ["unloadable", str(message)]:
+            return Unloadable(message[:MESSAGE_CHARS])
+        case ["skipped", state] if _is_state(state):
+            return Scored(None, state)
+        case ["score", value, correct, dict(parts), str(note), state] if _is_state(state):
+            return Scored(_score(value, correct, parts, note), state)
+        case [("exception" | "bad value" | "crash") as kind, str(message), state] if _is_state(state):
+            return Scored(ScoreError(kind, message[:MESSAGE_CHARS]), state)
+    raise BadRecord("a record of no known form")
+
+
+def _score(value: Any, correct: Any, parts: Mapping[str, Any], note: str) -> Score:
+    if not (correct is None or isinstance(correct, bool)) or len(parts) > PARTS or len(note) > NOTE_CHARS:
+        raise BadRecord("a score of no known form")
+    if any(len(name) > NAME_CHARS for name in parts):
+        raise BadRecord("a score of no known form")
+    return Score(_finite(value), correct, {name: _finite(part) for name, part in parts.items()}, note)
+
+
+def _finite(number: Any) -> float:
+    if isinstance(number, float) and math.isfinite(number):
+        return number
+    raise BadRecord("a score that is not a finite number")
+
+
+def _is_state(state: Any) -> bool:
+    return type(state) is int and CLEAN <= state <= SPOILED
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)

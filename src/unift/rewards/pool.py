@@ -1,41 +1,61 @@
-"""Score completions in worker processes that are killed at a deadline.
+"""Score completions in worker processes that are never trusted.
 
-A call is cut into one chunk per worker. The worker appends one line per scored item to the chunk's journal (a file),
-with its clock; the journal is the only way results come back. So when a worker hangs or dies, the parent knows which
-item it was at and since when: that item is the guilty one, what was scored before stays, the rest goes to others.
+A worker says what became of an item before it begins the next, so that a hang, a crash or a forged record costs the item
+that was at work and nothing else. What is defended against, each at the price of one counted error:
 
-pebble keeps the processes (start, kill, refill). Workers come from a fork server: forking the trainer is not safe
-(torch threads), spawning an interpreter for every refill is slow.
+- a function that never returns, in Python, in C or asleep: time is limited (below); only SIGKILL is used, so what it
+  does about other signals does not matter, nor how it ends its process;
+- one that writes to descriptors that it finds, forks and returns, closes its streams or its link, lowers its limits of
+  resources, prints without end: each item has a nonce, every record is checked (`journal.py`), nothing is unpickled,
+  and a worker that is not as it was after an item is replaced;
+- what it leaves behind: threads and processes that disturb later items (a failure after those were left is tried again
+  in a new worker), programs that it started (they end with their worker, also out of a session of their own on Linux);
+- the end of the trainer, however it comes: workers end with it; the environment holds no secrets (`environment.py`).
+
+What is not: within its process a function can read the nonce and report for its own completion, which is no more than
+returning a value; it can change the modules of its worker and so the values of later completions there. It runs as the
+same user as the trainer, without a sandbox: it can read that user's files, use the network and signal the trainer. Give
+``memory_mb`` against one that takes all memory; a disk that it fills or a fork bomb is not held back.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import signal
-import sys
-import tempfile
-import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-
-from pebble import ProcessExpired, ProcessPool
+from typing import Any
 
 from unift.rewards.adapters import described
-from unift.rewards.journal import COUNT_OF, COUNTS, Job, Outcome, ScoreError
-from unift.rewards.worker import Item, Setup, begin_worker, pool_context, work
+from unift.rewards.environment import visible
+from unift.rewards.journal import (
+    COUNT_OF,
+    COUNTS,
+    LITTERED,
+    SPOILED,
+    BadRecord,
+    Outcome,
+    Ready,
+    ScoreError,
+    Unloadable,
+)
+from unift.rewards.spec import label_of, parts_of
+from unift.rewards.worker import Item, Setup
+from unift.rewards.workers import Keeper, KeeperGone, Worker
 from unift.types import RewardError, Row, Score
 
-START_SECONDS = 60.0  # for a worker to start, and again to import the reward (math libraries take seconds)
-STOP_SECONDS = 20.0
-ATTEMPTS = 3  # of a chunk whose worker died before it scored anything
+START_SECONDS = 60.0  # for a worker to start, and of CPU time to import the reward (math libraries take seconds)
+START_WALL = 3.0  # times START_SECONDS: wall clock to import the reward
+WALL = 10.0  # times the limit of CPU time, unless wall_timeout says otherwise
+ATTEMPTS = 3  # to start a worker, or the process that starts them
 POLL_SECONDS = 0.05
+TOGETHER_SECONDS = 0.005  # of work are sent to a worker at once
+EXIT_SECONDS = 1.0  # between the end of a worker's link and word of how it ended
+OUTSIDE = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)  # ends that come from outside more often than from a reward
 
 
 @dataclass(frozen=True)
@@ -43,7 +63,7 @@ class Check:
     """What the start-up check found. ``warnings`` is empty when all is well."""
 
     reward: str
-    kind: str  # "task", "unift", "TRL" or "verl"
+    kind: str  # "task", "unift", "TRL" or "verl"; joined by "+" where several are added up
     seconds: float  # until both were scored, the start of a worker and the import included
     demonstration: Score | None
     empty: Score | None
@@ -62,41 +82,49 @@ class Check:
 class Scorer:
     """A pool of scoring workers; use it as a context manager, from one thread.
 
-    spec: what `load_reward` takes. workers: processes. timeout: seconds of wall clock for one completion.
+    reward: text, a callable or a list of them with weights (`spec.py`). workers: processes.
+
+    timeout: seconds of CPU time for one completion, of the worker and what it starts, so that a busy machine fails
+    nobody. wall_timeout: seconds of wall clock for one completion, against sleep; 10 * timeout where it is None. Time in
+    which the worker waits for a CPU does not count, where the system tells it (Linux).
+
     error_rate: above this share of failed scores among the last ``window`` the run stops with a RewardError (while
     fewer were scored, the missing ones count as good). memory_mb: address space, in MiB, that a worker may take on top
-    of what it holds once the reward is loaded; None = no limit. format_score, rule, answer: for rewards that name them.
+    of what it holds once the reward is loaded; None = no limit. environment: names of variables that workers see although
+    they look like secrets. format_score, rule, answer: for rewards that name them.
     """
 
     def __init__(
         self,
-        spec: str,
+        reward: Any,
         *,
         workers: int = 2,
         timeout: float = 5.0,
+        wall_timeout: float | None = None,
         error_rate: float = 0.1,
         format_score: float = 0.0,
         rule: str = "unift",
         window: int = 200,
         memory_mb: int | None = None,
         answer: str = "tags",
+        environment: Iterable[str] = (),
     ) -> None:
-        if workers < 1 or timeout <= 0 or window < 1:
+        wall = WALL * timeout if wall_timeout is None else wall_timeout
+        if workers < 1 or timeout <= 0 or wall <= 0 or window < 1:
             raise RewardError(
-                f"found workers={workers}, timeout={timeout}, window={window}; all three must be positive"
+                f"found workers={workers}, timeout={timeout}, wall_timeout={wall}, window={window}; "
+                "all must be positive"
             )
-        place, colon, function = spec.rpartition(":")
-        if colon and place.endswith(".py"):
-            spec = f"{Path(place).expanduser().resolve()}:{function}"
-        self.spec, self.workers, self.timeout, self.error_rate = spec, workers, timeout, error_rate
+        parts, summed = parts_of(reward)
+        self.spec, self.workers, self.timeout, self.wall = label_of(parts, summed), workers, timeout, wall
+        self.error_rate, self.environment = error_rate, tuple(environment)
         self.start_seconds = START_SECONDS
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self.answer = answer
-        self._setup = Setup(spec, format_score, rule, memory_mb, answer)
+        setup = Setup(parts, summed, {"format_score": format_score, "rule": rule, "answer": answer}, memory_mb)
+        self._setup = pickle.dumps(setup, protocol=5)
         self._window: deque[ScoreError | None] = deque(maxlen=window)
-        self._pool: ProcessPool | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._pids: set[int] = set()  # of workers whose process group may still have members
+        self._keeper: Keeper | None = None
         self._kind = ""
 
     def __enter__(self) -> Scorer:
@@ -123,7 +151,7 @@ class Scorer:
     def score(
         self, rows: Sequence[Row], completions: Sequence[str], hints: Sequence[str] | None = None
     ) -> list[Outcome]:
-        """Outcomes in the order given. A failure is a ScoreError; None is a TRL-style reward's "does not apply".
+        """Outcomes in the order given. A failure is a ScoreError; None means that no reward applies.
 
         Raises RewardError when failures exceed the rate or the reward cannot be loaded.
         """
@@ -158,138 +186,137 @@ class Scorer:
         return Check(self.spec, self._kind, time.monotonic() - begin, full, empty, tuple(warnings))
 
     def close(self) -> None:
-        """Kill the workers. A later `score` starts new ones."""
-        self._stop_pool()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        """End the workers. A later `score` starts new ones."""
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.close()
 
-    # ---------------------------------------------------------------------------------------------- chunks of one call
+    # ------------------------------------------------------------------------------------------------------ one call
 
-    def _run(self, items: list[Item], *, count: bool) -> list[Outcome]:
-        outcomes: list[Outcome] = [None] * len(items)
-        jobs: list[Job] = []
+    def _run(self, items: Sequence[Item], *, count: bool) -> list[Outcome]:
+        call = _Call(items, self._tally if count else lambda _: None)
         try:
-            jobs += self._submit(items, range(len(items)), attempt=1)
-            moved, restarted = time.monotonic(), False
-            while jobs:
-                wait(
-                    [job.future for job in jobs],
-                    timeout=min(POLL_SECONDS, self.timeout / 4),
-                    return_when=FIRST_COMPLETED,
-                )
-                for job in list(jobs):
-                    over = job.future.done()  # asked before reading, so that nothing written is missed
-                    settled = job.read()
-                    if job.unloadable:
-                        raise RewardError(job.unloadable)
-                    if job.kind:
-                        self._kind = job.kind
-                    if job.pid:
-                        self._pids.add(job.pid)
-                    rest, guilty = self._judge(job, over)
-                    if guilty is not None:
-                        settled.append((rest[0], guilty))
-                        rest = rest[1:]
-                    for index, outcome in settled:
-                        if isinstance(outcome, ScoreError):
-                            completion, row, _ = items[index]
-                            outcome = ScoreError(outcome.kind, outcome.message, completion, row.id)
-                        outcomes[index] = outcome
-                        if count:
-                            self._tally(outcome)
-                    if job.over:
-                        jobs.remove(job)
-                        job.close()
-                        jobs += self._submit(items, rest, attempt=1 if settled or job.scored else job.attempt + 1)
-                    if settled or job.over or job.stage != "queued":
-                        moved = time.monotonic()  # hung workers are waited for by their own deadline
-                if time.monotonic() - moved > self.start_seconds:
-                    self._stop_pool()  # once: a worker killed at a bad moment can hold pebble's lock
-                    if restarted:
-                        raise RewardError(f"waited {self.start_seconds:g} s, twice, for a scoring worker to start")
-                    moved, restarted = time.monotonic(), True
-                    stuck, jobs = jobs, []
-                    for job in stuck:
-                        job.close()
-                        jobs += self._submit(items, job.indices, job.attempt)
-        except BaseException:
-            self._stop_pool()  # what still runs belongs to a call that is gone
-            raise
-        finally:
-            for job in jobs:
-                job.close()
-            self._reap()
-        return outcomes
-
-    def _judge(self, job: Job, over: bool) -> tuple[list[int], ScoreError | None]:
-        """Items still to be scored and, where there is one, the failure of the first of them. Sets ``job.over``."""
-        rest, late = job.indices[job.scored :], time.monotonic() - job.since
-        if not rest:
-            job.over = True
-            return [], None
-        if over:
-            job.over = True
-            error = job.future.exception()
-            if job.retired or isinstance(error, BrokenProcessPool):
-                if job.attempt >= ATTEMPTS and not job.scored:
-                    raise RewardError(f"the pool of scoring workers broke {ATTEMPTS} times ({error}) for {self.spec!r}")
-                return rest, None
-            if not isinstance(error, ProcessExpired):
-                raise RewardError(
-                    f"the scoring worker itself failed on {self.spec!r}: {described(error) if error else job}"
-                )
-            died = f"the worker died ({_exit_text(error.exitcode)})"
-            return self._died(job, rest, died)
-        if job.stage == "scoring" and late > self.timeout:
-            self._kill(job)
-            return rest, ScoreError("timeout", f"no result after {self.timeout:g} s")
-        if job.stage == "loading" and late > self.start_seconds:
-            self._kill(job)
-            raise RewardError(f"reward {self.spec!r}: importing it took more than {self.start_seconds:g} s")
-        if job.pid and not _alive(job.pid):
-            job.dead_since = job.dead_since or time.monotonic()
-            if time.monotonic() - job.dead_since > 0.5:  # pebble has not noticed: it overlooks exit code 0
-                self._kill(job)
-                return self._died(job, rest, "the worker left (exit code 0)")
-        return rest, None
-
-    def _died(self, job: Job, rest: list[int], died: str) -> tuple[list[int], ScoreError | None]:
-        if job.stage == "scoring":
-            return rest, ScoreError("crash", died)
-        if job.attempt >= ATTEMPTS:
-            where = f"importing reward {self.spec!r}" if job.stage == "loading" else "starting"
-            raise RewardError(f"{died} while {where}, {ATTEMPTS} times; run the import by hand to see why")
-        return rest, None
-
-    def _kill(self, job: Job) -> None:
-        job.over = True
-        job.future.cancel()  # pebble kills the worker and refills the pool
-
-    def _submit(self, items: list[Item], indices: Sequence[int], attempt: int) -> list[Job]:
-        """Spread these items over the workers: one job each."""
-        jobs: list[Job] = []
-        size = -(-len(indices) // self.workers)
-        for start in range(0, len(indices), size or 1):
-            part = list(indices[start : start + size])
-            try:
-                payload = pickle.dumps([items[index] for index in part], protocol=5)  # a row shared by items goes once
-            except Exception as error:
-                raise RewardError(
-                    f"rows {items[part[0]][1].id!r}.. cannot be sent to a scoring worker ({described(error)}); "
-                    "row columns must be plain data"
-                ) from error
-            handle, journal = tempfile.mkstemp(dir=self._journals())
-            try:
+            while call.left:
                 try:
-                    future = self._ready_pool().schedule(work, args=(self._setup, payload, journal))
-                except RuntimeError:  # it broke since it was asked: a worker died while idle
-                    future = self._ready_pool().schedule(work, args=(self._setup, payload, journal))
-            except BaseException:
-                os.close(handle)
-                raise
-            jobs.append(Job(future, part, journal, handle, attempt))
-        return jobs
+                    self._hand_out(call)
+                    self._keeper_now().wait(min(POLL_SECONDS, self.timeout / 4))
+                    self._hear(call)
+                    self._judge(call)
+                except KeeperGone:
+                    self._bury(call)
+        except BaseException:
+            self.close()  # what still runs belongs to a call that is gone
+            raise
+        return call.outcomes
+
+    def _keeper_now(self) -> Keeper:
+        if self._keeper is None:
+            self._keeper = Keeper(visible(os.environ, self.environment))
+        return self._keeper
+
+    def _hand_out(self, call: _Call) -> None:
+        """Give every idle worker its next item; start workers that are missing."""
+        keeper = self._keeper_now()
+        if call.doubtful and not call.todo and not any(worker.pending for worker in keeper.workers):
+            for worker in [worker for worker in keeper.workers if worker.scored or worker.littered]:
+                keeper.drop(worker)  # it is tried again in a new worker, while nothing else runs
+            call.todo.append(call.doubtful.popleft())
+        wanted = min(self.workers, len(call.todo) + sum(bool(worker.pending) for worker in keeper.workers))
+        while len(keeper.workers) < wanted:
+            keeper.start(self._setup, self.start_seconds)
+        for worker in keeper.workers:
+            if worker.idle and call.todo:  # quick ones together, so that the way there and back counts for little
+                share = -(-len(call.todo) // self.workers)
+                number = max(1, min(share, int(TOGETHER_SECONDS / worker.pace)))
+                indices = [call.todo.popleft() for _ in range(number)]
+                worker.hand([(index, call.payload(index)) for index in indices])
+
+    def _hear(self, call: _Call) -> None:
+        keeper = self._keeper_now()
+        for worker in list(keeper.workers):
+            try:
+                while (said := worker.hear()) is not None:
+                    if isinstance(said, Unloadable):
+                        raise RewardError(said.message)
+                    if isinstance(said, Ready):
+                        worker.ready, self._kind, call.failed_starts = True, said.kind, 0
+                        continue
+                    index, scored = said
+                    worker.littered = worker.littered or scored.state == LITTERED
+                    if scored.state == SPOILED:
+                        self._give_up(call, worker)
+                    call.settle(index, scored.outcome)
+                    if scored.state == SPOILED:
+                        break
+            except BadRecord as error:
+                # Not its fault if something was left in the worker, or if an earlier item answers twice.
+                self._fail(call, worker, "crash", f"the worker sent {error}", again=worker.scored > 0)
+
+    def _judge(self, call: _Call) -> None:
+        """What becomes of workers that ended, closed their link or are over their time."""
+        keeper, now = self._keeper_now(), time.monotonic()
+        for worker in list(keeper.workers):
+            code = keeper.ended.get(worker.pid)
+            if code is not None and worker.closed_at is None:
+                continue  # it may have said something before: that is heard first
+            if code is not None:
+                again = worker.littered or code in OUTSIDE
+                self._fail(call, worker, "crash", f"the worker died ({_exit_text(code)})", again)
+            elif worker.closed_at is not None:
+                if now - worker.closed_at > EXIT_SECONDS:
+                    message = "the worker closed its link to the trainer"
+                    self._fail(call, worker, "crash", message, worker.littered)
+            elif now - worker.since >= POLL_SECONDS and (worker.pending or not worker.ready):
+                self._time(call, worker)
+
+    def _time(self, call: _Call, worker: Worker) -> None:
+        used = worker.used()
+        if used.stopped:
+            self._fail(call, worker, "crash", "the worker was stopped by a signal", again=True)
+        elif not worker.ready:
+            if used.cpu > self.start_seconds or used.clock - used.queued > START_WALL * self.start_seconds:
+                raise RewardError(f"reward {self.spec!r}: importing it took more than {self.start_seconds:g} s")
+        elif used.cpu > self.timeout or used.clock - used.queued > self.wall:
+            over = f"{self.timeout:g} s of CPU time" if used.cpu > self.timeout else f"{self.wall:g} s of wall clock"
+            limits = f"the limits are {self.timeout:g} s of CPU time and {self.wall:g} s of wall clock"
+            self._fail(call, worker, "timeout", f"no result after {over}; {limits}", worker.littered)
+
+    def _fail(self, call: _Call, worker: Worker, kind: str, message: str, again: bool) -> None:
+        """Give up a worker. Its item is an error, or is tried once more where the fault may be another's."""
+        guilty = worker.pending.popleft()[1] if worker.pending else None
+        self._give_up(call, worker)
+        if guilty is not None:
+            call.fail(guilty, ScoreError(kind, message), again)
+        elif not worker.ready:
+            call.failed_starts += 1
+            if call.failed_starts >= ATTEMPTS:
+                raise RewardError(
+                    f"{message} while importing reward {self.spec!r}, {ATTEMPTS} times; run the import by hand to see why"
+                )
+
+    def _give_up(self, call: _Call, worker: Worker) -> None:
+        """End a worker; the items that it has yet to begin go to others."""
+        self._keeper_now().drop(worker)
+        call.todo.extendleft(index for _, index in reversed(worker.pending))
+        worker.pending.clear()
+
+    def _bury(self, call: _Call) -> None:
+        """The keeper is gone, and its workers with it. Whose fault it was shows when the items are tried one by one."""
+        keeper, self._keeper = self._keeper, None
+        if keeper is None:
+            return
+        busy = [worker.pending.popleft()[1] for worker in keeper.workers if worker.pending]
+        for worker in keeper.workers:
+            call.todo.extendleft(index for _, index in reversed(worker.pending))
+        keeper.close()
+        call.failed_starts = 0 if busy else call.failed_starts + 1
+        if call.failed_starts >= ATTEMPTS:
+            raise RewardError(
+                f"waited {self.start_seconds:g} s, {ATTEMPTS} times, for a scoring worker to start; "
+                f"the process that starts them ended or does not answer (reward {self.spec!r})"
+            )
+        for index in busy:
+            call.fail(index, ScoreError("crash", "the process that starts the workers ended"), again=True)
 
     def _tally(self, outcome: Outcome) -> None:
         failure = outcome if isinstance(outcome, ScoreError) else None
@@ -314,61 +341,47 @@ class Scorer:
             f"completion {text!r}. Mend the function; if some failures are expected, raise reward.error_rate"
         )
 
-    # ------------------------------------------------------------------------------------------------------- processes
 
-    def _ready_pool(self) -> ProcessPool:
-        if self._pool is not None and not self._pool.active:
-            self._stop_pool()
-        if self._pool is None:
-            self._pool = ProcessPool(
-                max_workers=self.workers, initializer=begin_worker, initargs=(self._journals(),), context=pool_context()
-            )
-        return self._pool
+class _Call:
+    """The items of one call on their way."""
 
-    def _journals(self) -> str:
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="unift-scores-", ignore_cleanup_errors=True)
-        return self._folder.name
+    def __init__(self, items: Sequence[Item], tally: Callable[[Outcome], None]) -> None:
+        self.items, self.tally = items, tally
+        self.outcomes: list[Outcome] = [None] * len(items)
+        self.left = len(items)
+        self.todo = deque(range(len(items)))
+        self.doubtful: deque[int] = deque()  # to be tried once more, alone in a new worker
+        self.tried: set[int] = set()  # those that were doubtful
+        self.failed_starts = 0  # since a worker was ready
 
-    def _stop_pool(self) -> None:
-        pool, self._pool = self._pool, None
-        if pool is None:
-            return
-        stopper = threading.Thread(target=_stop, args=(pool,), daemon=True)  # pebble's join has no deadline of its own
-        stopper.start()
-        stopper.join(STOP_SECONDS)
-        if stopper.is_alive():
-            print(f"unift: scoring workers did not stop within {STOP_SECONDS:g} s; left behind", file=sys.stderr)
-        self._reap()
+    def payload(self, index: int) -> bytes:
+        try:
+            return pickle.dumps(self.items[index], protocol=5)
+        except Exception as error:
+            raise RewardError(
+                f"row {self.items[index][1].id!r} cannot be sent to a scoring worker ({described(error)}); "
+                "row columns must be plain data"
+            ) from error
 
-    def _reap(self) -> None:
-        """Kill what dead workers started themselves (a reward may run programs); they share the worker's group."""
-        for pid in [pid for pid in self._pids if not _alive(pid)]:
-            self._pids.discard(pid)
-            with contextlib.suppress(OSError):
-                os.killpg(pid, signal.SIGKILL)
+    def settle(self, index: int, outcome: Outcome) -> None:
+        if isinstance(outcome, ScoreError):
+            completion, row, _ = self.items[index]
+            outcome = ScoreError(outcome.kind, outcome.message, completion, row.id)
+        self.outcomes[index] = outcome
+        self.left -= 1
+        self.tally(outcome)
 
-
-def _alive(pid: int) -> bool:
-    if os.name == "nt":  # signal 0 is not a question there
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    def fail(self, index: int, error: ScoreError, again: bool) -> None:
+        if again and index not in self.tried:
+            self.tried.add(index)
+            self.doubtful.append(index)
+        else:
+            self.settle(index, error)
 
 
 def _exit_text(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return f"signal {signal.Signals(-code).name}"
     return f"signal {-code}"
-
-
-def _stop(pool: ProcessPool) -> None:
-    pool.stop()
-    pool.join()

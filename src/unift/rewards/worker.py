@@ -1,138 +1,128 @@
-"""The worker's side of scoring: how a worker process starts, and how it scores a chunk. Imports must stay light."""
+"""The worker's side of scoring: load the reward, then a record for each item. Imports must stay light.
+
+A worker is a fork of the keeper (``keeper.py``), alone in its session, with its standard streams, one socket to the
+trainer and nothing else that is open. Everything that it says is checked in ``journal.py``.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
-import multiprocessing
 import os
 import pickle
-import shutil
+import resource
 import signal
+import socket
+import struct
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unift.rewards.adapters import BadValue, Reward, described, load_reward
+from unift.rewards.adapters import BadValue, Reward, described
+from unift.rewards.journal import CLEAN, LITTERED, SPOILED
+from unift.rewards.spec import Part, load_parts
 from unift.types import RewardError, Row
 
 Item = tuple[str, Row, str]  # completion, row, hint
+_LIMITS = tuple(getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_"))
+HEAD = struct.Struct(">Q")  # length of what follows, the pickle of a Batch
+Batch = list[tuple[str, bytes]]  # nonces and pickles
 
 
 @dataclass(frozen=True)
 class Setup:
     """What a worker needs to know to load the reward. memory_mb: MiB, see Scorer."""
 
-    spec: str
-    format_score: float
-    rule: str
+    parts: tuple[Part, ...]
+    summed: bool  # the parts are weighted and added up; else there is one, as it is
+    options: dict[str, Any]
     memory_mb: int | None
-    answer: str = "tags"
 
 
-# ------------------------------------------------------------------------------------------------- starting the workers
-
-_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-_BASE: Any = multiprocessing.get_context(_METHOD)
-_MAIN_LOCK = threading.Lock()
-
-
-class _Process(_BASE.Process):
-    """A process that does not import the parent's main script: that may load torch, or train without a guard."""
-
-    @staticmethod
-    def _Popen(process: Any) -> Any:
-        with _hidden_main():
-            return _BASE.Process._Popen(process)
+def frame(batch: Batch) -> bytes:
+    """What the trainer sends: first a Setup alone, then Items."""
+    body = pickle.dumps(batch, protocol=5)
+    return HEAD.pack(len(body)) + body
 
 
-class _Context(type(_BASE)):
-    Process = _Process
-
-
-def pool_context() -> Any:
-    """Processes come from a fork server with the imports done (a refill takes milliseconds) or are spawned."""
-    if _METHOD == "forkserver":
-        _BASE.set_forkserver_preload([__name__, "pebble"])
-    return _Context()
-
-
-@contextlib.contextmanager
-def _hidden_main() -> Iterator[None]:
-    """multiprocessing names the main script to its children by these two attributes."""
-    main = sys.modules["__main__"]
-    with _MAIN_LOCK:
-        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-        main.__spec__ = None
-        main.__file__ = None
-        try:
-            yield
-        finally:
-            main.__spec__ = spec
-            if file is None:
-                del main.__file__
+def serve(link: socket.socket) -> None:
+    """Answer everything in its order with one record, which is out before the next one begins."""
+    _begin_streams()
+    reward: Reward | None = None
+    before = _State.now()
+    while (batch := _receive(link)) is not None:
+        for nonce, payload in batch:
+            if reward is None:
+                reward, record = _load(payload)
+                before = _State.now()
             else:
-                main.__file__ = file
+                record = _score(reward, payload, before)
+                if os.getpid() != before.pid:
+                    os._exit(0)  # a copy that the reward made of this process and that came back from the reward
+            text = json.dumps([nonce, *record], allow_nan=False).encode() + b"\n"
+            try:
+                link.sendall(text)
+            except OSError:
+                os._exit(1)  # the reward closed the link, or the trainer did
+            if reward is None or record[-1] == SPOILED:
+                return
 
 
-# ---------------------------------------------------------------------------------------------------- inside the worker
-
-_LOADED: dict[Setup, Reward] = {}
-
-
-def begin_worker(journals: str) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for a C call that never returns
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpgid(0, 0)  # so that what the reward starts can be killed with it
-    threading.Thread(target=_die_with_parent, args=(journals,), daemon=True).start()
+def _receive(link: socket.socket) -> Batch | None:
+    """None at the end."""
+    data = _exactly(link, HEAD.size)
+    body = data and _exactly(link, *HEAD.unpack(data))
+    return pickle.loads(body) if body else None
 
 
-def _die_with_parent(journals: str) -> None:
-    """A trainer that was killed must not leave workers behind in an endless loop, nor its folder of journals."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        shutil.rmtree(journals, ignore_errors=True)
-        with contextlib.suppress(OSError, AttributeError):
-            os.killpg(os.getpid(), signal.SIGKILL)
-        os._exit(1)
-
-
-def work(setup: Setup, payload: bytes, journal: str) -> None:
-    """Score the items of one chunk, one journal line each. Lines: [clock, what, ...]."""
-    handle = os.open(journal, os.O_WRONLY | os.O_APPEND)
-
-    def write(*record: Any) -> None:
-        os.write(handle, json.dumps((time.monotonic(), *record)).encode() + b"\n")
-
-    try:
-        write("pid", os.getpid())
+def _exactly(link: socket.socket, size: int) -> bytearray | None:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
         try:
-            if setup not in _LOADED:
-                _LOADED[setup] = load_reward(
-                    setup.spec, format_score=setup.format_score, rule=setup.rule, answer=setup.answer
-                )
-                if setup.memory_mb is not None:
-                    _limit_memory(setup.memory_mb)
-            items: list[Item] = pickle.loads(payload)
-        except RewardError as error:
-            return write("unloadable", str(error))
-        except Exception as error:
-            return write("unloadable", f"reward {setup.spec!r}: a worker could not begin ({described(error)})")
-        reward = _LOADED[setup]
-        write("ready", reward.kind)
-        for completion, row, hint in items:
-            record = _attempt(reward, completion, row, hint)
-            write(*record)
-            if record[0] == "crash":  # whatever was hoarded stays in this process: take a new one
-                write("retired")
-                os._exit(1)
-    finally:
-        os.close(handle)
+            got = link.recv_into(view)
+        except OSError:
+            return None
+        if not got:
+            return None
+        view = view[got:]
+    return data
+
+
+def _load(payload: bytes) -> tuple[Reward | None, tuple[Any, ...]]:
+    try:
+        setup: Setup = pickle.loads(payload)
+        reward = load_parts(setup.parts, setup.summed, setup.options)
+        if setup.memory_mb is not None:
+            _limit_memory(setup.memory_mb)
+        return reward, ("ready", reward.kind)
+    except RewardError as error:
+        return None, ("unloadable", str(error))
+    except BaseException as error:
+        return None, ("unloadable", f"a scoring worker could not begin ({described(error)})")
+
+
+def _score(reward: Reward, payload: bytes, before: _State) -> tuple[Any, ...]:
+    """The record of one item, all but its nonce."""
+    try:
+        completion, row, hint = pickle.loads(payload)
+    except BaseException as error:
+        text = f"the row cannot be read in a scoring worker ({described(error)}); row columns must be plain data"
+        return "exception", text, SPOILED
+    record = _attempt(reward, completion, row, hint)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    changed = before.changed()
+    if changed:
+        text = f"the reward {changed}; a reward must leave its worker as it found it"
+        return "exception", text, SPOILED
+    if record[0] == "crash":
+        return (*record, SPOILED)  # whatever was hoarded stays in this process
+    return (*record, LITTERED if before.littered() else CLEAN)
 
 
 def _attempt(reward: Reward, completion: str, row: Row, hint: str) -> tuple[Any, ...]:
@@ -149,9 +139,85 @@ def _attempt(reward: Reward, completion: str, row: Row, hint: str) -> tuple[Any,
         return "exception", described(error)
 
 
-def _limit_memory(mebibytes: int) -> None:
-    import resource
+# ------------------------------------------------------------------------------------------ the process, before and after
 
+
+@dataclass(frozen=True)
+class _State:
+    """What a reward could change under the feet of the items after it."""
+
+    pid: int
+    files: tuple[Any, ...]  # what the three standard descriptors are
+    streams: tuple[Any, ...]
+    limits: tuple[Any, ...]
+    threads: int
+
+    @staticmethod
+    def now() -> _State:
+        streams = (sys.stdin, sys.stdout, sys.stderr)
+        return _State(os.getpid(), _files(), streams, _limits(), threading.active_count())
+
+    def changed(self) -> str:
+        """What is no longer as it was, in words; "" if nothing is. Streams that were only exchanged are put back."""
+        with contextlib.suppress(Exception):
+            signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that was left running would hit a later item
+        if _files() != self.files or any(_closed(stream) for stream in self.streams):
+            return "closed or exchanged a standard stream"
+        sys.stdin, sys.stdout, sys.stderr = self.streams
+        if _limits() != self.limits:
+            return "changed a resource limit of its process"
+        return ""
+
+    def littered(self) -> bool:
+        """Whether threads or child processes are left, which can fail or use up time while later items are scored."""
+        return threading.active_count() > self.threads or _has_children()
+
+
+def _closed(stream: Any) -> bool:
+    try:
+        return bool(stream.closed)
+    except ValueError:  # its buffer was taken away
+        return True
+
+
+def _files() -> tuple[Any, ...]:
+    found: list[Any] = []
+    for descriptor in range(3):
+        try:
+            status = os.fstat(descriptor)
+            found.append((status.st_dev, status.st_ino))
+        except OSError:
+            found.append(None)
+    return tuple(found)
+
+
+def _limits() -> tuple[Any, ...]:
+    return tuple(map(resource.getrlimit, _LIMITS))
+
+
+def _has_children() -> bool:
+    if not hasattr(os, "waitid"):  # an older macOS; waitpid would take the exit status away from its owner
+        return False
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except OSError:  # there is none
+        return False
+    return True
+
+
+def _begin_streams() -> None:
+    """Text that shows up line by line and never fails to be encoded."""
+
+    def opened(descriptor: int, mode: str) -> Any:
+        raw = io.FileIO(descriptor, mode, closefd=False)
+        buffer = io.BufferedReader(raw) if mode == "r" else io.BufferedWriter(raw)
+        return io.TextIOWrapper(buffer, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+    sys.stdin, sys.stdout, sys.stderr = opened(0, "r"), opened(1, "w"), opened(2, "w")
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+
+
+def _limit_memory(mebibytes: int) -> None:
     held = 0
     with contextlib.suppress(OSError):
         held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -110,6 +110,11 @@ class Data:
     fingerprint: str
 
 
+def named(path: str | None) -> str:
+    """The file of rows as messages about them name it; nothing for generated ones."""
+    return "rows handed over" if path == HANDED else path or ""
+
+
 def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
     """Tokenise both splits. DataError for a row that does not fit."""
     limit, texts = config.data.max_prompt, {s.rules.sample.instruction for s in stages(config)} - {None}
@@ -117,8 +122,8 @@ def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
         raise ConfigError(
             f"sample.instruction has {len(texts)} values over the phases: {sorted(map(str, texts))}; use one"
         )
-    train = encode_rows(tokenizer, dataset.train, limit, next(iter(texts), None))
-    test = encode_rows(tokenizer, dataset.test, limit)
+    train = encode_rows(tokenizer, dataset.train, limit, named(config.data.train), next(iter(texts), None))
+    test = encode_rows(tokenizer, dataset.test, limit, named(config.data.test))
     columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
     rejected = encode_column(tokenizer, dataset.train, columns, limit)
     return Data(Split(dataset.train, train, rejected), Split(dataset.test, test), dataset.fingerprint)

@@ -9,11 +9,14 @@ A step's cut lies after the last token that ends within the step, so a hint neve
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unift.types import DataError, Row
+from unift.rows import chat
+from unift.types import ConfigError, DataError, Row
 
 Prompt = str | tuple[Mapping[str, str], ...]
 
@@ -23,9 +26,10 @@ class Encoded:
     """Token ids of a row. ``step_ends[j]``: tokens of the solution that lie within the first j steps."""
 
     prompt: list[int]
-    solution: list[int]  # steps + ending + EOS
+    solution: list[int]  # steps + ending + what closes the turn (EOS outside of a chat)
     step_ends: list[int]  # n_steps + 1 entries, first 0
     forced: bool = False
+    doubled: str = ""  # opening tag that prompt and solution both had; the solution's is left out
     instructed: list[int] | None = None  # prompt with the run's instruction for first steps (sample.instruction)
 
     @property
@@ -40,20 +44,6 @@ class Encoded:
     def steps_tokens(self) -> int:
         """Tokens of all steps: the longest hint."""
         return self.step_ends[-1]
-
-
-def prompt_text(tokenizer: Any, row: Row) -> tuple[str, str]:
-    """(prompt without trailing spaces, those spaces). Chat messages go through the tokenizer's own template."""
-    if isinstance(row.prompt, str):
-        stripped = row.prompt.rstrip(" ")
-        return stripped, row.prompt[len(stripped) :]
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"row {row.id}: the prompt is a list of chat messages, but the tokenizer has no chat template. "
-            "Use text prompts, or a tokenizer with a template"
-        )
-    text = tokenizer.apply_chat_template([dict(m) for m in row.prompt], tokenize=False, add_generation_prompt=True)
-    return text, ""
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -78,26 +68,45 @@ def separators(n_steps: int, cuts: int) -> list[int]:
     return [round(k * n_steps / num) for k in range(num)] + [n_steps]
 
 
-def encode_row(tokenizer: Any, row: Row, max_tokens: int, number: int | None = None) -> Encoded:
-    """Tokenise prompt + solution together. Raises DataError when it does not fit ``max_tokens`` (nothing is cut)."""
+def token_ids(tokenizer: Any) -> list[int]:
+    """Ids that stand for a token, ascending; an embedding may have more rows (padding to a round number)."""
+    return sorted(set(tokenizer.get_vocab().values()))
+
+
+def check_rows(tokenizer: Any, rows: int) -> None:
+    """ConfigError where the tokenizer has ids beyond the ``rows`` of the model's embedding."""
+    last = max(token_ids(tokenizer), default=0)
+    if last >= rows:
+        raise ConfigError(
+            f"the tokenizer has tokens up to id {last} ({tokenizer.convert_ids_to_tokens(last)!r}), the model's embedding has "
+            f"{rows} rows. Extend the model (resize_token_embeddings({last + 1}), then save_pretrained), or take the extra "
+            "tokens out of the tokenizer"
+        )
+
+
+def encode_row(tokenizer: Any, row: Row, max_tokens: int, number: int | None = None, source: str = "") -> Encoded:
+    """Tokenise prompt + solution together. Raises DataError when it does not fit ``max_tokens`` (nothing is cut), or holds
+    what the tokenizer has no tokens for. source: the file, for messages."""
     where = f"row {number} (id {row.id})" if number is not None else f"row {row.id}"
-    prompt, spaces = prompt_text(tokenizer, row)
-    special = isinstance(row.prompt, str)  # a chat template brings its own BOS
-    alone = tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True)
-    own = alone["input_ids"]
-    if own and own[-1] == tokenizer.eos_token_id and alone["offset_mapping"][-1] == (0, 0):
+    where = f"{source}, {where}" if source else where
+    prompt, spaces = chat.prompt_text(tokenizer, row, where)
+    doubled = chat.doubled_tag(prompt, row.solution)
+    if doubled:
+        row = _without_tag(row, doubled, prompt + spaces)
+    text, special = spaces + row.solution, isinstance(row.prompt, str)
+    own, offsets = _tokens(tokenizer, prompt, special, where)
+    if own and own[-1] == tokenizer.eos_token_id and offsets[-1] == (0, 0):
         own = own[:-1]  # some tokenizers append EOS to every text; one that the text itself holds stays
     if not own:
         raise DataError(f"{where}: the prompt is empty after tokenisation")
-    text = spaces + row.solution
-    joint = tokenizer(prompt + text, add_special_tokens=special, return_offsets_mapping=True)
-    ids, offsets, origin = joint["input_ids"], joint["offset_mapping"], len(prompt)
+    ids, offsets = _tokens(tokenizer, prompt + text, special, where)
+    origin = len(prompt)
     if len(ids) > len(own) and ids[-1] == tokenizer.eos_token_id:
         ids, offsets = ids[:-1], offsets[:-1]
     forced = ids[: len(own)] != own
     if forced:
-        alone = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        solution, ends, origin = alone["input_ids"], [e for _, e in alone["offset_mapping"]], 0
+        ids, offsets = _tokens(tokenizer, text, False, where)
+        solution, ends, origin = ids, [e for _, e in offsets], 0
     else:
         solution, ends = ids[len(own) :], [e for _, e in offsets[len(own) :]]
     step_ends, at, chars = [0], 0, origin + len(spaces)
@@ -106,23 +115,77 @@ def encode_row(tokenizer: Any, row: Row, max_tokens: int, number: int | None = N
         while at < len(ends) and ends[at] <= chars:
             at += 1
         step_ends.append(at)
-    solution = [*solution, tokenizer.eos_token_id]
+    end = chat.turn(tokenizer).end if chat.is_open(tokenizer, row, prompt) else (tokenizer.eos_token_id,)
+    if solution[-1:] != [end[-1]]:  # a solution may bring the end of its turn along
+        solution = [*solution, *end]
     if len(own) + len(solution) > max_tokens:
         raise DataError(
             f"{where}: prompt and solution take {len(own)} + {len(solution)} tokens, data.max_prompt is {max_tokens}. "
             "unift never cuts a prompt or a hint: raise data.max_prompt, or drop the row"
         )
-    return Encoded(own, solution, step_ends, forced)
+    return Encoded(own, solution, step_ends, forced, doubled)
 
 
-def encode_rows(tokenizer: Any, rows: Sequence[Row], max_tokens: int, instruction: str | None = None) -> list[Encoded]:
-    """``instruction``: text that a second version of every prompt has at its end, or in chat, of its last user message."""
+def _without_tag(row: Row, tag: str, prompt: str) -> Row:
+    """The row without the tag at the start of its solution, and without the white space behind it that the prompt has too."""
+    after = row.solution.index(tag) + len(tag)
+    drop = after + len(os.path.commonprefix([prompt[prompt.rindex(tag) + len(tag) :], row.solution[after:]]))
+    steps: list[str] = []
+    for step in row.steps:
+        steps.append(step[drop:])
+        drop = max(drop - len(step), 0)
+    return replace(row, steps=tuple(steps), ending=row.ending[drop:])
+
+
+def _tokens(tokenizer: Any, text: str, special: bool, where: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """(ids, their characters) of a text. special: with the tokens that the tokenizer puts in front of every text, once; a chat
+    template brings its own, and so does a text that was rendered before."""
+    try:
+        found = tokenizer(
+            text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True
+        )
+    except Exception as error:  # the library raises a bare Exception
+        raise DataError(
+            f"{where}: the tokenizer cannot read the text ({error}). Mend the row or the tokenizer"
+        ) from None
+    ids, offsets = found["input_ids"], found["offset_mapping"]
+    added = next((i for i, mask in enumerate(found["special_tokens_mask"]) if not mask), 0)
+    if added and ids[:added] == ids[added : 2 * added]:
+        ids, offsets = ids[added:], offsets[added:]
+    lost = _lost(tokenizer, text, ids, offsets)
+    if lost:
+        named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in dict.fromkeys(lost))
+        raise DataError(
+            f"{where}: the tokenizer has no token for {named}. Replace it in the row, or use a model whose tokenizer has it"
+        )
+    return ids, offsets
+
+
+def _lost(tokenizer: Any, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> str:
+    """Up to three characters that become the unknown token, or no token at all."""
+    lost, end, whole = "", 0, True
+    for token, (a, b) in zip(ids, offsets, strict=True):
+        if token == tokenizer.unk_token_id and a < b and text[a:b].strip() != tokenizer.unk_token:
+            lost += text[a:b].strip()
+        whole &= not text[end:a].strip()
+        end = max(end, b)
+    if not (whole and not text[end:].strip()):  # offsets behind a character that was left out may be off: ask for each
+        alone = (c for c in dict.fromkeys(text) if unicodedata.category(c)[0] not in "CMZ")
+        lost += "".join(c for c in alone if not tokenizer(c, add_special_tokens=False)["input_ids"])
+    return lost[:3]
+
+
+def encode_rows(
+    tokenizer: Any, rows: Sequence[Row], max_tokens: int, source: str = "", instruction: str | None = None
+) -> list[Encoded]:
+    """``source``: the file, for messages. ``instruction``: text that a second version of every prompt has at its end, or in
+    chat, of its last user message."""
     check_tokenizer(tokenizer)
-    encoded = [encode_row(tokenizer, row, max_tokens, number) for number, row in enumerate(rows, start=1)]
+    encoded = [encode_row(tokenizer, row, max_tokens, number, source) for number, row in enumerate(rows, start=1)]
     if instruction is None:
         return encoded
     bare = [replace(row, prompt=_with(row.prompt, instruction), steps=(), ending="") for row in rows]
-    asked = [encode_row(tokenizer, row, max_tokens, number).prompt for number, row in enumerate(bare, start=1)]
+    asked = [encode_row(tokenizer, row, max_tokens, number, source).prompt for number, row in enumerate(bare, start=1)]
     return [replace(e, instructed=prompt) for e, prompt in zip(encoded, asked, strict=True)]
 
 

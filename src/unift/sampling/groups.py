@@ -29,7 +29,9 @@ def completed(
     """Samples of every request, with their texts."""
     groups = generate(policy, requests, max_tokens, temperature)
     flat = [s for g in groups for s in g]
-    texts = policy.tokenizer.batch_decode([s.tokens for s in flat], skip_special_tokens=True)
+    # What ends a completion is no part of its text, also where the tokenizer does not call it special.
+    spoken = [s.tokens[:-1] if s.finished else s.tokens for s in flat]
+    texts = policy.tokenizer.batch_decode(spoken, skip_special_tokens=True)
     for sample, text in zip(flat, texts, strict=True):
         sample.text = text
     return groups

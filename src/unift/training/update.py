@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from unift import processes
 from unift.config import words
 from unift.config.sections import Rules, Train
-from unift.model import critic
+from unift.model import critic, precision
 from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, PackedBatch, cut, pack
 from unift.model.policy import Policy
@@ -40,6 +41,10 @@ DECAYS: Mapping[words.DecayName, Callable[[float], float]] = {  # of the share o
 
 
 def make_optimizer(policy: Policy, train: Train) -> torch.optim.Optimizer:
+    """AdamW over what is trained. Warns where the weights cannot hold its updates."""
+    said = precision.warning(precision.of_model(policy.parameters()), train.lr)
+    if said and processes.first():
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
     fused = policy.device.type in ("cpu", "cuda")
     return torch.optim.AdamW(
         policy.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=fused

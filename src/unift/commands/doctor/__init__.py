@@ -42,6 +42,7 @@ def diagnose(config: Config) -> list[Check]:
     checks += [tokenizer_check] if tokenizer_check else []
     if weights:
         checks.append(_guard("forward", lambda: (forward_path(config), True))[0])
+        checks.append(_guard("precision", lambda: (weights_move(config, weights[0]), True))[0])
     rows_check, data = _guard("rows", lambda: load_rows(config))
     checks.append(rows_check)
     if data is not None:
@@ -145,14 +146,31 @@ def forward_path(config: Config) -> Check:
     return Check("forward", True, expected_path(config.model, longest(config)))
 
 
+def weights_move(config: Config, folder: Path) -> Check:
+    """Can the weights hold the updates of the smallest learning rate of the run?"""
+    from unift.config.stages import stages
+    from unift.model import precision
+
+    trained = (
+        "LoRA adapters (float32)" if config.model.lora and config.model.dtype == "bfloat16" else config.model.dtype
+    )
+    lr = min(stage.rules.train.lr for stage in stages(config))
+    said = precision.warning(precision.of_folder(folder), lr) if trained == "bfloat16" else ""
+    return Check("precision", not said, said or f"{trained} weights hold updates of train.lr={lr:g}")
+
+
 def load_tokenizer(config: Config) -> tuple[Check, Any]:
     from unift.model.load import load_tokenizer as load
+    from unift.rows.chat import turn
     from unift.rows.tokens import check_tokenizer
 
     tokenizer = load(config.model)
     check_tokenizer(tokenizer)
     template = "with" if getattr(tokenizer, "chat_template", None) else "without"
     text = f"{len(tokenizer):,} tokens, EOS {tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}, {template} a chat template"
+    closes = turn(tokenizer).end
+    if closes != (tokenizer.eos_token_id,):
+        text += f" that closes a turn with {tokenizer.decode(closes)!r}"
     return Check("tokenizer", True, text), tokenizer
 
 
@@ -195,20 +213,28 @@ def load_rows(config: Config) -> tuple[Check, Dataset | None]:
 
 def measure(config: Config, tokenizer: Any, data: Dataset) -> tuple[Check, list[Encoded] | None]:
     """Lengths in tokens of every row, and how many prompts cannot be told apart from their solution by tokens."""
+    from unift.rows.dataset import named
     from unift.rows.tokens import encode_row
 
     limit, encoded, faults = config.data.max_prompt, [], []
-    for number, row in enumerate([*data.train, *data.test], start=1):
-        try:
-            encoded.append(encode_row(tokenizer, row, limit, number if number <= len(data.train) else None))
-        except UniftError as error:
-            faults.append(str(error))
+    for rows, source in ((data.train, config.data.train), (data.test, config.data.test)):
+        for number, row in enumerate(rows, start=1):
+            try:
+                encoded.append(encode_row(tokenizer, row, limit, number, named(source)))
+            except UniftError as error:
+                faults.append(str(error))
     if faults:
         total = len(data.train) + len(data.test)
         return Check("lengths", False, f"{len(faults)} of {total} rows cannot be encoded. First: {faults[0]}"), None
     prompt, solution = max(len(e.prompt) for e in encoded), max(len(e.solution) for e in encoded)
     forced = sum(e.forced for e in encoded)
     text = f"longest prompt {prompt} tokens, longest solution {solution} tokens (data.max_prompt {limit})"
+    doubled = [e.doubled for e in encoded if e.doubled]
+    if doubled:
+        text += (
+            f"; in {len(doubled)} of {len(encoded)} rows the prompt ends with {doubled[0]} and the solution begins with it: the "
+            "solution's is left out"
+        )
     if forced > len(encoded) // 100:
         text += (
             f"; in {forced} of {len(encoded)} rows a token spans the end of the prompt, so the boundary is forced: "
@@ -266,8 +292,8 @@ def try_reward(config: Config, rows: Sequence[Row]) -> tuple[Check, Any]:
         check_format(rows, r.function, r.rule, scorer.answer)
     except UniftError as error:
         faults.append(str(error))
-    text = f"{r.function} ({found.kind}): accepts {right} of {len(some)} demonstrations tried"
-    if found.kind == "task":
+    text = f"{found.reward} ({found.kind}): accepts {right} of {len(some)} demonstrations tried"
+    if "task" in found.kind.split("+"):
         text += f"; answers stand in {scorer.answer}" + (" (reward.answer=auto)" if r.answer == "auto" else "")
         text += text_targets(rows)
     return Check("reward", not faults, "; ".join([text, *faults])), found

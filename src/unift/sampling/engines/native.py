@@ -71,16 +71,14 @@ def _members(request: Request) -> int:
     return 1 if request.uniforms_GL is None else len(request.uniforms_GL)
 
 
-def _chooser(
-    requests: Sequence[Request], g: int, max_tokens: int, temperature: float, device: torch.device
-) -> Callable:
-    """f(logits [N, V], slots [N], t) -> (tokens [N], logps [N]): inverse-CDF sampling, or argmax for greedy requests.
-    ``t``, an int or an int64 tensor [1], counts the tokens drawn before."""
+def _chooser(policy: Policy, requests: Sequence[Request], g: int, max_tokens: int, temperature: float) -> Callable:
+    """f(logits [N, V], slots [N], t) -> (tokens [N], logps [N]): inverse-CDF sampling, or argmax for greedy requests, among
+    the ids that are tokens. ``t``, an int or an int64 tensor [1], counts the tokens drawn before."""
     u_BGL = np.full((len(requests), g, max_tokens), -1.0)
     for b, request in enumerate(requests):
         if request.uniforms_GL is not None:
             u_BGL[b, : len(request.uniforms_GL)] = request.uniforms_GL[:, :max_tokens]
-    u_NL = torch.from_numpy(u_BGL.reshape(-1, max_tokens)).to(device)
+    u_NL = torch.from_numpy(u_BGL.reshape(-1, max_tokens)).to(policy.device)
     greedy_N = u_NL[:, 0] < 0
     all_greedy, any_greedy = bool(greedy_N.all()), bool(greedy_N.any())
 
@@ -89,14 +87,18 @@ def _chooser(
         z_NV = z_NV if temperature == 1.0 else z_NV / temperature
         logp_NV = torch.log_softmax(z_NV, dim=-1)
         if all_greedy:
-            token_N = logp_NV.argmax(-1)
+            token_N = policy.draw(logp_NV, greedy)
         else:
-            token_N = inverse_cdf(logp_NV, u_NL[slot_N, t])
+            token_N = policy.draw(logp_NV, lambda logp_NK: inverse_cdf(logp_NK, u_NL[slot_N, t]))
             if any_greedy:
-                token_N = torch.where(greedy_N[slot_N], logp_NV.argmax(-1), token_N)
+                token_N = torch.where(greedy_N[slot_N], policy.draw(logp_NV, greedy), token_N)
         return token_N, logp_NV.gather(1, token_N[:, None])[:, 0]
 
     return choose
+
+
+def greedy(scores_NK: Tensor) -> Tensor:
+    return scores_NK.argmax(-1)
 
 
 def inverse_cdf(logp_NV: Tensor, u_N: Tensor, block: int = VOCAB_BLOCK) -> Tensor:
@@ -130,7 +132,7 @@ class _Rows:
         self.policy, self.max_tokens, self.eos = policy, max_tokens, _eos_ids(policy)
         self.counts = [_members(r) for r in requests]
         device, b, g = policy.device, len(requests), max(self.counts)
-        self.choose = _chooser(requests, g, max_tokens, temperature, device)
+        self.choose = _chooser(policy, requests, g, max_tokens, temperature)
         logits_BV, layout = self._prefill(requests)
         some = next(iter(layout.cache.values()))[1]
         capacity = min(self._block(0), max_tokens)
@@ -255,7 +257,7 @@ def _run_plain(policy: Policy, requests: Sequence[Request], max_tokens: int, tem
     device, eos = policy.device, _eos_ids(policy)
     counts = [_members(r) for r in requests]
     g = max(counts)
-    choose = _chooser(requests, g, max_tokens, temperature, device)
+    choose = _chooser(policy, requests, g, max_tokens, temperature)
     decoder = Decoder(policy.base, policy.cached)
     logits_NV = decoder.start(torch.tensor([r.prompt for r in requests], device=device))
     # From here on a row is a sample: its prompt's row again, and its place in the B*G grid of the uniforms.
@@ -295,9 +297,4 @@ def _compact(live_BG: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _eos_ids(policy: Policy) -> Tensor:
-    """End tokens: the tokenizer's EOS, and those of the model's generation config (instruct models have several)."""
-    ids = {policy.tokenizer.eos_token_id}
-    more = getattr(getattr(policy.base, "generation_config", None), "eos_token_id", None)
-    if more is not None:
-        ids |= set(more if isinstance(more, list) else [more])
-    return torch.tensor(sorted(ids), device=policy.device)
+    return torch.tensor(policy.end_ids, device=policy.device)

@@ -21,7 +21,17 @@ from unift.files import clean_temporary, write_atomic
 from unift.types import ConfigError, DataError, UniftError
 
 LOCK = ".lock"  # a dot file, as all that are not results
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "datasets", "mpmath", "pebble")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "tokenizers",
+    "numpy",
+    "datasets",
+    "mpmath",
+    "cloudpickle",
+)
 
 
 def environment() -> dict[str, Any]:

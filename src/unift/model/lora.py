@@ -1,0 +1,132 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): put on, read as one weight, merged into copies when a model is saved.
+
+The frozen weights are never written to. An adapter's whole weight is W + (alpha / r) B A (``weight``); whoever multiplies by
+a layer's matrix asks for it here, since ``layer.weight`` of a wrapped layer is the frozen part alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from unift.types import ConfigError
+
+if TYPE_CHECKING:
+    from unift.config.sections import Lora
+
+
+def adapt(model: Any, lora: Lora) -> nn.Module:
+    """``model`` wrapped by peft, its own weights frozen. Where embeddings or head are adapted, the two are untied.
+
+    Raises ConfigError where the targets do not fit, or where what would be saved is not what would be trained.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        target_modules=lora.targets,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    what = f"model.lora.targets={lora.targets!r} does not fit {type(model).__name__}"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # untied below
+            wrapped = get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error} Name other model.lora.targets") from error
+    _untie(model, what)
+    return wrapped
+
+
+def adapted(model: nn.Module) -> dict[str, Any]:
+    """The wrapped layers by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
+def is_adapted(layer: nn.Module) -> bool:
+    return hasattr(layer, "base_layer")
+
+
+def weight(layer: Any) -> Tensor:
+    """The matrix that a layer multiplies by, differentiable in the adapters: W + (alpha / r) B A in W's precision, or W
+    where there is no adapter or it is switched off."""
+    if not is_adapted(layer):
+        return layer.weight
+    frozen = layer.get_base_layer().weight
+    if layer.disable_adapters:
+        return frozen
+    for name in layer.active_adapters:
+        frozen = frozen + layer.get_delta_weight(name)  # bfloat16 + float32 is float32: rounded once, at the end
+    return frozen.to(layer.get_base_layer().weight.dtype)
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of the model below the adapters, under their own names, with the adapters merged into copies. Weights that
+    are tied stay tied."""
+    layers = adapted(model)
+    whole = {f"{name}.base_layer.weight": layer for name, layer in layers.items()}
+    made: dict[int, Tensor] = {}  # a layer that stands in several places is merged once
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        layer = whole.get(name)
+        if layer is not None:
+            if id(layer) not in made:
+                made[id(layer)] = weight(layer).contiguous()
+            tensor = made[id(layer)]
+        state[name.replace(".base_layer.", ".")] = tensor
+    return state
+
+
+# ---------------------------------------------------------------------------------------------- tied weights
+
+
+def _untie(model: Any, what: str) -> None:
+    """Give embeddings and head a weight each where one of them is adapted and they share one. Any other weight that an
+    adapted layer shares with another is an error: after merging they differ, and a saved model ties them again."""
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, layer in adapted(model).items():
+        own = layer.get_base_layer()
+        holders = {
+            id(module): path
+            for path, module in model.named_modules()
+            if any(p is own.weight for p in module.parameters(recurse=False))
+        }
+        if len(holders) < 2:
+            continue
+        bases = [m.get_base_layer() if is_adapted(m) else m for m in (embeddings, head) if m is not None]
+        if holders.keys() != {id(m) for m in bases} or not _can_untie(model):
+            others = ", ".join(sorted(path for i, path in holders.items() if i != id(own)))
+            raise ConfigError(
+                f"{what}: {name} shares its weight with {others}, and a saved {type(model).__name__} shares it again, so "
+                "that adapters on one of them would be lost or count twice. Leave it out of model.lora.targets"
+            )
+        bases[1].weight = nn.Parameter(bases[1].weight.detach().clone(), requires_grad=False)
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+
+
+def _can_untie(model: Any) -> bool:
+    """Does the class keep a weight for the head when its config says that it is not tied?"""
+    config = copy.deepcopy(model.config)
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    with torch.device("meta"):
+        twin = type(model)(config)
+    head = twin.get_output_embeddings()
+    ignored = set(getattr(twin, "_keys_to_ignore_on_save", None) or [])
+    names = {name for name, p in twin.named_parameters(remove_duplicate=False) if p is head.weight}
+    return head.weight is not twin.get_input_embeddings().weight and not names & ignored
