@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -167,6 +168,10 @@ def test_a_format_mismatch_is_an_error():
         check_format(rows, answer="tags")
     with pytest.raises(ConfigError, match="mend the solutions"):
         check_format([problem("forty-two")] * 2, answer="tags")
+    for part in ("math", SimpleNamespace(function="math", weight=0.5)):
+        check_format(rows, function=["mine.py:score", part], answer="boxed")
+        with pytest.raises(ConfigError, match="reward.answer=boxed accepts 4"):
+            check_format(rows, function=["mine.py:score", part], answer="tags")
     check_format([*rows, problem("none")], answer="boxed")  # one row that is wrong is not a mismatch
 
 

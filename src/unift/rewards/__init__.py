@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def open_scorer(reward: RewardSettings, rows: Sequence[Row], handed: Any = None) -> Scorer:
     """The scorer that the settings describe.
 
-    rows: of the training split; they decide the place of the answer where reward.answer=auto. ``handed``: a callable of
-    a Python caller, or a list of them with weights, in place of what the settings name.
+    rows: of the training split; they decide the place of the answer where reward.answer=auto. ``handed``: a callable
+    of a Python caller, or a list of them with weights, in place of what the settings name.
     """
     if handed is None and isinstance(reward.function, str) and reward.function.startswith(HANDED):
         raise RewardError(
@@ -34,8 +34,8 @@ def open_scorer(reward: RewardSettings, rows: Sequence[Row], handed: Any = None)
         format_score=reward.format_score,
         rule=reward.rule,
         memory_mb=reward.memory_mb,
-        environment=reward.environment,
         answer=answer_rule(rows, reward.answer, reward.rule),
+        environment=reward.environment,
     )
 
 

@@ -91,8 +91,7 @@ class Scorer:
     error_rate: above this share of failed scores among the last ``window`` the run stops with a RewardError (while
     fewer were scored, the missing ones count as good). memory_mb: address space, in MiB, that a worker may take on top
     of what it holds once the reward is loaded; None = no limit. environment: names of variables that workers see although
-    they look like secrets. format_score, rule, answer: for
-    rewards that name them.
+    they look like secrets. format_score, rule, answer: for rewards that name them.
     """
 
     def __init__(
@@ -107,8 +106,8 @@ class Scorer:
         rule: str = "unift",
         window: int = 200,
         memory_mb: int | None = None,
-        environment: Iterable[str] = (),
         answer: str = "tags",
+        environment: Iterable[str] = (),
     ) -> None:
         wall = WALL * timeout if wall_timeout is None else wall_timeout
         if workers < 1 or timeout <= 0 or wall <= 0 or window < 1:

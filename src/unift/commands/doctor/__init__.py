@@ -300,7 +300,7 @@ def try_reward(config: Config, rows: Sequence[Row]) -> tuple[Check, Any]:
     except UniftError as error:
         faults.append(str(error))
     text = f"{found.reward} ({found.kind}): accepts {right} of {len(some)} demonstrations tried"
-    if found.kind == "task":
+    if "task" in found.kind.split("+"):
         text += f"; answers stand in {scorer.answer}" + (" (reward.answer=auto)" if r.answer == "auto" else "")
         text += text_targets(rows)
     return Check("reward", not faults, "; ".join([text, *faults])), found

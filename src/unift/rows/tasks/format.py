@@ -6,7 +6,7 @@ Only rows of built-in tasks that mark their answer are looked at: what another r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from unift.rows.tasks.answer import PLACES, extract_answer
@@ -40,10 +40,15 @@ def answer_rule(rows: Sequence[Row], setting: str = "auto", rule: str = "unift")
 def check_format(rows: Sequence[Row], function: object = "auto", rule: str = "unift", answer: str = "tags") -> None:
     """ConfigError if most of the rows' own solutions earn nothing: then no completion in their form could.
 
-    rows: training rows. function, rule: the settings of the reward. answer: what `answer_rule` returned.
+    rows: training rows. function, rule: the settings of the reward (one function, or several with weights). answer: what
+    `answer_rule` returned.
     """
     from unift.rows.tasks import task_names
 
+    if not isinstance(function, str):  # several with weights
+        for part in function if isinstance(function, Iterable) else ():
+            check_format(rows, part if isinstance(part, str) else getattr(part, "function", None), rule, answer)
+        return
     if function != "auto" and function not in task_names():
         return
     some = _with_solution(rows, function)
