@@ -13,6 +13,7 @@ import pytest
 
 from unift.commands import report
 from unift.commands.report import cards, charts
+from unift.commands.report.findings import findings
 from unift.commands.report.gather import read_run, run_folders, settings_of
 from unift.config.identity import to_yaml
 from unift.config.resolve import resolve
@@ -269,3 +270,15 @@ def test_rollouts_without_scores_are_shown(tmp_path):
     assert read.groups[0].kind == "scorer failed" and read.groups[0].completions[0].times == 2
     assert "Scorer failed: timeout" in Page(report.write(run).read_text()).text
     assert gzip.decompress(next((run / "rollouts").glob("*")).read_bytes())
+
+
+def test_completions_without_an_answer_are_named(tmp_path):
+    """A reward of 0 because the answer stands elsewhere is another trouble than a wrong one."""
+    for share, told in ((0.4, True), (0.05, False)):
+        make_run(tmp_path / str(share))
+        path = tmp_path / str(share) / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[0]["answer"] = "boxed"
+        path.write_text("\n".join(json.dumps(m | {"completions/no_answer": share}) for m in lines))
+        found = [text for _, text in findings(read_run(tmp_path / str(share)))]
+        assert any("had no answer" in text and "boxed" in text for text in found) == told

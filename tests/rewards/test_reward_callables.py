@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import reward_zoo
 
-from unift.config.sections import Reward, WeightedReward
+from unift.config.surroundings import Reward, WeightedReward
 from unift.rewards import count_outcomes, open_scorer, score_groups
 from unift.rewards.identity import describe
 from unift.rewards.journal import ScoreError

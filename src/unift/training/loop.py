@@ -139,7 +139,7 @@ def begin(run: Run) -> dict[str, Any]:
         run.progress.judged |= earlier[0].get("judged", {})  # a checkpoint, if there is one, knows more
         return earlier[0]["base"]
     base = asdict(announced(run, "held-out rows", run.data.test)) if run.data.test.rows else {}
-    first = {"forward": run.policy.path, "base": base, "judged": dict(run.progress.judged)}
+    first = {"forward": run.policy.path, "base": base, "judged": dict(run.progress.judged), "answer": run.scorer.answer}
     log(run, 0, first | ({"eval/test/accuracy": base["accuracy"]} if base else {}))
     return base
 

@@ -34,9 +34,8 @@ def one_step(run: Run, moment: Moment, state: State) -> Metrics:
     clock = Clock()
     groups = groups_of_step(run, moment, state, clock)
     _count(run, groups)
-    rules = annealing.at(
-        moment.rules, moment.within, moment.stage.total, groups
-    )  # this step's weights for their schedules
+    # This step's weights in place of their schedules.
+    rules = annealing.at(moment.rules, moment.within, moment.stage.total, groups)
     items = assign.credited(groups, run.data.train, rules, _models(run, state), (moment.seed, moment.step))
     updates = update.prepare(run.policy, items, rules, state.reference)
     updates += _waiting(run, state, groups, rules)

@@ -118,6 +118,11 @@ def _update(run: RunData) -> list[tuple[str, str] | None]:
         found.append(
             (WATCH, f"{percent(cut)} of the completions at the end were cut at the length limit (sample.max_tokens).")
         )
+    lost = at_end(run, "completions/no_answer")
+    if lost is not None and lost > 0.1:
+        where = next((str(m["answer"]) for m in run.metrics if "answer" in m), "the place of reward.answer")
+        text = f"{percent(lost)} of the completions at the end had no answer where it is looked for ({where}; reward.answer)."
+        found.append((WATCH, text))
     gap = at_end(run, "sampling/sampling_logp_difference/mean")
     if gap is not None and gap > 0.02:
         found.append(

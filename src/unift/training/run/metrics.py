@@ -45,6 +45,9 @@ def group_metrics(groups: Sequence[Group], rules: Rules) -> dict[str, Any]:
         "completions/clipped_ratio": float(np.mean([not s.finished for s in samples])) if samples else 0.0,
         "completions/mean_terminated_length": float(np.mean(ended)) if ended else 0.0,
     }
+    answers = [s.score.parts["no_answer"] for s in samples if s.score is not None and "no_answer" in s.score.parts]
+    if answers:  # verifiers that look for an answer say whether there was one
+        found["completions/no_answer"] = float(np.mean(answers))
     by_hint: dict[int, list[float]] = {}
     for group, values in zip(groups, scores, strict=True):
         if rules.show.unit == "cuts":
