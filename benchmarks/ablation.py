@@ -63,9 +63,9 @@ def without(name: str, side: Unift) -> Iterator[None]:
         "nothing (all on)": [],
         "shared prefix in training": [mock.patch("unift.training.update.pack", alone)],
         "shared prefix in sampling": [mock.patch("unift.sampling.groups.generate", one_by_one)],
-        "merged attention": [mock.patch("unift.model.attention.packed.FlashAttention", Stock)],
+        "merged attention": [mock.patch("unift.model.attention.FlashAttention", Stock)],
         "head at loss positions only": [mock.patch("unift.training.update.logprobs", everywhere)],
-        "kept logits": [mock.patch.object("unift.model.logprobs.KEEP", 0)],
+        "kept logits": [mock.patch("unift.model.logprobs.KEEP", 0)],
         "packed weights in sampling": [mock.patch.object(matmul, "PACK_LEAST", float("inf"))],
         ROUTE: [],
     }[name]

@@ -1,4 +1,4 @@
-"""Generated text of the documents: the settings, the table and the pages of methods, their number, the site's list of pages.
+"""Generated text of the documents: settings, methods, their pages and number, the site's list of pages, lines of equations.
 
     python tools/docs.py            # rewrite every block
     python tools/docs.py --check    # name the stale blocks; exit status 1 if there is one
@@ -10,6 +10,7 @@ YAML comment), or both within one line. `BLOCKS` makes the text of each NAME; a 
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import sys
 import textwrap
@@ -32,6 +33,7 @@ from unift.config.sections import Config
 from unift.config.stages import stages
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "unift"
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "mkdocs.yml")
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -190,9 +192,75 @@ def core_table() -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------- equations
+
+# (equation, file, function or "" for the head of the file, words of its docstring that name the source)
+EQUATIONS = (
+    ("L: a sum of token streams, each over its Z", "objectives/loss.py", "", "UFT, arXiv 2505.16984, eq. 3.3"),
+    ("1/Z, counted over the whole optimizer batch", "objectives/weights.py", "", "UFT, arXiv 2505.16984, eq. 3.3"),
+    ("Z of the official code: means over micro-batches", "objectives/weights.py", "_by_microbatch", "official code of UFT"),
+    ("p(t), the chance that a cut is shown", "hints/schedules.py", "cosine", "UFT, eq. B.1"),
+    ("sep[k] = round(k S / num), where a hint of k cuts ends", "rows/tokens.py", "separators", "UFT section B"),
+    ("A = (r - mean) / (std + eps): GRPO, Dr.GRPO, RLOO", "credit/advantages.py", "advantages", "GRPO, arXiv 2402.03300"),
+    ("penalty on length", "credit/advantages.py", "overlong", "arXiv 2503.14476, eq. 13"),
+    ("min(rho A, clip(rho, 1 - low, 1 + high) A), dual clip", "objectives/loss.py", "clipped_surrogate", "arXiv 1707.06347, eq. 7"),
+    ("A l, without a ratio", "objectives/loss.py", "reinforce", "Williams 1992"),
+    ("sg(clip(rho)) A l: CISPO", "objectives/loss.py", "clipped_importance", "arXiv 2506.13585"),
+    ("s A, s the ratio of a whole sequence: GSPO", "objectives/loss.py", "sequence_ratio", "arXiv 2507.18071, eq. 5"),
+    ("KL towards the reference: k2, k3", "objectives/loss.py", "kl_penalty", "Schulman's estimators"),
+    ("A_t = sum_k (gamma lambda)^k delta_{t+k}: GAE", "credit/returns.py", "gae", "arXiv 1506.02438, eq. 16"),
+    ("(A - mean) / std over all tokens of a step", "credit/returns.py", "whitened", "REINFORCE++, arXiv 2501.03262"),
+    ("KL inside the reward, by baseline", "credit/returns.py", "spread", "ReFT, arXiv 2401.08967"),
+    ("max((V - R)^2, (V_clip - R)^2)", "objectives/loss.py", "value_loss", "PPO's code"),
+    ("-log sigmoid(r - r'): DPO, UNA", "objectives/loss.py", "sequence_loss", "DPO, arXiv 2305.18290, eq. 7"),
+    ("a solution against other answers", "credit/discriminative.py", "", "arXiv 2502.18679"),
+    ("pi l: DFT", "objectives/likelihood.py", "probability", "arXiv 2508.05629 eq. 9"),
+    ("pi (1 - pi) l: CHORD", "objectives/likelihood.py", "uncertainty", "arXiv 2508.11408"),
+    ("pi / max(pi, alpha) l: TrSFT", "objectives/likelihood.py", "trust", "arXiv 2512.17636"),
+    ("pi / (pi + gamma): LUFFY", "objectives/likelihood.py", "shaped", "arXiv 2504.14945"),
+    ("min(rho, 1 + clip): PSFT", "objectives/likelihood.py", "ratio", "arXiv 2508.17784"),
+    ("min(exp(l - l_ref), clip) l: iw-SFT", "objectives/likelihood.py", "importance", "arXiv 2507.12856"),
+    ("discounted sum of the losses that follow: IFT", "objectives/likelihood.py", "tail", "arXiv 2405.11870"),
+    ("noise on input embeddings: NEFTune, R-SFLLM", "objectives/input_noise.py", "noise", "NEFTune, arXiv 2310.05914"),
+    ("eps g / norm(g), the worst direction", "objectives/input_noise.py", "worst_case", "arXiv 1605.07725, eq. 5"),
+    ("own guesses as inputs: IFT", "objectives/input_noise.py", "own_guesses", "arXiv 2405.11870 eq. 17"),
+    ("pass@k = 1 - C(n - c, k) / C(n, k)", "training/evaluate.py", "pass_at_k", "arXiv 2107.03374, eq. 1"),
+)  # fmt: skip
+
+
+def definitions(file: Path) -> dict[str, tuple[int, str]]:
+    """(line, docstring) of every function, class and constant of a module, also below a class as ``Class.name``; of the file
+    itself as ""."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found = {"": (1, ast.get_docstring(tree) or "")}
+
+    def see(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found[prefix + node.name] = node.lineno, ast.get_docstring(node) or ""
+            if isinstance(node, ast.ClassDef):
+                see(node.body, f"{prefix}{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            found.update({prefix + t.id: (node.lineno, "") for t in targets if isinstance(t, ast.Name)})
+
+    see(tree.body, "")
+    return found
+
+
+def equations() -> str:
+    """Where each equation is computed, with its line."""
+    lines = ["| equation | file and line | function | source |", "|---|---|---|---|"]
+    for equation, file, name, source in EQUATIONS:
+        line, _ = definitions(SOURCE / file)[name]
+        function = f"`{name}`" if name else "the head of the file"
+        lines.append(f"| {equation} | `{file}:{line}` | {function} | {source} |")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------------- blocks
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "equations": equations,
     "methods count": lambda: str(len(preset_names())),
     "methods core": core_table,
     "methods nav": method_nav,

@@ -125,6 +125,20 @@ def test_doctor_goes_on_without_a_model(tmp_path):
     assert checks["rows"].ok and checks["reward"].ok
 
 
+def test_doctor_lists_targets_that_are_compared_as_text(tmp_path):
+    """By row and with the reason; and it says where the answers stand. A mismatch is a fault that names the remedy."""
+    from unift.commands.doctor import try_reward
+    from unift.types import Row
+
+    golds = ["42", "2, 4, \\ldots, 2n"]
+    rows = [Row(f"r{i}", "q", (f"it is \\boxed{{{gold}}}",), "", gold, "math") for i, gold in enumerate(golds)]
+    check, _ = try_reward(resolve("sft", recipe="lock"), rows)
+    assert check.ok and "answers stand in boxed (reward.answer=auto)" in check.text
+    assert "1 targets cannot be read" in check.text and "row 2" in check.text and "ellipsis" in check.text
+    check, _ = try_reward(resolve("sft", recipe="lock", overrides={"reward": {"answer": "hash"}}), rows)
+    assert not check.ok and "reward.answer=boxed accepts 2" in check.text
+
+
 def test_doctor_reads_rows_as_train_does(tmp_path):
     """A file may use a task's name with answers of its own, and repeat a problem in other words."""
     from unift.commands.doctor import load_rows

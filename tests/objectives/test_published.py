@@ -318,6 +318,20 @@ def test_upft_trains_first_steps_with_an_end_under_an_instruction():
         assert role == [OWN] * (len(ends) + 2) and e == pytest.approx([1 / (2 * len(ends))] * len(ends) + [1 / 4] * 2)
 
 
+def test_a_first_step_ends_as_its_row_does():
+    """Token 36 closes the turns of a chat, 1 is the EOS: the row's own end is added, and none after either of the two."""
+    config = settings("upft", "sample.full=0", "train.prompts=3")
+    policy, _ = tiny_policy(torch.float64)
+    policy.tokenizer = FakeTokenizer()
+    policy.model.generation_config.eos_token_id = [1, 36]
+    rows = [Encoded([3, 4], [9, 36], [0, 1])] * 3
+    own = ([5, 6], [5, 36], [5, 1])
+    samples = [Sample(t, [-1.0] * 2, t[-1] != 6, score=Score(0.0, None)) for t in own]
+    groups = [Group(i, f"r{i}", [3, 4], [], 0, 1, [s]) for i, s in enumerate(samples)]
+    items = assign.credited(groups, Split([], rows, [None] * 3), config, assign.Models(policy, None, {}), (0, 0))
+    assert [m.tokens for i in items for m in i.members] == [[5, 6, 36], [5, 36], [5, 1]]
+
+
 def test_the_instruction_ends_the_prompt_or_its_last_user_message():
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     tokenizer = char_tokenizer(template=template)

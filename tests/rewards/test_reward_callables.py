@@ -189,12 +189,12 @@ def test_settings_name_several() -> None:
         WeightedReward(function="reward_zoo:trl"),
         WeightedReward(function="reward_zoo:always_one", weight=0.5),
     ]
-    with open_scorer(settings) as scorer:
+    with open_scorer(settings, []) as scorer:
         check = scorer.check(Row("x", "", (), "4", "4"))
         assert check.kind == "TRL+unift" and check.demonstration == Score(1.5, True, {"trl": 1.0, "always_one": 1.0})
         assert check.reward == "1 * reward_zoo:trl + 0.5 * reward_zoo:always_one"
         assert check.empty is not None and not check.empty.right
-    with open_scorer(settings, lambda completion, row: 0.125) as scorer:
+    with open_scorer(settings, [], lambda completion, row: 0.125) as scorer:
         assert scorer.score([ROW], [""]) == [Score(0.125)]
 
 

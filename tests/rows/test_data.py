@@ -232,3 +232,17 @@ def test_tokenizer_without_eos_or_pad():
         check_tokenizer(NoPad())
     with pytest.raises(DataError, match="fast tokenizer"):
         check_tokenizer(FakeTokenizer())
+
+
+@pytest.mark.parametrize("source", ["aime", "amc", "openai/gsm8k", "minerva", "olympiad_bench", "math500", "cais/hle"])
+def test_rows_of_the_paper_s_evaluation_file(tmp_path, source):
+    """Their hint is one empty text: rows without a solution, which are judged as mathematics."""
+    record = {"prompt": [{"role": "user", "content": "6*7?"}], "hint": [""], "answer": "", "data_source": source}
+    record["reward_model"] = {"ground_truth": {"question": "6*7?", "target": "42"}, "style": "rule"}
+    path = tmp_path / "others.jsonl"
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (row,) = read_rows(str(path), need_steps=False)
+    assert (row.task, row.steps, row.extra["data_source"]) == ("math", (), source)
+    assert get_task("math").score("<answer>42.0</answer>", row).right
+    with pytest.raises(DataError, match="row 1, column 'steps': no worked solution"):
+        read_rows(str(path))

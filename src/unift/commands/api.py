@@ -173,6 +173,8 @@ def train(
     """
     given, over = _handed_over(settings, train=train, test=test, reward=reward)
     loaded = model if hasattr(model, "save_pretrained") else None
+    if train is not None:
+        over.setdefault("data.task", None)  # rows of the caller's own take the place of a recipe's generated ones
     if model is not None:
         over["model.path"] = layers.handed(type(model).__name__) if loaded is not None else str(model)
     found = layers.resolved(method, recipe=recipe, config=config, settings=over)

@@ -112,7 +112,7 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
         policy = load_policy(model, tokenizer)
         return policy, Judge(policy, scorer, length)
 
-    with open_scorer(config.reward.model_copy(update={"function": "auto"})) as scorer:
+    with open_scorer(config.reward.model_copy(update={"function": "auto"}), data.train.rows) as scorer:
         after_model = config.model.model_copy(update={"path": str(folder / "model"), "gguf": None, "lora": None})
         policy, judge = under(config.model)
         before = _measured(judge, sets, config.train.token_budget)

@@ -1,58 +1,38 @@
-"""The settings, typed: a section for each question that a method answers, and what a run needs besides. How layers become
-one config is in ``resolve.py``."""
+"""The settings, typed: a section for each question that a method answers, and the whole of a run. How layers become one
+config is in ``resolve.py``."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from unift.config import words
+from unift.config.surroundings import Data, Eval, Log, Lora, Model, Reward, Save, Section
 
-LARGEST = 2**63 - 1  # of a whole number
+__all__ = [
+    "Config",
+    "Credit",
+    "Data",
+    "Eval",
+    "Inputs",
+    "Likelihood",
+    "Log",
+    "Lora",
+    "Model",
+    "Phase",
+    "PolicyStream",
+    "Pull",
+    "Reward",
+    "Rules",
+    "SampleFrom",
+    "Save",
+    "Section",
+    "Show",
+    "Train",
+]
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _kinds(cls, value: Any, info: ValidationInfo) -> Any:
-        """true and false are no numbers, texts and numbers are not true or false: pydantic alone would take
-        ``train.steps=true`` for 1 and ``save.rollouts="no"`` for false."""
-        kinds = _leaves(cls.model_fields[str(info.field_name)].annotation)
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(item, bool) and kinds & {int, float} and bool not in kinds:
-                raise PydanticCustomError("kind", "expected a number")
-            if item is not None and not isinstance(item, bool) and bool in kinds:
-                raise PydanticCustomError("kind", "expected true or false")
-        return value
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _fits(cls, value: Any) -> Any:
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise PydanticCustomError("size", "expected a whole number that fits 64 bits")
-        return value
-
-
-def _leaves(annotation: Any) -> set[type]:
-    """The types that a setting may have: {int, NoneType} of ``int | None``, {str} of a Literal of words."""
-    args = get_args(annotation)
-    if not args:
-        return {annotation if isinstance(annotation, type) else type(annotation)}
-    return set[type]().union(*map(_leaves, args))
 
 
 class Show(Section):
@@ -291,121 +271,6 @@ class Phase(Rules):
     """One stretch of a run with its own method (SFT, then RFT). The optimizer and the KL reference start anew."""
 
     share: float = Field(gt=0, le=1, description="of train.steps")
-
-
-class Lora(Section):
-    rank: int = Field(default=16, ge=1, description="of the adapters")
-    alpha: float = Field(default=32, gt=0, description="adapters are scaled by alpha / rank")
-    targets: str | list[str] = Field(default="all-linear", description="names of the layers that get one")
-
-
-class Model(Section):
-    path: str = Field(default="embedded:lock", description="folder, or embedded:NAME for a base inside the package")
-    gguf: str | None = Field(default=None, description="GGUF file inside the folder")
-    dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="of the weights")
-    device: str = Field(default="auto", description="cpu, cuda, cuda:1; auto: cuda if there is one")
-    forward: Literal["auto", "shared", "plain"] = Field(
-        default="auto", description="shared prefixes, or the model's own forward"
-    )
-    autocast: Literal["none", "sample", "all"] = Field(
-        default="none",
-        description="products in bfloat16 (weights stay float32): nowhere, in sampling, in sampling and training",
-    )
-    cuda_graphs: bool = Field(
-        default=True, description="on a GPU, sampling replays recorded steps; false: launches every kernel"
-    )
-    lora: Lora | None = Field(
-        default=None, description="train low-rank adapters only; true, a rank, or the keys below; null = all weights"
-    )
-
-    @field_validator("lora", mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        """``true`` and ``16`` for what they are meant to be."""
-        if isinstance(value, bool):
-            return {} if value else None
-        return {"rank": value} if isinstance(value, int) else value
-
-
-class Data(Section):
-    task: str | None = Field(default=None, description="built-in generator: countdown, knights, lock")
-    options: dict[str, Any] = Field(default_factory=dict, description="of the generator")
-    train: str | None = Field(default=None, description="file of rows, or hf:owner/name")
-    test: str | None = Field(default=None, description="held-out rows; null = no evaluation")
-    format: str = Field(default="auto", description="unift, verl, trl, reasoning-gym; auto: by the columns")
-    train_rows: int | None = Field(default=None, ge=1, description="first so many of the file, or so many generated")
-    test_rows: int | None = Field(default=None, ge=1, description="the same of held-out rows")
-    seed: int = Field(default=0, description="of the generator and of the split; apart from the run's seed")
-    max_prompt: int = Field(
-        default=2048, ge=1, description="tokens of prompt + whole solution; a longer row is an error"
-    )
-
-
-class WeightedReward(Section):
-    """One of several rewards. Text alone stands for weight 1."""
-
-    function: str = Field(description="as reward.function")
-    weight: float = Field(default=1.0, description="of its value in the score")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_text(cls, found: Any) -> Any:
-        return {"function": found} if isinstance(found, str) else found
-
-
-OneOrMore = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[WeightedReward], Field(min_length=1), Tag("list")],
-    Discriminator(lambda found: "list" if isinstance(found, list) else "text"),  # one message for a mistake, not two
-]
-
-
-class Reward(Section):
-    function: OneOrMore = Field(
-        default="auto",
-        description="auto (the row's task), a task's name, module:function or file.py:function; or a list of these, "
-        "each alone (weight 1) or as {function, weight}, whose weighted sum is the score",
-    )
-    format_score: float = Field(default=0.0, lt=1, description="for a parsable wrong answer")
-    rule: Literal["unift", "paper"] = Field(default="unift", description="where an answer is looked for")
-    workers: int = Field(default=1, ge=1, description="processes that score")
-    timeout: float = Field(default=5.0, gt=0, description="seconds of CPU time for one completion")
-    wall_timeout: float | None = Field(
-        default=None, gt=0, description="seconds of wall clock for one completion; default 10 times reward.timeout"
-    )
-    error_rate: float = Field(default=0.1, ge=0, le=1, description="of failed scores above which the run stops")
-    memory_mb: int | None = Field(
-        default=None, ge=1, description="MiB that a worker may take beyond what it holds once the reward is loaded"
-    )
-    environment: list[str] = Field(
-        default_factory=list, description="variables that the reward sees although they look like secrets"
-    )
-
-
-class Eval(Section):
-    every: int = Field(default=50, ge=0, description="steps; 0 = only at the end")
-    rows: int | None = Field(default=None, ge=1, description="first so many rows of the test split")
-    train_rows: int | None = Field(
-        default=100, ge=0, description="first so many training rows, at the end of a run; 0 = none, null = all"
-    )
-    samples: int = Field(
-        default=0, ge=0, description="sampled completions a row for pass@k at the end; 0 = greedy only"
-    )
-    max_tokens: int | None = Field(default=None, ge=1, description="default: sample.max_tokens")
-
-
-class Save(Section):
-    every: int = Field(default=50, ge=0, description="steps between checkpoints; 0 = only at the end")
-    keep: int = Field(default=2, ge=1, description="last so many are kept, and the best")
-    rollouts: bool = Field(default=True, description="what every step sampled, with scores")
-
-
-class Log(Section):
-    gradients_every: int = Field(
-        default=10, ge=0, description="steps between measurements of both streams' gradients; 0 = never"
-    )
-    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field(
-        default_factory=list, description="through accelerate"
-    )
 
 
 class Config(Rules):

@@ -43,8 +43,7 @@ def credited(
     demos = [split.encoded[g.row].solution for g in groups] if needs.demonstrations(rules) else None
     made = items_of(groups, [group_advantages(g, rules) for g in groups], demos, rules, address)
     if rules.sample.first is not None:
-        instructed = [split.encoded[g.row].instructed for g in groups]
-        made = first_steps(made, groups, instructed, rules, policy.tokenizer.eos_token_id, address)
+        made = first_steps(made, groups, [split.encoded[g.row] for g in groups], rules, policy.end_ids, address)
     if LOSSES[rules.policy.loss].sequences:
         return paired(made, groups, rules, [split.rejected[g.row] for g in groups])
     if not returns.active(rules):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from unift import rng
@@ -10,6 +10,7 @@ from unift.config import words
 from unift.config.sections import Rules, SampleFrom
 from unift.config.words import LossName
 from unift.model.packs import COMPLETION, DEMO, OWN, Item, Member
+from unift.rows.tokens import Encoded
 from unift.types import ConfigError, Group, Score
 
 
@@ -56,25 +57,26 @@ def cut_short(sample: SampleFrom, seed: int, step: int, row_id: str) -> bool:
 def first_steps(
     items: Sequence[Item],
     groups: Sequence[Group],
-    instructed: Sequence[list[int] | None],
+    encoded: Sequence[Encoded],
     rules: Rules,
-    eos: int,
+    stops: Collection[int],
     address: tuple[int, int],
 ) -> list[Item]:
     """Items of which only the first tokens were wanted, as the planning mode of UPFT trains them (arXiv 2503.02875): the
-    prompt asks for a first step (``instructed``: a row's prompt with the instruction; None: as it is), an EOS ends it."""
+    prompt asks for a first step (``encoded``: the groups' rows), and what ends the row's solution ends it too, unless one of
+    the tokens ``stops`` does."""
     out: list[Item] = []
-    for item, group, prompt in zip(items, groups, instructed, strict=True):
+    for item, group, row in zip(items, groups, encoded, strict=True):
         if not cut_short(rules.sample, *address, group.row_id):
             out.append(item)
             continue
         ended = [
-            replace(m, tokens=[*m.tokens, eos])
-            if m.role == OWN and rules.sample.first_eos and m.tokens[-1] != eos
+            replace(m, tokens=[*m.tokens, row.solution[-1]])
+            if m.role == OWN and rules.sample.first_eos and m.tokens[-1] not in stops
             else m
             for m in item.members
         ]
-        out.append(replace(item, prompt=prompt or item.prompt, members=ended))
+        out.append(replace(item, prompt=row.instructed or item.prompt, members=ended))
     return out
 
 

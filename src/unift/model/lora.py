@@ -37,6 +37,7 @@ def adapt(model: Any, lora: Lora) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # untied below
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it layer by layer
             wrapped = get_peft_model(model, settings)
     except ValueError as error:
         raise ConfigError(f"{what}: {error} Name other model.lora.targets") from error

@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from unift.rewards.journal import COUNT_OF, COUNTS, ScoreError
 from unift.rewards.pool import Scorer
+from unift.rows.tasks.format import answer_rule
 from unift.types import HANDED, Group, RewardError, Row, Score
 
 if TYPE_CHECKING:
     from unift.config.sections import Reward as RewardSettings
 
 
-def open_scorer(reward: RewardSettings, handed: Any = None) -> Scorer:
-    """The scorer that the settings describe. ``handed``: a callable of a Python caller, or a list of them with
-    weights, in place of what they name."""
+def open_scorer(reward: RewardSettings, rows: Sequence[Row], handed: Any = None) -> Scorer:
+    """The scorer that the settings describe.
+
+    rows: of the training split; they decide the place of the answer where reward.answer=auto. ``handed``: a callable
+    of a Python caller, or a list of them with weights, in place of what the settings name.
+    """
     if handed is None and isinstance(reward.function, str) and reward.function.startswith(HANDED):
         raise RewardError(
             f"the reward of this run was handed over from Python ({reward.function}): pass it again with "
@@ -30,6 +34,7 @@ def open_scorer(reward: RewardSettings, handed: Any = None) -> Scorer:
         format_score=reward.format_score,
         rule=reward.rule,
         memory_mb=reward.memory_mb,
+        answer=answer_rule(rows, reward.answer, reward.rule),
         environment=reward.environment,
     )
 

@@ -25,7 +25,7 @@ from unift.rewards.journal import NAME_CHARS, NOTE_CHARS, PARTS
 from unift.types import RewardError, Row, Score
 
 ACCEPTED = """the three accepted signatures are
-  score(completion, row) -> float or Score          unift; hint, format_score and rule are passed when it names them
+  score(completion, row) -> float or Score   unift; hint, format_score, rule and answer are passed when it names them
   f(prompts, completions, **columns) -> list        TRL; called with lists of one element; None = does not apply
   compute_score(data_source, solution_str, ground_truth, extra_info) -> float or dict with "score"      verl
 (unift and verl: None = does not apply where the return annotation says so, as in -> float | None)"""
@@ -48,13 +48,13 @@ class Reward:
         return self.call(completion, row, hint)
 
 
-def load_reward(spec: str, *, format_score: float = 0.0, rule: str = "unift") -> Reward:
+def load_reward(spec: str, *, format_score: float = 0.0, rule: str = "unift", answer: str = "tags") -> Reward:
     """The reward named by ``module:function``, ``path/to/file.py:function``, a built-in task or "auto" (row.task).
 
-    Modules are looked for on sys.path and in the working directory. format_score and rule reach the functions that name
-    them as parameters (all built-in tasks do). Raises RewardError saying what was found and what was expected.
+    Modules are looked for on sys.path and in the working directory. format_score, rule and answer reach the functions that
+    name them as parameters (all built-in tasks do). Raises RewardError saying what was found and what was expected.
     """
-    options = {"format_score": format_score, "rule": rule}
+    options = {"format_score": format_score, "rule": rule, "answer": answer}
     if ":" in spec:
         function = _import_function(spec)
         try:
@@ -66,13 +66,20 @@ def load_reward(spec: str, *, format_score: float = 0.0, rule: str = "unift") ->
     return Reward(spec, "task", _task(spec, options))
 
 
-def adapt(function: Callable[..., Any], name: str = "", *, format_score: float = 0.0, rule: str = "unift") -> Reward:
+def adapt(
+    function: Callable[..., Any],
+    name: str = "",
+    *,
+    format_score: float = 0.0,
+    rule: str = "unift",
+    answer: str = "tags",
+) -> Reward:
     """Wrap a function after its parameter names. Raises RewardError for a signature that is none of the three."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
         raise RewardError(f"found {function!r}, which has no readable signature ({error}); {ACCEPTED}") from None
-    options = {"format_score": format_score, "rule": rule}
+    options = {"format_score": format_score, "rule": rule, "answer": answer}
     if {"solution_str", "ground_truth"} <= parameters.keys():
         kind, call, given = "verl", _verl(function, parameters), {"data_source", "extra_info"}
         given |= {"solution_str", "ground_truth"}

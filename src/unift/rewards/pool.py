@@ -91,7 +91,7 @@ class Scorer:
     error_rate: above this share of failed scores among the last ``window`` the run stops with a RewardError (while
     fewer were scored, the missing ones count as good). memory_mb: address space, in MiB, that a worker may take on top
     of what it holds once the reward is loaded; None = no limit. environment: names of variables that workers see although
-    they look like secrets. format_score, rule: for rewards that name them.
+    they look like secrets. format_score, rule, answer: for rewards that name them.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class Scorer:
         rule: str = "unift",
         window: int = 200,
         memory_mb: int | None = None,
+        answer: str = "tags",
         environment: Iterable[str] = (),
     ) -> None:
         wall = WALL * timeout if wall_timeout is None else wall_timeout
@@ -119,7 +120,8 @@ class Scorer:
         self.error_rate, self.environment = error_rate, tuple(environment)
         self.start_seconds = START_SECONDS
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
-        setup = Setup(parts, summed, {"format_score": format_score, "rule": rule}, memory_mb)
+        self.answer = answer
+        setup = Setup(parts, summed, {"format_score": format_score, "rule": rule, "answer": answer}, memory_mb)
         self._setup = pickle.dumps(setup, protocol=5)
         self._window: deque[ScoreError | None] = deque(maxlen=window)
         self._keeper: Keeper | None = None

@@ -122,8 +122,8 @@ def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
         raise ConfigError(
             f"sample.instruction has {len(texts)} values over the phases: {sorted(map(str, texts))}; use one"
         )
-    train = encode_rows(tokenizer, dataset.train, limit, named(config.data.train), next(iter(texts), None))
-    test = encode_rows(tokenizer, dataset.test, limit, named(config.data.test))
+    train = encode_rows(tokenizer, dataset.train, limit, next(iter(texts), None), named(config.data.train))
+    test = encode_rows(tokenizer, dataset.test, limit, source=named(config.data.test))
     columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
     rejected = encode_column(tokenizer, dataset.train, columns, limit)
     return Data(Split(dataset.train, train, rejected), Split(dataset.test, test), dataset.fingerprint)

@@ -19,8 +19,9 @@ from unift.rows.files import records
 from unift.rows.tasks.base import content_id
 from unift.types import DataError, Row
 
-# data_source of the UFT release -> built-in task
+# data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
 TASK_OF = {"countdown": "countdown", "kk_logic": "knights", "knights": "knights", "lock": "lock", "math": "math"}
+TASK_OF |= dict.fromkeys(("aime", "amc", "openai/gsm8k", "gsm8k", "minerva", "olympiad_bench", "cais/hle"), "math")
 
 
 def read_rows(
@@ -236,7 +237,10 @@ def _verl(record: Mapping[str, Any], where: str) -> Row:
     prompt = _prompt(record.get("prompt"), where)
     if not isinstance(prompt, str) and len(prompt) == 1:
         prompt = prompt[0]["content"]
-    steps, target = _steps(record.get("hint"), where, "hint"), _string(record.get("answer") or "", where, "answer")
+    hint = record.get("hint")
+    if isinstance(hint, (list, tuple)) and all(text == "" for text in hint):
+        hint = None  # the release's evaluation file: problems without a worked solution
+    steps, target = _steps(hint, where, "hint"), _string(record.get("answer") or "", where, "answer")
     judge = record.get("reward_model")
     truth = judge.get("ground_truth") if isinstance(judge, Mapping) else None
     if truth is None:

@@ -176,7 +176,7 @@ def _lost(tokenizer: Any, text: str, ids: Sequence[int], offsets: Sequence[tuple
 
 
 def encode_rows(
-    tokenizer: Any, rows: Sequence[Row], max_tokens: int, source: str = "", instruction: str | None = None
+    tokenizer: Any, rows: Sequence[Row], max_tokens: int, instruction: str | None = None, source: str = ""
 ) -> list[Encoded]:
     """``source``: the file, for messages. ``instruction``: text that a second version of every prompt has at its end, or in
     chat, of its last user message."""

@@ -136,7 +136,7 @@ def _evaluate(config: Config, split: str, samples: int, given: Given) -> Evaluat
     asked = data.test if split == "test" else data.train
     if not asked.rows:
         raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")
-    with open_scorer(config.reward, given.reward) as scorer:
+    with open_scorer(config.reward, data.train.rows, given.reward) as scorer:
         policy = load_policy(config.model, tokenizer, longest(config))
         judge = Judge(policy, scorer, evaluation_tokens(config))
         accuracy = greedy(judge, asked)

@@ -31,6 +31,7 @@ from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.rewards import open_scorer
 from unift.rows import dataset
+from unift.rows.tasks.format import check_format
 from unift.training import evaluate, update
 from unift.training.evaluate import Draws, Judge
 from unift.training.progress import Metrics, Report, Run, State, Watch, silent, unwatched
@@ -65,7 +66,8 @@ def train(
             finished = processes.lead("the run folder", lambda: open_run(folder, config, data.fingerprint))
             if finished is not None:
                 return finished
-            with open_scorer(config.reward, given.reward) as scorer, trackers(config, folder) as track:
+            with open_scorer(config.reward, data.train.rows, given.reward) as scorer, trackers(config, folder) as track:
+                check_format(data.train.rows, config.reward.function, config.reward.rule, scorer.answer)
                 scorer.check(data.train.rows[0])
                 torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
                 policy = load_policy(config.model, tokenizer, longest(config))

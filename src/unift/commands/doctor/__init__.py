@@ -17,6 +17,7 @@ from unift.types import Row, UniftError
 if TYPE_CHECKING:
     from unift.config.sections import Config
     from unift.rows.dataset import Data, Dataset
+LISTED = 10  # targets that are shown with their reason
 DEMONSTRATIONS = 50  # training rows whose own solution is scored
 
 
@@ -281,10 +282,11 @@ def room(config: Config, data: Data) -> Check:
 def try_reward(config: Config, rows: Sequence[Row]) -> tuple[Check, Any]:
     """The reward must load, give the demonstrations full marks and an empty text less."""
     from unift.rewards import open_scorer
+    from unift.rows.tasks.format import check_format
     from unift.types import Score
 
     r = config.reward
-    with open_scorer(r) as scorer:
+    with open_scorer(r, rows) as scorer:
         found = scorer.check(rows[0])
         some = [row for row in rows[:DEMONSTRATIONS] if row.solution.strip()]
         outcomes = scorer.score(some, [row.solution for row in some])
@@ -293,8 +295,27 @@ def try_reward(config: Config, rows: Sequence[Row]) -> tuple[Check, Any]:
     if right < len(some):
         first = next(row.id for row, o in zip(some, outcomes) if not (isinstance(o, Score) and o.right))
         faults.append(f"row {first!r} is the first whose own solution is not accepted: mend the row or the reward")
+    try:
+        check_format(rows, r.function, r.rule, scorer.answer)
+    except UniftError as error:
+        faults.append(str(error))
     text = f"{found.reward} ({found.kind}): accepts {right} of {len(some)} demonstrations tried"
+    if "task" in found.kind.split("+"):
+        text += f"; answers stand in {scorer.answer}" + (" (reward.answer=auto)" if r.answer == "auto" else "")
+        text += text_targets(rows)
     return Check("reward", not faults, "; ".join([text, *faults])), found
+
+
+def text_targets(rows: Sequence[Row]) -> str:
+    """The rows whose mathematical target cannot be read, so that only the same text is right. "" if there are none."""
+    from unift.rows.tasks.math import unreadable_targets
+
+    found = unreadable_targets(rows)
+    if not found:
+        return ""
+    some = "; ".join(f"row {number} {gold[:60]!r} ({reason})" for number, _, gold, reason in found[:LISTED])
+    more = f"; and rows {', '.join(str(number) for number, *_ in found[LISTED:])}" if len(found) > LISTED else ""
+    return f"; {len(found)} targets cannot be read as mathematics and are compared as text alone: {some}{more}"
 
 
 # ---------------------------------------------------------------------------------------------- disk

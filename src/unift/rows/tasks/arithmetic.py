@@ -1,4 +1,4 @@
-"""Exact value of an arithmetic expression written by a model: + - * / ( ), unary minus, whole numbers, nothing else.
+"""Exact value of an arithmetic expression written by a model: + - * / ( ), signs, whole numbers, nothing else.
 
 No ``eval`` and no sympy: the text comes from a model and is never trusted. Every size is capped, so the work is bounded
 whatever the text holds.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 MAX_TEXT = 512  # characters
-MAX_DEPTH = 40  # brackets and unary minus signs inside one another
+MAX_DEPTH = 40  # brackets and signs before a number inside one another
 MAX_DIGITS = 12  # of one literal
 _DIGITS = "0123456789"  # str.isdigit would let other scripts and superscripts through
 _SPACE = " \t\r\n"
@@ -22,40 +22,52 @@ class ExpressionError(ValueError):
 
 @dataclass(frozen=True)
 class Expression:
-    numbers: tuple[int, ...]  # literals from left to right, as written (a unary minus is not part of a literal)
+    numbers: tuple[int, ...]  # literals from left to right, as written (a sign is not part of a literal)
     value: Fraction | None  # None: division by zero
 
 
-def parse_expression(text: str) -> Expression:
+def parse_expression(text: str, *, decimals: bool = False) -> Expression:
     """Parse and evaluate; ``*`` and ``/`` bind tighter than ``+`` and ``-``, all group from the left.
 
+    A whole number may end in a point ("85."). decimals: literals may have decimals, as in Python; each group of digits
+    is then one of the ``numbers``.
     Raises ExpressionError for anything else: other characters (``**`` and ``//`` included), a missing operand or
     bracket, a literal with leading zeros or more than MAX_DIGITS digits, too long or too deep a text.
     """
     if len(text) > MAX_TEXT:
         raise ExpressionError(f"{len(text)} characters, at most {MAX_TEXT} are read")
-    tokens = _tokens(text)
+    tokens = _tokens(text, decimals)
     value, end = _sum(tokens, 0, 0)
     if end != len(tokens):
         raise ExpressionError(f"unexpected {tokens[end]!r}")
-    return Expression(tuple(int(token) for token in tokens if token[0] in _DIGITS), value)
+    groups = (group for token in tokens if token[-1] in _DIGITS for group in token.split(".") if group)
+    return Expression(tuple(int(group) for group in groups), value)
 
 
-def _tokens(text: str) -> list[str]:
+def _tokens(text: str, decimals: bool) -> list[str]:
     tokens, i = [], 0
     while i < len(text):
         char, j = text[i], i + 1
-        if char in _DIGITS:
+        if char in _DIGITS or (decimals and char == "."):
             while j < len(text) and text[j] in _DIGITS:
                 j += 1
-            if j - i > MAX_DIGITS:
-                raise ExpressionError(f"a number of {j - i} digits, at most {MAX_DIGITS} are read")
-            if char == "0" and j - i > 1:
+            whole = j
+            if char in _DIGITS and text[j : j + 1] == ".":
+                j += 1
+                while decimals and j < len(text) and text[j] in _DIGITS:
+                    j += 1
+            digits = j - i - text.count(".", i, j)
+            if digits > MAX_DIGITS:
+                raise ExpressionError(f"a number of {digits} digits, at most {MAX_DIGITS} are read")
+            if char == "0" and whole - i > 1 and whole == j and text[i:j].strip("0"):
                 raise ExpressionError(f"leading zero in {text[i:j]!r}")
+            if text[i:j] == ".":
+                raise ExpressionError("unexpected '.'")
+            tokens.append(text[i:j].rstrip("."))
         elif char not in "+-*/()" and char not in _SPACE:
             raise ExpressionError(f"unexpected {char!r}")
-        if char not in _SPACE:
-            tokens.append(text[i:j])
+        elif char not in _SPACE:
+            tokens.append(char)
         i = j
     return tokens
 
@@ -87,14 +99,14 @@ def _atom(tokens: list[str], i: int, depth: int) -> tuple[Fraction | None, int]:
     if i == len(tokens):
         raise ExpressionError("a number is missing at the end")
     token = tokens[i]
-    if token == "-":
+    if token in "+-":
         value, i = _atom(tokens, i + 1, depth + 1)
-        return (None if value is None else -value), i
+        return (None if value is None else -value if token == "-" else value), i
     if token == "(":
         value, i = _sum(tokens, i + 1, depth + 1)
         if i == len(tokens) or tokens[i] != ")":
             raise ExpressionError("a closing bracket is missing")
         return value, i + 1
-    if token[0] in _DIGITS:
-        return Fraction(int(token)), i + 1
+    if token[-1] in _DIGITS:
+        return Fraction("0" + token), i + 1
     raise ExpressionError(f"unexpected {token!r}")

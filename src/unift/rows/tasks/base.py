@@ -18,7 +18,8 @@ class Task:
     """A family of problems with a verifier, and (unless its problems come from a file) a generator with solutions.
 
     ``make(seed, index, **options) -> Row`` is pure: the same arguments give the same row on every machine.
-    ``score(completion, row, *, hint="", format_score=0.0, rule="unift") -> Score`` never raises on any completion.
+    ``score(completion, row, *, hint="", format_score=0.0, rule="unift", answer="tags") -> Score`` never raises on any
+    completion.
     ``canonical(row)`` is equal for two rows that pose the same problem; train and test are kept apart by it.
     """
 
@@ -27,6 +28,7 @@ class Task:
     score: Callable[..., Score]
     canonical: Callable[[Row], Hashable]
     options: Mapping[str, Any] = field(default_factory=dict)  # every option of ``make`` with its default
+    marked: bool = True  # whether ``answer`` says where the answer stands; without it the whole text is the answer
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -52,15 +54,22 @@ def build_row(
     return Row(id=row_id, prompt=prompt, steps=steps, ending=ending, answer=answer, task=task, extra=dict(extra or {}))
 
 
-def verdict(correct: bool, parsable: bool, format_score: float, note: str = "") -> Score:
-    """1.0 for a right answer, ``format_score`` for a wrong one that can be read, else 0.0."""
+def verdict(correct: bool, parsable: bool, format_score: float, note: str = "", answered: bool = True) -> Score:
+    """1.0 for a right answer, ``format_score`` for a wrong one that can be read, else 0.0.
+
+    answered: whether an answer stands where the rule looks for it; part "no_answer" counts those without.
+    """
     value = 1.0 if correct else float(format_score) if parsable else 0.0
-    return Score(value, correct, {"correct": float(correct), "format": float(parsable)}, note)
+    parts = {"correct": float(correct), "format": float(parsable), "no_answer": float(not answered)}
+    return Score(value, correct, parts, note)
 
 
-def check_rule(rule: str) -> None:
+def check_rule(rule: str, answer: str = "tags") -> None:
+    """ConfigError for an unknown rule, or an answer that the official rules would not look for."""
     if rule not in RULES:
         raise ConfigError(f"answer rule {rule!r} is unknown.{nearest(str(rule), RULES)}")
+    if rule == "paper" and answer != "tags":
+        raise ConfigError(f"reward.rule=paper reads answer tags, found reward.answer={answer!r}; set it to tags.")
 
 
 def field_of(row: Row, name: str) -> Any:

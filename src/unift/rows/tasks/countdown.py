@@ -2,9 +2,9 @@
 
 Solutions are written as in the data released with UFT: one line per operation, then the final equation.
 
-    paper style: "19 + 35 = 54\n", "44 + 54 = 98\n", "Therefore, the final equation is 44 + (19 + 35)"
-                 ending " </think>\n<answer> 44 + (19 + 35) </answer>"
-    short style: "19+35=54\n", "44+54=98\n", ending "<answer>44+(19+35)</answer>", for small models
+    paper style: "19 + 35 = 54\\n", "44 + 54 = 98\\n", "Therefore, the final equation is 44 + (19 + 35)"
+                 ending " </think>\\n<answer> 44 + (19 + 35) </answer>"
+    short style: "19+35=54\\n", "44+54=98\\n", ending "<answer>44+(19+35)</answer>", for small models
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from unift.rng import generator
-from unift.rows.tasks.answer import extract_answer, paper_last_line
+from unift.rows.tasks.answer import extract_answer, paper_last_line, unwrapped
 from unift.rows.tasks.arithmetic import ExpressionError, parse_expression
 from unift.rows.tasks.base import Task, build_row, check_rule, field_of, nearest, span, verdict
 from unift.types import ConfigError, Row, Score
@@ -30,6 +30,7 @@ PROMPT = (
     "Assistant: Let me solve this step by step.\n<think> "
 )
 STYLES = ("paper", "short")
+PAPER_TOLERANCE = Fraction(1, 100_000)
 MAX_TRIES = 10_000  # draws of numbers and operations before the ranges are called infeasible
 
 
@@ -63,28 +64,43 @@ def make(
     )
 
 
-def score(completion: str, row: Row, *, hint: str = "", format_score: float = 0.0, rule: str = "unift") -> Score:
+def score(
+    completion: str, row: Row, *, hint: str = "", format_score: float = 0.0, rule: str = "unift", answer: str = "tags"
+) -> Score:
     """Right: the answer is an expression whose literals are the given numbers, each once, and whose value is the target.
 
-    ``format_score`` goes to any expression that can be read. rule="paper" looks at the last line only and pays
+    ``format_score`` goes to any expression that can be read. Signs may be written as in LaTeX, and markup around the
+    expression is dropped. answer: where it stands, see `tasks.answer`. rule="paper" is the official rule: the last line,
+    Python's literals with a decimal point (their digits count as the numbers used), a value within 1e-5 of the target,
     ``format_score`` for any answer tag; its ``**`` and ``//`` are refused here as well. The hint is not used.
     """
-    check_rule(rule)
+    check_rule(rule, answer)
     numbers, target = sorted(int(n) for n in field_of(row, "numbers")), Fraction(field_of(row, "target"))
-    answer = extract_answer(completion) if rule == "unift" else paper_last_line(completion)
-    if answer is None:
-        return verdict(False, False, format_score, "no answer")
+    paper = rule == "paper"
+    said = paper_last_line(completion) if paper else extract_answer(completion, answer)
+    if said is None:
+        return verdict(False, False, format_score, "no answer", answered=False)
     try:
-        found = parse_expression(answer)
+        found = parse_expression(said if paper else plain_signs(unwrapped(said)), decimals=paper)
     except ExpressionError as error:
-        return verdict(False, rule == "paper", format_score, f"cannot read the answer: {error}")
+        return verdict(False, paper, format_score, f"cannot read the answer: {error}")
     if sorted(found.numbers) != numbers:
         return verdict(False, True, format_score, f"uses {sorted(found.numbers)}, given {numbers}")
     if found.value is None:
         return verdict(False, True, format_score, "division by zero")
-    if found.value != target:
+    if abs(found.value - target) >= PAPER_TOLERANCE if paper else found.value != target:
         return verdict(False, True, format_score, f"gives {found.value}, target {target}")
     return verdict(True, True, format_score)
+
+
+_SIGNS = {"×": "*", "⋅": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "\\times": "*", "\\cdot": "*", "\\div": "/"}
+
+
+def plain_signs(text: str) -> str:
+    """An expression whose signs are written as in print or LaTeX, with the four signs of a keyboard."""
+    for written, sign in (*_SIGNS.items(), ("\\left(", "("), ("\\right)", ")")):
+        text = text.replace(written, sign)
+    return text
 
 
 def canonical(row: Row) -> Hashable:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from unift.rng import generator
-from unift.rows.tasks.answer import extract_answer, paper_full_text
+from unift.rows.tasks.answer import extract_answer, paper_full_text, unwrapped
 from unift.rows.tasks.base import Task, build_row, check_rule, field_of, span, verdict
 from unift.types import DataError, Row, Score
 
@@ -70,27 +70,33 @@ def make(seed: int, index: int, *, people: Any = (3, 7)) -> Row:
     return build_row("knights", prompt, steps, f" </think>\n<answer> {text} </answer>", answer, {"index": index})
 
 
-def score(completion: str, row: Row, *, hint: str = "", format_score: float = 0.0, rule: str = "unift") -> Score:
+def score(
+    completion: str, row: Row, *, hint: str = "", format_score: float = 0.0, rule: str = "unift", answer: str = "tags"
+) -> Score:
     """Right: the answer names everybody exactly once, with the right role, and says nothing else.
 
     Every piece of the answer must read "<name> is a knight" or "<name> is a knave" (pieces end at a new line, a number
     such as "(2)" or "2.", a comma, semicolon, full stop, or "and"; letter case is ignored). Anything left over makes
     it unreadable, so hedged, negated and contradictory answers are wrong. ``format_score`` goes to a readable answer
-    that names everybody once. rule="paper" is the looser official reading: as many role words as people and the right
-    sentence for each, ``format_score`` for any non-empty tag. The hint is not used.
+    that names everybody once. Bold and backticks are dropped. answer: where it stands, see `tasks.answer`. rule="paper"
+    is the looser official reading: "knight" and "knave" stand as often as there are people, also inside words, and the
+    first sentence about each is right, in any case and spacing; ``format_score`` for any non-empty tag. The hint is not
+    used.
     """
-    check_rule(rule)
+    check_rule(rule, answer)
     names = [str(name) for name in field_of(row, "names")]
     truth = {name.casefold(): bool(role) for name, role in zip(names, field_of(row, "solution"))}
-    answer = extract_answer(completion) if rule == "unift" else paper_full_text(completion)
-    if not answer:
-        return verdict(False, False, format_score, "no answer")
+    said = paper_full_text(completion) if rule == "paper" else extract_answer(completion, answer)
+    if not said:
+        return verdict(False, False, format_score, "no answer", answered=False)
     if rule == "paper":
-        right = len(re.findall(r"\b(?:knight|knave)\b", answer)) == len(names) and all(
-            re.search(rf"\b{re.escape(name)} is a {ROLES[truth[name.casefold()]]}\b", answer) for name in names
+        first = [re.search(rf"\b{re.escape(n)}\b\s+is\s+a\s+\b(knight|knave)\b", said, re.IGNORECASE) for n in names]
+        count = sum(said.lower().count(role) for role in ROLES)
+        right = count == len(names) and all(
+            match is not None and match[1].lower() == ROLES[truth[name.casefold()]] for match, name in zip(first, names)
         )
         return verdict(right, True, format_score)
-    roles = read_roles(answer, names)
+    roles = read_roles(re.sub(r"\*\*|`", " ", unwrapped(said)), names)
     if isinstance(roles, str):
         return verdict(False, False, format_score, roles)
     wrong = [name for name in names if roles[name.casefold()] != truth[name.casefold()]]

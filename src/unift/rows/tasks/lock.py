@@ -51,17 +51,19 @@ def code_table(table_seed: int) -> np.ndarray:
     return generator("lock-table", table_seed).integers(0, CODES, (len(LETTERS), 10))
 
 
-def score(completion: str, row: Row, *, hint: str = "", format_score: float = 0.0, rule: str = "unift") -> Score:
+def score(
+    completion: str, row: Row, *, hint: str = "", format_score: float = 0.0, rule: str = "unift", answer: str = "tags"
+) -> Score:
     """Right: hint + completion up to the completion's first end mark is a key and every letter with its code.
 
     ``format_score`` goes to a key and all letters in order with wrong codes. Text after the end mark is ignored.
-    Both rules are the same here: the paper has no lock.
+    ``rule`` and ``answer`` change nothing here: the paper has no lock, and its answer has no mark but the end.
     """
     check_rule(rule)
     word, keys, table_seed = field_of(row, "letters"), field_of(row, "keys"), field_of(row, "table_seed")
     body, mark, _ = completion.partition(END)
     if not mark:
-        return verdict(False, False, format_score, f"the completion has no end mark {END!r}")
+        return verdict(False, False, format_score, f"the completion has no end mark {END!r}", answered=False)
     text = hint + body
     key = KEYS[:keys].find(text[:1]) if text else -1
     readable = (
@@ -92,4 +94,4 @@ def _draw(name: str, seed: int, index: int, length: int, letters: int, keys: int
     return word, int(rng.integers(keys)), rng.integers(0, CODES, length).tolist()
 
 
-TASK = Task("lock", make, score, canonical, {"length": 4, "letters": 10, "keys": 10, "table_seed": 0})
+TASK = Task("lock", make, score, canonical, {"length": 4, "letters": 10, "keys": 10, "table_seed": 0}, marked=False)

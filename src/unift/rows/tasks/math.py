@@ -1,65 +1,61 @@
-"""Mathematics with a short final answer, judged by math-verify. Problems come from a file; there is no generator.
+"""Mathematics with a short final answer. Problems come from a file; there is no generator.
 
-`score` belongs in a scoring worker: math-verify hands the model's text to sympy, and limits its time with SIGALRM, which
-Python allows only in the main thread of a process. A signal does not reach every loop inside sympy, so the worker's own
-deadline (it is killed) is the real limit. math-verify is imported when the first answer needs it.
+Both sides are read as a whole (`reading`) and compared by value (`equality`): exactly, or to a relative error of 1e-60.
+The work is bounded by caps on length, depth, digits and powers, so no text takes longer than some milliseconds, and no
+text is ever given to an evaluator that could run code.
+
+Equality is by value, not by form: 2^{10} is right for 1024, and (x+1)^2 for x^2+2x+1.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from unift.rows.tasks.answer import extract_answer, paper_last_line
+from unift.rows.tasks.answer import extract_answer, paper_last_line, unwrapped
 from unift.rows.tasks.base import Task, check_rule, verdict
+from unift.rows.tasks.paper import paper_equal
 from unift.types import ConfigError, DataError, Row, Score
-
-MAX_ANSWER = 1_000  # characters of an answer that are read
-SECONDS = 3  # for reading one formula, and for one comparison
 
 
 def make(seed: int, index: int) -> Row:
     raise ConfigError("task 'math' has no generator: give a file with problems (columns prompt, steps, answer).")
 
 
-def score(completion: str, row: Row, *, hint: str = "", format_score: float = 0.0, rule: str = "unift") -> Score:
-    """Right: the answer equals the target, as text (`plain`) or as mathematics (math-verify).
+def score(
+    completion: str, row: Row, *, hint: str = "", format_score: float = 0.0, rule: str = "unift", answer: str = "tags"
+) -> Score:
+    """Right: the answer equals the target, as text (`plain`) or as mathematics.
 
-    The answer may stand in one pair of $ signs or one box; a text with several formulas is not read, so that listing
-    candidates earns nothing. ``format_score`` goes to any answer that can be read. rule="paper" compares text on the
-    last line and pays ``format_score`` for any answer tag. The hint is not used.
-    Raises RuntimeError outside the main thread (see the module docstring), never because of the completion.
+    ``format_score`` goes to any answer that can be read. answer: where it stands, see `tasks.answer`. rule="paper" is
+    the official rule (`tasks.paper`) on the last line, and pays ``format_score`` for any answer tag. The hint is not used.
     """
-    check_rule(rule)
+    check_rule(rule, answer)
     gold = target(row)
-    answer = extract_answer(completion) if rule == "unift" else paper_last_line(completion)
-    if answer is None:
-        return verdict(False, False, format_score, "no answer")
     if rule == "paper":
-        return verdict(plain(answer) == plain(gold), True, format_score)
-    if len(answer) > MAX_ANSWER:
-        return verdict(False, False, format_score, f"{len(answer)} characters, at most {MAX_ANSWER} are read")
-    if plain(answer) == plain(gold):
+        found = paper_last_line(completion)
+        if found is None:
+            return verdict(False, False, format_score, "no answer", answered=False)
+        return verdict(paper_equal(found, gold, row), True, format_score)
+    found = extract_answer(completion, answer)
+    if found is None:
+        return verdict(False, False, format_score, "no answer", answered=False)
+    from unift.rows.tasks.equality import same
+    from unift.rows.tasks.kinds import Unreadable
+    from unift.rows.tasks.reading import MAX_TEXT, read
+
+    if len(found) <= MAX_TEXT and plain(found) == plain(gold):
         return verdict(True, True, format_score, "equal as text")
-    formula = bare(answer)
-    if "$" in formula.replace("\\$", "") or "\\boxed" in formula:
-        return verdict(False, False, format_score, "more than one formula")
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError(
-            "task 'math' must be scored in the main thread of a worker process (math-verify uses SIGALRM)"
-        )
-    read, note = _read(formula)
-    if not read:
-        return verdict(False, False, format_score, f"cannot read the answer: {note}")
-    expected, note = _read_gold(bare(gold))
+    try:
+        said = read(found)
+    except Unreadable as error:
+        return verdict(False, False, format_score, f"cannot read the answer: {error}")
+    expected, reason = _read_gold(gold)
     if not expected:
-        return verdict(False, True, format_score, f"not equal as text, and the target cannot be read: {note}")
-    right, note = _equal(expected, read)
-    return verdict(right, True, format_score, note)
+        return verdict(False, True, format_score, f"not equal as text, and the target cannot be read: {reason}")
+    return verdict(same(expected, said), True, format_score)
 
 
 def target(row: Row) -> str:
@@ -80,67 +76,35 @@ def canonical(row: Row) -> Hashable:
     return " ".join(text.casefold().split())
 
 
-def bare(text: str) -> str:
-    """Without one pair of surrounding delimiters: $..$, $$..$$, \\(..\\), \\[..\\], \\boxed{..}, and a final full stop."""
-    text = text.strip()
-    text = text[:-1].rstrip() if text.endswith(".") else text
-    for start, end in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        inner = text[len(start) : -len(end)]
-        if text.startswith(start) and text.endswith(end) and len(text) > len(start + end) and start not in inner:
-            text = inner.strip()
-            break
-    inner = text[len("\\boxed{") : -1]
-    if text.startswith("\\boxed{") and text.endswith("}") and _balanced(inner):
-        text = inner.strip()
-    return text
-
-
 def plain(text: str) -> str:
-    """For comparison as text: bare, no white space, one spelling of fractions and brackets."""
-    text = re.sub(r"\s+|\\left(?![a-z])|\\right(?![a-z])", "", bare(text))
+    r"""For comparison as text: no markup around it, white space between digits alone, one way to write \frac and brackets."""
+    text = unwrapped(text.strip().removesuffix("."))
+    text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])", "", text)
+    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)
     return text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
 
 
-def _balanced(text: str) -> bool:
-    depth = 0
-    for char in text:
-        depth += (char == "{") - (char == "}")
-        if depth < 0:
-            return False
-    return depth == 0
-
-
-def _read(formula: str) -> tuple[list[Any], str]:
-    """math-verify's reading of a formula (empty if there is none) and why it failed."""
-    from math_verify import parse
-    from math_verify.errors import TimeoutException
-
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs a traceback for each unreadable answer
-    try:
-        return parse(f"${formula}$", parsing_timeout=SECONDS, raise_on_error=True) or parse(
-            formula, parsing_timeout=SECONDS, raise_on_error=True
-        ), "no formula"
-    except TimeoutException:  # not an Exception there
-        return [], f"took longer than {SECONDS} s"
-    except Exception as error:  # whatever sympy raises on a model's text only means that it cannot be read
-        return [], f"{type(error).__name__}: {error!s:.100}"
+def unreadable_targets(rows: Sequence[Row]) -> list[tuple[int, str, str, str]]:
+    """(number from 1, row id, target, reason) of the rows whose target is compared as text alone."""
+    found = []
+    for number, row in enumerate(rows, start=1):
+        if row.task == "math":
+            gold = target(row)
+            readings, reason = _read_gold(gold)
+            if not readings:
+                found.append((number, row.id, gold, reason))
+    return found
 
 
 @lru_cache(maxsize=4096)
-def _read_gold(formula: str) -> tuple[list[Any], str]:
-    return _read(formula)
-
-
-def _equal(gold: list[Any], answer: list[Any]) -> tuple[bool, str]:
-    from math_verify import verify
-    from math_verify.errors import TimeoutException
+def _read_gold(gold: str) -> tuple[tuple[Any, ...], str]:
+    from unift.rows.tasks.kinds import Unreadable
+    from unift.rows.tasks.reading import read
 
     try:
-        return bool(verify(gold, answer, timeout_seconds=SECONDS, raise_on_error=True)), ""
-    except TimeoutException:
-        return False, f"comparing took longer than {SECONDS} s"
-    except Exception as error:  # as above: two things that cannot be compared are not equal
-        return False, f"not comparable: {type(error).__name__}: {error!s:.100}"
+        return read(gold), ""
+    except Unreadable as error:
+        return (), str(error)
 
 
 TASK = Task("math", make, score, canonical)

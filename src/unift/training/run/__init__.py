@@ -29,7 +29,7 @@ PACKAGES = (
     "tokenizers",
     "numpy",
     "datasets",
-    "math-verify",
+    "mpmath",
     "cloudpickle",
 )
 

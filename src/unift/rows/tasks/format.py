@@ -1,0 +1,87 @@
+"""Whether the rows' own solutions carry their answer where it is looked for: one rule a run, checked before it starts.
+
+Only rows of built-in tasks that mark their answer are looked at: what another reward reads is its own business.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+from unift.rows.tasks.answer import PLACES, extract_answer
+from unift.rows.tasks.base import check_rule
+from unift.types import ConfigError, Row, Score
+
+TRIED = 100  # rows with a solution that are looked at
+ENOUGH = 0.5  # share of them whose own solution must be right
+
+
+def answer_rule(rows: Sequence[Row], setting: str = "auto", rule: str = "unift") -> str:
+    """The place of the answer for a whole run: ``setting`` itself, or for "auto" the one that the solutions use.
+
+    "auto": of tags, hash and boxed the one under which most of the rows' own solutions are right (on a tie the first), if
+    they are at least half of them; else the last number, if that is right more often. "tags" where no row has a solution
+    or no place makes one right, and with the official rules, which know no other. Raises ConfigError.
+    """
+    if setting != "auto":
+        extract_answer("", setting)  # refuses an unknown word
+        check_rule(rule, setting)
+        return setting
+    if rule == "paper":
+        return PLACES[0]
+    accepted = places(rows)
+    marked = max(PLACES[:-1], key=lambda place: accepted[place])  # a last number stands in almost every solution
+    if accepted[marked] >= ENOUGH * len(_with_solution(rows, "auto")):
+        return marked
+    return max(PLACES, key=lambda place: accepted[place])
+
+
+def check_format(rows: Sequence[Row], function: object = "auto", rule: str = "unift", answer: str = "tags") -> None:
+    """ConfigError if most of the rows' own solutions earn nothing: then no completion in their form could.
+
+    rows: training rows. function, rule: the settings of the reward (one function, or several with weights). answer: what
+    `answer_rule` returned.
+    """
+    from unift.rows.tasks import task_names
+
+    if not isinstance(function, str):  # several with weights
+        for part in function if isinstance(function, Iterable) else ():
+            check_format(rows, part if isinstance(part, str) else getattr(part, "function", None), rule, answer)
+        return
+    if function != "auto" and function not in task_names():
+        return
+    some = _with_solution(rows, function)
+    scores = [_own(row, function, answer, rule) for row in some]
+    right = sum(score.right for score in scores)
+    if right >= ENOUGH * len(some):
+        return
+    row, score = next((row, score) for row, score in zip(some, scores) if not score.right)
+    others = {place: n for place, n in places(some, function).items() if n > right} if rule == "unift" else {}
+    advice = ", ".join(f"reward.answer={place} accepts {n}" for place, n in others.items())
+    raise ConfigError(
+        f"{right} of the {len(some)} solutions tried of the training rows are right under reward.answer={answer}, "
+        f"reward.rule={rule} (row {row.id!r}: {score.note or 'wrong'}), so completions in their form would earn nothing. "
+        f"{advice or 'No other place of the answer does better: mend the solutions or the answers'}."
+    )
+
+
+def places(rows: Sequence[Row], function: object = "auto") -> Counter[str]:
+    """For each place of an answer, how many of the rows' own solutions are right under it."""
+    some = _with_solution(rows, function)
+    return Counter({place: sum(_own(row, function, place).right for row in some) for place in PLACES})
+
+
+def _with_solution(rows: Sequence[Row], function: object) -> list[Row]:
+    from unift.rows.tasks import get_task, task_names
+
+    marked = {name for name in task_names() if get_task(name).marked}
+    some = (row for row in rows if row.solution.strip() and (row.task if function == "auto" else function) in marked)
+    return list(islice(some, TRIED))
+
+
+def _own(row: Row, function: object, answer: str, rule: str = "unift") -> Score:
+    from unift.rows.tasks import get_task
+
+    task = get_task(row.task if function == "auto" else str(function))
+    return task.score(row.solution, row, rule=rule, answer=answer)
