@@ -80,3 +80,17 @@ def test_train_eval_and_data(tmp_path):
     own = [f"data.train={tmp_path}/rows.parquet", "model.path=embedded:lock", "train.steps=2", "train.prompts=4"]
     done = unift("train", "--quiet", "--run", str(tmp_path / "own"), *own)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_interrupted_verb_says_what_became_of_the_work(monkeypatch, capsys):
+    from unift.commands import cli
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unift.commands.methods.table", interrupted)
+    monkeypatch.setattr(sys, "argv", ["unift", "methods"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 130 and said == "stopped: what was saved is kept; the same command continues\n"

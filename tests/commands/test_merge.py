@@ -100,6 +100,8 @@ def test_dtype_whole_numbers_and_nan():
 class Nameless:
     """A tokenizer that leaves one file."""
 
+    eos_token_id, chat_template = 1, None
+
     def save_pretrained(self, folder):
         (folder / "tokenizer.json").write_text("{}")
 

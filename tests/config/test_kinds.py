@@ -208,3 +208,15 @@ def test_settings_and_tasks_guess_alike(word):
     near = closest(word, known)
     assert (f"{near!r}" in packaged.nearest(word, known)) if near else packaged.nearest(word, known) == ""
     assert (f" Did you mean {near!r}?" in base.nearest(word, known)) == (near is not None)
+
+
+def test_identity_and_the_page_of_a_run_flatten_settings_alike():
+    from unift.commands.report import gather
+    from unift.config import identity
+
+    assert gather.flat is identity.flat
+    config = make()
+    names = identity.numeric_settings(config).keys()
+    assert {"train.lr", "data.options", "train.betas", "phases"} <= names
+    assert all(name.split(".")[0] not in ("save", "log", "run") for name in names)
+    assert flat({"a": {"b": {"c": 1}, "d": [{"e": 2}]}, "f": {}}) == {"a.b.c": 1, "a.d": [{"e": 2}], "f": {}}

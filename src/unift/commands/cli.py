@@ -8,12 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+import typer.core
 
 from unift.types import ConfigError, Stopped, UniftError
 
 if TYPE_CHECKING:
     from unift.config.sections import Config
+
+
+class Verbs(typer.core.TyperGroup):
+    """Typer ends without a word at Ctrl-C; a person wants to know what became of the work."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Stopped("stopped: what was saved is kept") from None
+
+
 app = typer.Typer(
+    cls=Verbs,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -344,8 +358,7 @@ def main() -> None:
             raise
         print(f"error: the disk is full: {error}. Nothing written before is lost", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt:  # before a verb began
         sys.exit(130)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from unift.config.identity import flat
 from unift.config.packaged import nearest, preset_names
 from unift.config.sections import Config, Rules
 from unift.config.stages import stages
@@ -62,8 +63,7 @@ def check_model(config: Config, user: Mapping[str, Any]) -> None:
 
     The default and those of recipes are toys of a few thousand parameters that know one task's letters.
     """
-    model: Any = user.get("model")
-    if config.data.train and not (isinstance(model, dict) and "path" in model):
+    if config.data.train and not flat(user).get("model.path"):
         raise ConfigError(
             f"data.train={config.data.train!r} without model.path: set model.path=FOLDER, the Hugging Face model to train. "
             f"The default, {config.model.path!r}, is a toy that knows its own task alone"
