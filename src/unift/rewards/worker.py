@@ -27,7 +27,9 @@ from unift.rewards.spec import Part, load_parts
 from unift.types import RewardError, Row
 
 Item = tuple[str, Row, str]  # completion, row, hint
-_LIMITS = tuple(getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_"))
+# What a lowered limit takes away from the items after it: descriptors, memory, time, processes, what it may write.
+_NAMED = ("NOFILE", "AS", "DATA", "CPU", "NPROC", "FSIZE")
+_LIMITS = tuple(getattr(resource, f"RLIMIT_{name}") for name in _NAMED if hasattr(resource, f"RLIMIT_{name}"))
 HEAD = struct.Struct(">Q")  # length of what follows, the pickle of a Batch
 Batch = list[tuple[str, bytes]]  # nonces and pickles
 
