@@ -423,7 +423,7 @@ def test_model_folders(refused, tmp_path):
         "train", "--recipe", "lock", "model.path=notes.txt"
     )
     assert "model.path='empty': the folder has no config.json" in refused("eval", "empty")
-    assert "--split: found 'foo', expected train or test" in refused("eval", "embedded:lock", "--split", "foo")
+    assert "split: found 'foo', expected train or test" in refused("eval", "embedded:lock", "--split", "foo")
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,19 @@ def test_doctor_passes_on_the_demo(tmp_path):
     overrides = {"run": str(tmp_path / "run"), "data": {"train_rows": 20, "test_rows": 20}, "threads": 1}
     checks = of(diagnose(resolve("uft", recipe="lock", overrides=overrides)))
     assert [c for c in checks.values() if not c.ok] == []
-    assert {"packages", "device", "model", "tokenizer", "forward", "rows", "lengths", "room", "reward", "disk"} == set(
-        checks
-    )
+    assert {
+        "packages",
+        "device",
+        "model",
+        "tokenizer",
+        "forward",
+        "precision",
+        "rows",
+        "lengths",
+        "room",
+        "reward",
+        "disk",
+    } == set(checks)
     assert "20 of 20 demonstrations" in checks["reward"].text and "20 for training, 20 held out" in checks["rows"].text
     assert not (tmp_path / "run").exists()
 

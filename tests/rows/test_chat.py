@@ -135,8 +135,9 @@ def test_a_trained_model_stops_where_its_solutions_end(tmp_path):
     base, rows = saved_llama(tmp_path / "base", chat_tokenizer(GEMMA)), tmp_path / "rows.jsonl"
     records = [{"prompt": [user(q)], "steps": [f"{q}!\n"], "ending": "", "answer": q, "task": "math"} for q in "ab"]
     rows.write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "mine.py").write_text("def score(completion, row):\n    return float(row.answer in completion)\n")
     words = [f"data.train={rows}", f"model.path={base}", "train.steps=40", "train.prompts=2", "train.lr=0.01", "train.warmup=0",
-             "eval.every=0", "save.every=0", "sample.max_tokens=8", "threads=1", "reward.function=auto"]  # fmt: skip
+             "eval.every=0", "save.every=0", "sample.max_tokens=8", "threads=1", f"reward.function={tmp_path / 'mine.py'}:score"]  # fmt: skip
     train(resolve("sft", overrides=parse_overrides(words)), tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")

@@ -66,7 +66,7 @@ def test_the_unknown_token_itself_may_be_written():
 def test_the_file_of_a_row_is_named(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "Q é", "steps": ["a"], "answer": "1", "task": "math"}) + "\n")
-    config = resolve("sft", overrides=parse_overrides([f"data.train={rows}"]))
+    config = resolve("sft", overrides=parse_overrides([f"data.train={rows}", "model.path=embedded:lock"]))
     from unift.rows.dataset import load
 
     with pytest.raises(DataError, match=rf"{rows}, row 1 \(id .*no token for 'é'"):
