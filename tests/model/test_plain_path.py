@@ -399,7 +399,7 @@ def test_one_line_says_so(saved, capsys):
     from unift.commands.doctor import diagnose
     from unift.training.evaluate import evaluate_split
 
-    text = evaluate_split(run_of(saved["mistral"]), "test", 2)
+    text = str(evaluate_split(run_of(saved["mistral"]), "test", 2))
     assert text.startswith("forward: plain (MistralForCausalLM: ") and "of 6 rows" in text and "pass@2" in text
     by_name = {c.name: c for c in diagnose(run_of(saved["mistral"]))}
     assert by_name["forward"].ok and "plain (MistralForCausalLM: its attention window of 6" in by_name["forward"].text
