@@ -1,4 +1,4 @@
-"""The plain twin: one padded row per copy, stock attention, full logits, methods.md 1.4 written out with autograd."""
+"""The plain twin: one padded row per copy, stock attention, full logits, UFT's eq. 3.3 written out with autograd."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def token_logprobs(model, sequences, temperature=1.0, side="right"):
 
 
 def aggregate(terms, norm, settings, n_items):
-    """The aggregators of methods.md section 0. ``terms``: (item, share of a sequence, its token values)."""
+    """The means that ``norm`` names (docs/methods.md). ``terms``: (item, share of a sequence, its token values)."""
     if not terms:
         return 0.0
     if norm == "microbatch_token_mean":
@@ -55,7 +55,7 @@ def aggregate(terms, norm, settings, n_items):
 
 
 def uft_loss(model, reference, items, settings, old=None, side="right"):
-    """L of methods.md 1.4: every completion is a sequence of its own, which carries a copy of the group's hint.
+    """L of UFT's eq. 3.3: every completion is a sequence of its own, which carries a copy of the group's hint.
 
     The G copies of a hint share one vote (1/G each), so a group that lost a completion weighs no less on the hint.
     ``old[i][j]``: log-probs of member j at the start of the step; None: this is the first update, ratio 1.

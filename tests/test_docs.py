@@ -47,7 +47,7 @@ def test_references_are_found():
 
 
 def test_every_trap_has_its_answer():
-    """All 33 of the method notes, each ruled out by construction or by a named test."""
+    """All 33, each ruled out by construction or by a named test."""
     lines = (ROOT / "docs" / "traps.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| \d", line)]
     assert [int(number) for number, *_ in rows] == list(range(1, 34))

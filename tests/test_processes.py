@@ -1,4 +1,4 @@
-"""Several processes, one run: the update does not depend on their number (DESIGN promise 2), and nothing hangs (6)."""
+"""Several processes, one run: the update does not depend on their number, and nothing hangs."""
 
 from __future__ import annotations
 

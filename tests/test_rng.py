@@ -1,4 +1,4 @@
-"""Draws are functions of their address, and of nothing else (DESIGN promise 1)."""
+"""Draws are functions of their address, and of nothing else."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Randomness as a pure function of names: no global generator, nothing to store, nothing to restore.
 
 Every draw is addressed by a tuple such as ``("hint", seed, step, row_id)``; the same address gives the same numbers on
-any machine, with any number of workers, before and after a resume (DESIGN promise 1).
+any machine, with any number of workers, before and after a resume.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The search-tree study: lemma E.7, the exact table simulation against a twin with every node and real rollouts, the
-medians of methods.md 1.13, fits and files."""
+medians of this algorithm (docs/theory.md), fits and files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHOD = {m.name: m for m in theory.METHODS}
 
 
 def test_explicit_step_is_the_proximal_step():
-    """methods.md 1.14 test 7, and the maximiser that both stand for, found numerically."""
+    """The explicit and the proximal step (UFT, lemma E.7), and the maximiser that both stand for, found numerically."""
     theta, ref, a = np.array([0.2, -0.1, 0.4]), np.array([0.0, 0.1, 0.0]), np.array([0.5, -0.2, -0.3])
     eta, beta = 0.3, 0.1
     golden = np.array([0.339806, -0.152427, 0.300971])
@@ -154,7 +154,7 @@ def test_likelihood_moves_the_hint():
 
 # ---------------------------------------------------------------------------------------------- stated medians
 
-# methods.md 1.13: medians over 40 seeds (15 from H = 20 on).
+# Medians of an independent simulation over 40 seeds (15 from H = 20 on).
 H_2 = [2, 4, 6, 8, 10, 12, 14, 16, 20, 30, 40, 60]
 STATED = {
     ("uft-0", 2): dict(zip(H_2, [14, 87, 253, 543, 981, 1521, 2459, 3535, 6990, 22384, 49950, 165204])),

@@ -32,14 +32,14 @@ def test_f2(kind, expected):
 
 
 def test_epsilon_stands_beside_the_std():
-    """(r - mean) / (std + 1e-6) by default, as the official code (1.5, item 7)."""
+    """(r - mean) / (std + 1e-6) by default, as in UFT's official code."""
     r = np.array(F2)
     assert advantages(F2, Credit()) == ((r - r.mean()) / (r.std(ddof=1) + 1e-6)).tolist()
     assert advantages(F2, Credit(epsilon=1.0)) == pytest.approx(((r - r.mean()) / (r.std(ddof=1) + 1)).tolist())
 
 
 def test_one_format_score_looks_like_a_right_answer():
-    """Trap 3: (.1, 0, 0, 0) gives (1.5, -.5, -.5, -.5), which is why format_score is 0 by default."""
+    """docs/traps.md 3: (.1, 0, 0, 0) gives (1.5, -.5, -.5, -.5), which is why format_score is 0 by default."""
     assert advantages([0.1, 0, 0, 0], Credit()) == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4)
 
 
@@ -65,7 +65,7 @@ def test_equal_scores_are_exactly_zero(value, credit):
 
 
 def test_group_of_one():
-    """Trap 21: a single completion is its own baseline and earns nothing; never its raw reward."""
+    """docs/traps.md 21: a single completion is its own baseline and earns nothing; never its raw reward."""
     for credit in EVERY:
         assert advantages([1.0], credit) == [0.0]
     assert advantages([0.7], Credit(baseline="none", scale="none")) == [0.7]

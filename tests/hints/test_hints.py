@@ -1,4 +1,4 @@
-"""Schedules and draws against methods.md 1.3, and their purity."""
+"""Schedules and draws against UFT, arXiv 2505.16984, eq. B.1, and their purity."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def many(show, step, n, n_steps=9, total=500, seed=0):
     ("t", "p"), [(1, 0.949975), (75, 0.818198), (150, 0.5), (225, 0.181802), (299, 0.050025), (300, 0.05), (301, 0.0)]
 )
 def test_schedule_values(t, p):
-    """p(t) of methods.md 1.3; the code's step is t - 1."""
+    """p(t) of UFT's eq. B.1 with steps from 1; here they count from 0."""
     assert schedules.probability(COSINE, t - 1, 500) == pytest.approx(p, abs=5e-7)
 
 
@@ -121,7 +121,7 @@ def test_draws_are_pure():
 
 
 def test_r3_is_uniform_at_every_step():
-    """0..num equally likely, T_hint or not (1.3): also at the first and at the last of 500 steps."""
+    """0..num equally likely, T_hint or not: also at the first and at the last of 500 steps."""
     from scipy.stats import chisquare
 
     show = Show(schedule="uniform", cuts=5)

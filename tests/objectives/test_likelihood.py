@@ -1,4 +1,4 @@
-"""Rules of the likelihood stream through e_t = -dL/dl_t, with l a leaf (methods.md sections 2.1, 2.5, 2.9, 2.10 and 4)."""
+"""Rules of the likelihood stream through e_t = -dL/dl_t, with l a leaf, against closed forms."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def of_rule(l, old=OLD, ref=REF, **more):
     ],
 )
 def test_golden_token(more, e):
-    """methods.md section 4: pi = .25, pi_old = .20, pi_ref = .50."""
+    """One token with pi = .25, pi_old = .20, pi_ref = .50: e in closed form."""
     assert of_rule(leaf(PI), **more) == pytest.approx([e], abs=5e-7)
 
 
@@ -103,7 +103,7 @@ def test_shaping_is_largest_at_its_threshold():
 
 @pytest.mark.parametrize(("x", "pearson", "hellinger"), [(0.0, 1, 1), (0.5, 0.75, 0.444444), (1.0, 0.5, 0.25)])
 def test_divergences(x, pearson, hellinger):
-    """phi'(0) = 1; x = .5 and 1 (methods.md 2.5). Beyond their domains the weights are bounded and never negative."""
+    """phi'(0) = 1; x = .5 and 1, as arXiv 2507.00018. Beyond their domains the weights are bounded and never negative."""
     for rule, slope in (("pearson", pearson), ("hellinger", hellinger)):
         beta = 0.1
         assert of_rule(leaf(REF + x / beta), rule=rule, beta=beta) == pytest.approx([beta * slope], abs=5e-7)
@@ -156,7 +156,9 @@ def test_ift_effective_weights():
     powers = np.triu(gamma ** np.maximum(np.arange(7)[None] - np.arange(7)[:, None], 0))
     w = powers @ c / 7
     total, weighted = w.sum(), (w * c).sum()
-    closed = (w + powers.T @ c / 7) / total - weighted / total**2 * powers.sum(0) / 7  # methods.md section 4
+    closed = (w + powers.T @ c / 7) / total - weighted / total**2 * powers.sum(
+        0
+    ) / 7  # the quotient rule on sum w c / sum w
     l = leaf(*-c)
     e = effective(likelihood.tail(l, torch.zeros(7, dtype=torch.long), gamma) / 7, l)
     assert e == pytest.approx(closed.tolist(), abs=1e-12)
@@ -198,7 +200,7 @@ def test_at_the_start_rules_are_multiples_of_sft(method):
 
 
 def test_psft_is_sft_and_reinforce_at_ratio_one():
-    """Identity 1 of methods.md section 4. The printed loss of PSFT is the constant -1."""
+    """The gradient of -A rho at A = 1, rho = 1 is that of the NLL. The printed loss of PSFT is the constant -1."""
     policy, _ = tiny_policy()
     items = demos()
     loss, got = packed_loss(policy, items, settings("psft"))

@@ -1,4 +1,4 @@
-"""What methods.md 1.14 and section 0 ask for and no other file holds, and the traps of section 5 that are a default."""
+"""What every method rests on: draws, positions, normalisers; and the traps of docs/traps.md that are a default."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_rows_of_step():
 @pytest.mark.slow
 @pytest.mark.parametrize("t", [1, 150, 300])
 def test_mean_of_many_draws(t):
-    """1.14, item 1: 100,000 draws, mean within 3 sigma of num * p(t)."""
+    """100,000 draws, mean within 3 sigma of num * p(t)."""
     k = np.array([schedules.draw(COSINE, schedules.At(0, t - 1, 500, f"row{i}"), 9) for i in range(100_000)])
     p = schedules.probability(COSINE, t - 1, 500)
     assert abs(k.mean() - 5 * p) < 3 * np.sqrt(5 * p * (1 - p) / len(k))
@@ -65,7 +65,7 @@ def test_mean_of_many_draws(t):
 
 @pytest.mark.parametrize("hint", [[5, 6], [7], []])
 def test_hint_positions(hint):
-    """1.14, item 3: prompt [p0 p1 p2], hint [h0 h1]: the hint's log-probs come from positions {2, 3}, for no hint from
+    """Prompt [p0 p1 p2], hint [h0 h1]: the hint's log-probs come from positions {2, 3}, for no hint from
     none; their sum is the hint's log-prob in a plain forward of the whole sequence, whatever follows."""
     model, plain = tiny_policy(torch.float64)
     item = Item([3, 4, 9], hint, [Member([8, 1], COMPLETION, 1.0), Member([2, 2, 2], COMPLETION, -1.0)])
@@ -81,7 +81,7 @@ def test_hint_positions(hint):
 
 
 def test_no_advantage_leaves_sft_on_the_hint():
-    """1.14, item 5: all of the solution shown and A = 0: the gradient is beta times that of the hint's mean NLL."""
+    """All of the solution shown and A = 0: the gradient is beta times that of the hint's mean NLL."""
     model, plain = tiny_policy()
     items = [
         Item([3, 4], [5, 6, 7], [Member([8, 1], COMPLETION, 0.0)] * 2),
@@ -95,7 +95,7 @@ def test_no_advantage_leaves_sft_on_the_hint():
 
 
 def test_normalisers():
-    """Section 0: hints of 1 token (CE 2.0) and 9 tokens (CE 1.0) -> 1.5, 1.1, 5.5."""
+    """Hints of 1 token (CE 2.0) and 9 tokens (CE 1.0) -> 1.5, 1.1, 5.5."""
     items = [Item([2], [3], []), Item([2], [4] * 9, [])]
     ce = [[2.0], [1.0] * 9]
     for norm, expected in (("microbatch_token_mean", 1.5), ("token_mean", 1.1), ("seq_mean_token_sum", 5.5)):
@@ -109,7 +109,7 @@ def test_normalisers():
 
 
 def test_large_logits_keep_their_gradient():
-    """Trap 7: nothing is clamped. z = (300, 0, -300), target 2: dL/dz = softmax - onehot = (1, 0, -1)."""
+    """docs/traps.md 7: nothing is clamped. z = (300, 0, -300), target 2: dL/dz = softmax - onehot = (1, 0, -1)."""
     z = torch.tensor([[300.0, 0.0, -300.0]], dtype=torch.float64, requires_grad=True)
     l_S, _ = chunked_logprobs(z, torch.eye(3).double(), None, torch.tensor([2]), torch.ones(1).double())
     (grad,) = torch.autograd.grad(-l_S.sum(), z)
@@ -118,8 +118,8 @@ def test_large_logits_keep_their_gradient():
 
 @pytest.mark.parametrize("method", preset_names())
 def test_format_credit_and_entropy_only_where_the_source_has_them(method):
-    """Traps 3 and 24: neither is on by default. On in the official behaviour of UFT and its baselines; in ReFT's reward
-    (2.11: .1 for a wrong number) and its PPO; LUFFY's, ReLIFT's and HPT's code have the entropy bonus."""
+    """docs/traps.md 3 and 24: neither is on by default. On in the official behaviour of UFT and its baselines; in ReFT's
+    reward (arXiv 2401.08967: .1 for a wrong number) and its PPO; LUFFY's, ReLIFT's and HPT's code have the entropy bonus."""
     config = settings(method)
     official = method.endswith("-paper")
     assert config.reward.format_score == (0.1 if official or method in ("ppo", "reft") else 0.0)
@@ -130,7 +130,7 @@ def test_format_credit_and_entropy_only_where_the_source_has_them(method):
 
 
 def test_chat_messages_go_through_the_template():
-    """Trap 25: every message counts, through the tokenizer's own template; text stays as it is; without one: refused."""
+    """docs/traps.md 25: every message counts, through the tokenizer's template; text stays as it is; without one: refused."""
     turns = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "6*7?"})
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     tokenizer = char_tokenizer(template=template)
@@ -143,7 +143,7 @@ def test_chat_messages_go_through_the_template():
 
 
 def test_accuracy_is_the_verdict_not_the_reward():
-    """Trap 33: format credit, and even a full reward without a right answer, is not accuracy; no verdict counts as wrong."""
+    """docs/traps.md 33: no format credit, nor a full reward without a right answer, is accuracy; no verdict counts as wrong."""
 
     class Fixed:
         def score(self, rows, texts, hints):

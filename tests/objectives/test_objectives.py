@@ -1,4 +1,4 @@
-"""Every rule through its effective weight e_t = -dL/dl_t (methods.md sections 0 and 4), and the reductions."""
+"""Every rule through its effective weight e_t = -dL/dl_t against closed forms, and the reductions."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_golden_kl(estimator, e):
 
 @pytest.mark.parametrize(("estimator", "forward"), [("k3", True), ("k2", False)])
 def test_which_kl_the_gradient_is(estimator, forward):
-    """Trap 6, by exact expectation over the vocabulary: k3's gradient is forward KL(ref||pi)'s, k2's the reverse one's."""
+    """docs/traps.md 6, by exact expectation over the vocabulary: k3's gradient is KL(ref||pi)'s, k2's is KL(pi||ref)'s."""
     z, ref = leaf(2.0, 1.0, 0.0), torch.log_softmax(fixed(0.0, 1.0, 2.0), 0)
     logp = torch.log_softmax(z, 0)
     expected_loss = (logp.exp().detach() * objectives.kl_penalty(logp, ref, estimator)).sum()
@@ -112,7 +112,7 @@ def test_which_kl_the_gradient_is(estimator, forward):
     kl = (ref.exp() * (ref - logp)).sum() if forward else (logp.exp() * (logp - ref)).sum()
     (expected,) = torch.autograd.grad(kl, z)
     assert torch.allclose(got, expected, atol=1e-12)
-    if not forward:  # the gradient that methods.md 3.5 gives for these two distributions
+    if not forward:  # on-policy distillation: A_t = log pi_T - l_t in expectation
         assert got.tolist() == pytest.approx([0.565175, -0.281541, -0.283634], abs=5e-7)
 
 
@@ -159,7 +159,7 @@ def test_hint_weight_does_not_depend_on_the_reward():
 
 
 def test_kl_and_entropy_act_on_completions_only():
-    """Trap 6: with pi at -1.3 and the reference at -2.3, d = -1: e_KL = beta (exp(d) - 1)/Z on COMPLETION, 0 on HINT."""
+    """docs/traps.md 6: pi at -1.3, the reference at -2.3, so d = -1: e_KL = beta (exp(d) - 1)/Z on COMPLETION, 0 on HINT."""
     quiet = [Item(i.prompt, i.hint, [Member(m.tokens, m.role, 0.0) for m in i.members]) for i in ITEMS]
     batch, e_S = weights_of(quiet, settings("uft", "likelihood.weight=0", "reference.kl=0.5"), ref=-2.3)
     assert (batch.role_S == COMPLETION).all() and len(e_S) == 10
@@ -210,7 +210,7 @@ def test_sft_rule():
 
 
 def test_equal_rewards_leave_the_likelihood_alone():
-    """Trap 23: all advantages 0 and no KL: only the hint's likelihood is left."""
+    """docs/traps.md 23: all advantages 0 and no KL: only the hint's likelihood is left."""
     quiet = [Item(i.prompt, i.hint, [Member(m.tokens, m.role, 0.0) for m in i.members]) for i in ITEMS]
     batch, e_S = weights_of(quiet, settings("uft", "reference.kl=0"))
     assert batch.target_S.tolist() == [5, 6, 7] and e_S.tolist() == pytest.approx([0.001 / 3] * 3)

@@ -1,4 +1,4 @@
-"""Pairs, scores and partitions (methods.md 2.7, 2.8 and the golden rows of section 4), through e_t with l a leaf."""
+"""Pairs, scores and partitions (arXiv 2305.18290, 2408.15339, 2502.18679), through e_t with l a leaf."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_dpo_is_a_mean_over_pairs():
     [(0, 0.25, 0.0025), (10, 0.225645, 0.002369), (-10, 0.275603, 0.002618), (100, 0.072329, 0.001058)],
 )
 def test_una_on_a_score_of_one(ratio, loss, e):
-    """methods.md 2.8: beta .01, s = 1; the same e on both tokens of the sequence."""
+    """UNA, arXiv 2408.15339: beta .01, s = 1; the same e on both tokens of the sequence."""
     item = Item([3], [], [Member([5, 1], DEMO, label=1.0)])
     got, weights, _ = of([item], settings("una"), [ratio / 2, ratio / 2], [0.0, 0.0])
     assert got == pytest.approx(loss, abs=5e-7) and weights == pytest.approx([e, e], abs=5e-7)
@@ -215,7 +215,7 @@ def test_rejected_answers_of_a_file(method, tmp_path):
 
 
 def test_golden_partition():
-    """s = -10, s' = (-12, -11), log P0 = (-11, -12), tau 1 (methods.md 2.7)."""
+    """s = -10, s' = (-12, -11), log P0 = (-11, -12), tau 1 (arXiv 2502.18679)."""
     u, w = discriminative.advance(0.0, [-12, -11], [-11, -12], 1.0, 0.85)
     assert u == pytest.approx(0.379544, abs=5e-7) and w == pytest.approx([0.125847, 0.929888], abs=5e-7)
     u, w = discriminative.advance(5.0, [-12, -11], [-11, -12], 1.0, 1.0)

@@ -1,4 +1,4 @@
-"""Verifiers and generators as properties: any text, an independent oracle, and the official rules (methods.md 1.9)."""
+"""Verifiers and generators as properties: any text, an independent oracle, and the rules of UFT's official code."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ COUNTDOWN = Row("c", "", (), "", {"numbers": [2, 3, 6], "target": 12})
     ("completion", "ours", "paper"),
     [
         ("so <answer> 2 * 3 + 6 </answer>", 1.0, 1.0),
-        ("<answer>2*3+6</answer>\n", 1.0, 0.0),  # trap 2: a trailing newline
+        ("<answer>2*3+6</answer>\n", 1.0, 0.0),  # docs/traps.md 2: a trailing newline
         ("<answer>2*3+6</answer> as asked", 1.0, 1.0),
         ("<answer>2*3+6</answer>\nDone.", 1.0, 0.0),
         ("<answer>2*3\n+6</answer>", 1.0, 0.0),  # several lines
@@ -186,8 +186,8 @@ COUNTDOWN = Row("c", "", (), "", {"numbers": [2, 3, 6], "target": 12})
         ("<answer>6+6</answer>", 0.1, 0.1),  # other numbers
         ("<answer>2*3+6+0</answer>", 0.1, 0.1),
         ("<answer>6/(2-2)</answer>", 0.1, 0.1),
-        ("<answer>words</answer>", 0.0, 0.1),  # trap 3: any tag earns format credit there
-        ("<answer></answer>", 0.0, 0.1),  # trap 31
+        ("<answer>words</answer>", 0.0, 0.1),  # docs/traps.md 3: any tag earns format credit there
+        ("<answer></answer>", 0.0, 0.1),  # docs/traps.md 31
         ("<answer>2*3+6", 0.0, 0.0),
         ("2*3+6", 0.0, 0.0),
         ("", 0.0, 0.0),
@@ -203,7 +203,7 @@ def test_countdown_rules(completion, ours, paper):
     ("text", "numbers", "target"), [("2**3", [2, 3], 8), ("7//2", [7, 2], 3), ("3//2*4", [3, 2, 4], 4)]
 )
 def test_powers_and_floor_division_are_not_reproduced(text, numbers, target):
-    """The official grader gives 1.0 for these (trap 31). Both rules refuse them: docs/rows.md names the difference."""
+    """The official grader gives 1.0 for these (docs/traps.md 31). Both rules refuse them: docs/rows.md names the difference."""
     row = Row("c", "", (), "", {"numbers": numbers, "target": target})
     for rule, value in (("unift", 0.0), ("paper", 0.1)):
         got = get_task("countdown").score(f"<answer>{text}</answer>", row, format_score=0.1, rule=rule)
@@ -211,7 +211,7 @@ def test_powers_and_floor_division_are_not_reproduced(text, numbers, target):
 
 
 def test_hint_that_holds_the_answer_earns_nothing():
-    """Trap 1: only the completion is searched, under both rules."""
+    """docs/traps.md 1: only the completion is searched, under both rules."""
     for name in ("countdown", "knights"):
         row = ROWS[name][0]
         for rule in ("unift", "paper"):
@@ -233,7 +233,7 @@ KNIGHTS = Row("k", "", (), "", {"names": ["Ann", "Bo"], "solution": [True, False
         ("Ann is a knight and Bo is a knight", 0.1, 0.1),
         ("Ann is a knight. Bo is a knave. Bo is a knight.", 0.0, 0.1),  # three role words
         ("Perhaps Ann is a knight and perhaps Bo is a knave", 0.0, 1.0),  # the official reading takes hedges
-        ("no idea", 0.0, 0.1),  # trap 3: unparsable, yet paid there
+        ("no idea", 0.0, 0.1),  # docs/traps.md 3: unparsable, yet paid there
         ("", 0.0, 0.0),  # and an empty tag is not, unlike countdown's
     ],
 )

@@ -1,4 +1,4 @@
-"""The group policy-gradient family, mixed methods, token credit and the critic (methods.md 2.3, 2.11, 3.1, 3.3, 3.4, 4)."""
+"""The group policy-gradient family, mixed methods, token credit and the critic."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_refill_rows_are_pure_and_their_own():
 
 
 def test_gae():
-    """r = (0, 1), V = (.3, .6) (methods.md 2.11)."""
+    """r = (0, 1), V = (.3, .6), gamma 1, lambda .95 (arXiv 1506.02438, eq. 16)."""
     assert returns.gae([0, 1], [0.3, 0.6], 1, 0.95).tolist() == pytest.approx([0.68, 0.40])
     assert returns.gae([0, 1], [0.3, 0.6], 0.95, 1).tolist() == pytest.approx([0.65, 0.40])
     assert returns.gae([0, 1], [0.3, 0.6], 1, 1).tolist() == pytest.approx([0.7, 0.4])  # R - V
@@ -290,7 +290,8 @@ def hybrid(given=10, more=2, a=0.5):
 
 
 def test_prefix_rft_keeps_the_most_uncertain_fifth():
-    """methods.md 2.3: entropies (.1,.9,.3,2,.05,.5,1.2,0,.7,.2) -> only tokens 3 and 6 of the prefix; e = A / max_len."""
+    """Prefix-RFT, arXiv 2507.01679: of the prefix only its 20% of highest entropy, tokens 3 and 6 of
+    (.1,.9,.3,2,.05,.5,1.2,0,.7,.2); e = A / max_len."""
     config = settings("prefix-rft")
     h = [9.0, 9.0, 0.1, 0.9, 0.3, 2, 0.05, 0.5, 1.2, 0, 0.7, 0.2, 9.0, 9.0]
     batch, e = weights_of([hybrid()], config, entropy=fixed(*h))
@@ -347,7 +348,7 @@ def test_luffy_golden():
 
 
 def test_srft_weights():
-    """Four terms. H = 0/.5/2: w_SFT = .5/.303265/.067668, w_RL = .1/.164872/.738906 (methods.md 3.3)."""
+    """Four terms. H = 0/.5/2: w_SFT = .5/.303265/.067668, w_RL = .1/.164872/.738906 (SRFT, arXiv 2506.19767)."""
     for h, sft, rl in ((0.0, 0.5, 0.1), (0.5, 0.303265, 0.164872), (2.0, 0.067668, 0.738906)):
         g = group(1, 0)
         for s in g.samples:
@@ -410,7 +411,7 @@ def test_relift_buffer():
 
 
 def test_two_arms_with_zero_advantages_are_sft():
-    """methods.md 2.2: interleaving whose RL part has no signal leaves the SFT update alone."""
+    """Interleaving (arXiv 2507.07562) whose RL part has no signal leaves the SFT update alone."""
     policy, _ = tiny_policy()
     config, groups, items = gated("interleaved", group(0, 0), group(0, 0))
     loss, grads = packed_loss(policy, items, replace_entropy(config))
@@ -443,7 +444,7 @@ def test_likelihood_can_follow_the_hint():
 
 
 def test_bisection_is_adaback():
-    """pass / fail / pass at .6, .3, .45 from [0, 1] -> [0, .6], [.3, .6], [0, .45] (methods.md 3.4)."""
+    """pass / fail / pass at .6, .3, .45 from [0, 1] -> [0, .6], [.3, .6], [0, .45] (AdaBack, arXiv 2506.18110)."""
     show, state = settings("adaback").show, None
     for shown, success, expected in ((0.6, 1.0, (0, 0.6)), (0.3, 0.0, (0.3, 0.6)), (0.45, 1.0, (0, 0.45))):
         state = schedules.advance(show, state, schedules.Seen(shown, success))

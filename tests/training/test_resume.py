@@ -1,4 +1,4 @@
-"""Kill it anywhere, it continues: the continued run is bitwise the run that was never killed (DESIGN promise 4)."""
+"""Kill it anywhere, it continues: the continued run is bitwise the run that was never killed."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def chunked_logprobs(
 
 def logprobs(policy: Policy, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(l_S, entropy_S) of a pack. Completions use logits / temperature as the sampler did; hints and demonstrations
-    are scored under the untempered policy (trap 8)."""
+    are scored under the untempered policy (docs/traps.md 8)."""
     scale_S = scale_of(batch, temperature)
     if not policy.shared:
         with policy.precision(sampling=False):

@@ -1,5 +1,5 @@
 """Accuracy without hints: greedy, and pass@k from samples, with intervals. Correct means the verifier's verdict, never
-the reward (format credit does not count, trap 33)."""
+the reward (format credit does not count, docs/traps.md 33)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ Only the completion is searched, never the prompt or the hint, so nothing that w
 
 The content may span lines (of tags and boxes) and is stripped; an empty one is no answer.
 
-The two rules of the official UFT code (``rule="paper"``, methods.md 1.9) are kept for comparison only. Like ours they
+The two rules of the official UFT code (``rule="paper"``) are kept for comparison only. Like ours they
 are applied to the completion alone; the official code also reads the hint, whose text never holds a tag in its data.
 """
 
