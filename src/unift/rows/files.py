@@ -9,8 +9,9 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from unift.rows.tasks.base import is_list, is_mapping
 from unift.types import DataError
 
 KINDS = ".jsonl, .json, .parquet, .csv or .tsv (.gz behind it: gzipped)"
@@ -57,10 +58,10 @@ def _content(file: Path, path: str) -> bytes:
 
 
 def _parquet(file: Path, path: str) -> list[Any]:
-    import pyarrow.parquet as pq
+    import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
 
     try:
-        return pq.read_table(file).to_pylist()
+        return cast(Any, pq).read_table(file).to_pylist()
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
 
@@ -70,7 +71,7 @@ def _json_list(content: bytes, path: str) -> list[Any]:
         found = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as json: {error}") from error
-    if not isinstance(found, list):
+    if not is_list(found):
         raise DataError(f"{path}: expected a JSON list of rows, found {type(found).__name__}")
     return found
 
@@ -91,7 +92,7 @@ def _json_lines(content: bytes, path: str) -> list[Any]:
             raise DataError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
         except (RecursionError, ValueError) as error:
             raise DataError(f"{path}, line {number}: cannot be read as JSON ({error})") from None
-    if len(found) == 1 and isinstance(found[0], list) and found[0] and all(isinstance(r, Mapping) for r in found[0]):
+    if len(found) == 1 and is_list(found[0]) and found[0] and all(is_mapping(record) for record in found[0]):
         return found[0]
     return found
 
@@ -104,7 +105,7 @@ def _whole_list(content: bytes) -> list[Any] | None:
         found = json.loads(content.decode("utf-8"))
     except (RecursionError, ValueError):
         return None
-    return found if isinstance(found, list) else None
+    return found if is_list(found) else None
 
 
 def _utf8(line: bytes, path: str, number: int) -> str:
@@ -117,12 +118,12 @@ def _utf8(line: bytes, path: str, number: int) -> str:
 
 def _table(content: bytes, path: str, delimiter: str) -> list[Any]:
     """A table with a head. Cells are texts, empty ones missing; a list or mapping is written as JSON."""
+    found: list[Any] = []
     lines = [_utf8(line, path, number) for number, line in enumerate(content.split(b"\n"), start=1)]
     reader = csv.reader(io.StringIO("\n".join(lines), newline=""), delimiter=delimiter, strict=True)
     try:
         csv.field_size_limit(2**31 - 1)
-        head = next(reader, [])
-        found = []
+        head = next(reader, list[str]())
         for row in reader:
             if not row:
                 continue
@@ -147,7 +148,7 @@ def _cell(column: str, text: str) -> Any:
             return text
         # A text may look like JSON: messages are mappings, steps are texts, an answer with fields is a mapping.
         inner: type = str if column in ("steps", "hint") else dict
-        if isinstance(value, dict) or (isinstance(value, list) and value and all(isinstance(v, inner) for v in value)):
+        if is_mapping(value) or (is_list(value) and value and all(isinstance(v, inner) for v in value)):
             return value
     return text
 

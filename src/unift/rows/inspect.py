@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from unift.types import Row, UniftError
 
@@ -30,11 +30,12 @@ def write_rows(rows: Sequence[Row], path: str | Path) -> None:
     else:
         import io
 
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
+        import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
 
         buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist([_record(r) for r in rows]), buffer)
+        table = cast(Any, pa).Table.from_pylist([_record(r) for r in rows])
+        cast(Any, pq).write_table(table, buffer)
         write_atomic(path, buffer.getvalue())
 
 

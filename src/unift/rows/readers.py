@@ -13,15 +13,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 from unift.rows.files import records
-from unift.rows.tasks.base import content_id
+from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
 from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
-TASK_OF = {"countdown": "countdown", "kk_logic": "knights", "knights": "knights", "lock": "lock", "math": "math"}
-TASK_OF |= dict.fromkeys(("aime", "amc", "openai/gsm8k", "gsm8k", "minerva", "olympiad_bench", "cais/hle"), "math")
+_MATH = ("math", "aime", "amc", "openai/gsm8k", "gsm8k", "minerva", "olympiad_bench", "cais/hle")
+_PUZZLES = {"countdown": "countdown", "kk_logic": "knights", "knights": "knights", "lock": "lock"}
+TASK_OF = _PUZZLES | dict.fromkeys(_MATH, "math")
 
 
 def read_rows(
@@ -47,9 +48,9 @@ def rows_of(
         source = source.to_list()
     elif hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
         source = source.to_dict("records")
-    if isinstance(source, (str, bytes, Mapping)) or not isinstance(source, Iterable):
+    if isinstance(source, (str, bytes)) or is_mapping(source) or not isinstance(source, Iterable):
         raise DataError(f"{name}: expected a list of mappings, found {type(source).__name__}")
-    records = list(source)[:limit]
+    records = list(cast("Iterable[Any]", source))[:limit]
     if not records:
         raise DataError(f"{name} holds no rows")
     if all(isinstance(record, Row) for record in records):
@@ -61,7 +62,7 @@ def rows_of(
     rows: list[Row] = []
     for number, record in enumerate(records, start=1):
         where = f"{name}, row {number}"
-        if not isinstance(record, Mapping):
+        if not is_mapping(record):
             raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
         row = _READERS[layout](record, where)
         _check_text(row, where)
@@ -99,18 +100,19 @@ def check_steps(row: Row, where: str, need_steps: bool) -> Row:
 
 def _hub(name: str, split: str) -> list[Any]:
     try:
-        from datasets import DatasetDict, load_dataset, load_from_disk
+        import datasets  # pyright: ignore[reportMissingTypeStubs]
 
         saved = [f for f in ("dataset_dict.json", "state.json") if (Path(name) / f).is_file()]
-        found = load_from_disk(name) if saved else load_dataset(name, split=split)
-        return (found[split] if isinstance(found, DatasetDict) else found).to_list()  # type: ignore[union-attr]
+        hub = cast(Any, datasets)
+        found = hub.load_from_disk(name) if saved else hub.load_dataset(name, split=split)
+        return (found[split] if isinstance(found, hub.DatasetDict) else found).to_list()
     except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
         raise DataError(f"hf:{name} (split {split!r}) could not be loaded: {type(error).__name__}: {error}") from error
 
 
 def detect(record: Any, path: str) -> str:
     """Layout of a file from the columns of its first row."""
-    if not isinstance(record, Mapping):
+    if not is_mapping(record):
         raise DataError(f"{path}, row 1: expected a mapping of columns, found {type(record).__name__} {record!r:.80}")
     columns = set(record)
     if {"prompt", "hint"} <= columns or {"prompt", "reward_model"} <= columns:
@@ -140,7 +142,7 @@ def split_steps(solution: str) -> tuple[str, ...]:
 def _prompt(value: Any, where: str) -> str | tuple[Mapping[str, str], ...]:
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, (list, tuple)) and value and all(_is_message(m) for m in value):
+    if is_list_or_tuple(value) and value and all(_is_message(m) for m in value):
         return tuple(dict(m) for m in value)
     found = "nothing" if value is None else f"{value!r:.80}"
     raise DataError(
@@ -149,7 +151,11 @@ def _prompt(value: Any, where: str) -> str | tuple[Mapping[str, str], ...]:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("content"), str)
+    return is_mapping(value) and isinstance(value.get("content"), str)
+
+
+def _are_texts(value: object) -> TypeGuard[Sequence[str]]:
+    return isinstance(value, Sequence) and all(isinstance(s, str) for s in cast("Sequence[Any]", value))
 
 
 def _steps(value: Any, where: str, column: str) -> tuple[str, ...]:
@@ -157,7 +163,7 @@ def _steps(value: Any, where: str, column: str) -> tuple[str, ...]:
         return ()
     if isinstance(value, str):
         return split_steps(value)
-    if not isinstance(value, Sequence) or not all(isinstance(s, str) for s in value):
+    if not _are_texts(value):
         raise DataError(f"{where}, column {column!r}: expected a list of texts, found {value!r:.80}")
     if not value or not "".join(value).strip():
         raise DataError(f"{where}, column {column!r}: the solution is empty")
@@ -168,7 +174,7 @@ def _text(value: Any, where: str) -> str:
     """A completion given as text, or the assistant's content of a message list."""
     if value is None or isinstance(value, str):
         return value or ""
-    if isinstance(value, (list, tuple)) and all(_is_message(m) for m in value):
+    if is_list_or_tuple(value) and all(_is_message(m) for m in value):
         return "".join(m["content"] for m in value)
     raise DataError(f"{where}, column 'completion': expected a text or a list of messages, found {value!r:.80}")
 
@@ -238,11 +244,11 @@ def _verl(record: Mapping[str, Any], where: str) -> Row:
     if not isinstance(prompt, str) and len(prompt) == 1:
         prompt = prompt[0]["content"]
     hint = record.get("hint")
-    if isinstance(hint, (list, tuple)) and all(text == "" for text in hint):
+    if is_list_or_tuple(hint) and all(text == "" for text in hint):
         hint = None  # the release's evaluation file: problems without a worked solution
     steps, target = _steps(hint, where, "hint"), _string(record.get("answer") or "", where, "answer")
     judge = record.get("reward_model")
-    truth = judge.get("ground_truth") if isinstance(judge, Mapping) else None
+    truth = judge.get("ground_truth") if is_mapping(judge) else None
     if truth is None:
         raise DataError(f"{where}, column 'reward_model.ground_truth': missing; the verifier needs it")
     shown = "".join(steps)

@@ -45,7 +45,8 @@ def parse_expression(text: str, *, decimals: bool = False) -> Expression:
 
 
 def _tokens(text: str, decimals: bool) -> list[str]:
-    tokens, i = [], 0
+    tokens: list[str] = []
+    i = 0
     while i < len(text):
         char, j = text[i], i + 1
         if char in _DIGITS or (decimals and char == "."):

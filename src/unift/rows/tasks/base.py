@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from unift.types import ConfigError, DataError, Row, Score, closest
 
@@ -27,8 +27,21 @@ class Task:
     make: Callable[..., Row]
     score: Callable[..., Score]
     canonical: Callable[[Row], Hashable]
-    options: Mapping[str, Any] = field(default_factory=dict)  # every option of ``make`` with its default
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])  # every option of ``make`` with its default
     marked: bool = True  # whether ``answer`` says where the answer stands; without it the whole text is the answer
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a value of JSON or of a row is a mapping: isinstance knows no types of keys and values."""
+    return isinstance(value, Mapping)
+
+
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
+def is_list_or_tuple(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    return isinstance(value, (list, tuple))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -74,8 +87,8 @@ def check_rule(rule: str, answer: str = "tags") -> None:
 
 def field_of(row: Row, name: str) -> Any:
     """Field ``name`` of ``row.answer``; DataError if the answer is not a mapping that has it."""
-    if not isinstance(row.answer, Mapping) or name not in row.answer:
-        found = sorted(map(str, row.answer)) if isinstance(row.answer, Mapping) else type(row.answer).__name__
+    if not is_mapping(row.answer) or name not in row.answer:
+        found = sorted(map(str, row.answer)) if is_mapping(row.answer) else type(row.answer).__name__
         raise DataError(
             f"row {row.id!r} (task {row.task!r}), column 'answer': expected a mapping with {name!r}, found {found}."
         )
@@ -84,7 +97,7 @@ def field_of(row: Row, name: str) -> Any:
 
 def span(name: str, value: Any, least: int, most: int | None = None) -> tuple[int, int]:
     """An option that is a whole number or a pair (low, high), as a pair; ConfigError outside [least, most]."""
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (list, tuple)) else ()
+    pair = (value, value) if isinstance(value, int) else tuple(value) if is_list_or_tuple(value) else ()
     if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) for v in pair):
         raise ConfigError(f"option {name!r}: found {value!r}, expected a whole number or a pair [low, high].")
     low, high = pair

@@ -117,7 +117,7 @@ def _combine(
     """
     # an entry: value, expression, position of its first number (sums and products keep the order of the prompt)
     pool = [(Fraction(n), str(n), i) for i, n in enumerate(given)]
-    lines = []
+    lines: list[tuple[str, str, str, str]] = []
     while len(pool) > 1:
         i, j = sorted(rng.choice(len(pool), 2, replace=False).tolist())
         b, a = pool.pop(j), pool.pop(i)

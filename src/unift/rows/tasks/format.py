@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from typing import cast
 
 from unift.rows.tasks.answer import PLACES, extract_answer
 from unift.rows.tasks.base import check_rule
@@ -46,7 +47,7 @@ def check_format(rows: Sequence[Row], function: object = "auto", rule: str = "un
     from unift.rows.tasks import task_names
 
     if not isinstance(function, str):  # several with weights
-        for part in function if isinstance(function, Iterable) else ():
+        for part in cast("Iterable[object]", function) if isinstance(function, Iterable) else ():
             check_format(rows, part if isinstance(part, str) else getattr(part, "function", None), rule, answer)
         return
     if function != "auto" and function not in task_names():

@@ -39,25 +39,25 @@ def nested(text: str) -> int:
 
 def symbols(tree: Tree) -> set[str]:
     """Names of the variables and unknown functions in a tree."""
-    found: set[str] = set()
-    waiting = [tree]
-    while waiting:
-        node = waiting.pop()
-        if node[0] in ("sym", "apply"):
-            found.add(node[1])
-        waiting += [part for part in node[1:] if isinstance(part, tuple)]
-    return found
+    return {node[1] for node in _nodes(tree) if node[0] in ("sym", "apply")}
 
 
 def functions(tree: Tree) -> set[str]:
     """Names of the known functions in a tree."""
-    found, waiting = set(), [tree]
-    while waiting:
-        node = waiting.pop()
-        if node[0] == "fn":
-            found.add(node[1])
-        waiting += [part for part in node[1:] if isinstance(part, tuple)]
+    return {node[1] for node in _nodes(tree) if node[0] == "fn"}
+
+
+def _nodes(tree: Tree) -> list[Tree]:
+    """A tree and every tree inside it."""
+    found = [tree]
+    for node in found:  # grows meanwhile
+        found += [part for part in node[1:] if isinstance(part, tuple)]
     return found
+
+
+def _node(kind: str, *parts: object) -> Tree:
+    """A tree that grows in a loop: the type of its tuple would grow with it."""
+    return (kind, *parts)
 
 
 class _Reader:
@@ -109,9 +109,9 @@ class _Reader:
         tree = self.product()
         while True:
             if self.accept("+"):
-                tree = ("add", tree, self.product())
+                tree = _node("add", tree, self.product())
             elif self.accept("-"):
-                tree = ("add", tree, ("neg", self.product()))
+                tree = _node("add", tree, ("neg", self.product()))
             else:
                 self.depth -= 1
                 return tree
@@ -136,9 +136,9 @@ class _Reader:
                 minus = self.signs()
                 right = self.power()
                 right = ("neg", right) if minus else right
-                tree = ("mul" if word in TIMES else "div", tree, right)
+                tree = _node("mul" if word in TIMES else "div", tree, right)
             elif self.starts_factor():
-                tree = ("mul", tree, self.power())
+                tree = _node("mul", tree, self.power())
             else:
                 break
         return ("neg", tree) if negative else tree
@@ -157,16 +157,16 @@ class _Reader:
             if self.accept("!"):
                 if raised or tree[0] == "fact":
                     raise FormulaError("an ambiguous factorial")
-                tree = ("fact", tree)
+                tree = _node("fact", tree)
             elif self.peek()[1] in ("^", "**") and self.peek()[0] == "punct":
                 self.at += 1
                 if raised:
                     raise FormulaError("an ambiguous tower of powers")
                 if self.degrees():
-                    tree = ("degree", tree)
+                    tree = _node("degree", tree)
                 else:
                     self.deeper()
-                    tree, raised = ("pow", tree, self.exponent()), True
+                    tree, raised = _node("pow", tree, self.exponent()), True
                     self.depth -= 1
             else:
                 return tree
@@ -196,7 +196,7 @@ class _Reader:
 
     def argument(self) -> Tree:
         """What \\frac takes: a group, or one digit or letter."""
-        kind, word, spaced = self.peek()
+        kind, word, _ = self.peek()
         if word == "{":
             return self.group()
         if kind == "num" and len(word) > 1:
@@ -269,7 +269,7 @@ class _Reader:
         """The two whole numbers of a fraction that stands right here, or None."""
         if word == "\\frac":
             self.at += 1
-            parts = []
+            parts: list[int] = []
             for _ in range(2):
                 kind, text, _ = self.peek()
                 if text == "{" and self.peek(1)[1].isdecimal() and self.peek(2)[1] == "}":
@@ -328,7 +328,7 @@ class _Reader:
     def subscript(self) -> str:
         if not self.accept("{"):
             return self.take()[1]
-        words = []
+        words: list[str] = []
         while not self.accept("}"):
             words.append(self.take()[1])
             if len(words) > 20 or words[-1] == "{":
@@ -379,7 +379,7 @@ class _Reader:
         if self.accept("["):
             index = self.sum()
             self.expect("]")
-        kind, word, _ = self.peek()
+        _, word, _ = self.peek()
         inner = self.group() if word in ("{", "(") else self.primary()
         return ("fn", "root", inner, index)
 

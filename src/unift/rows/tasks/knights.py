@@ -54,7 +54,8 @@ def make(seed: int, index: int, *, people: Any = (3, 7)) -> Row:
     low, high = span("people", people, 2, 10)
     rng = generator("knights", seed, index)
     count = int(rng.integers(low, high + 1))
-    names = [NAMES[i] for i in rng.choice(len(NAMES), count, replace=False)]
+    names: list[str] = [NAMES[i] for i in rng.choice(len(NAMES), count, replace=False)]
+    statements: tuple[Statement, ...] = ()
     found: list[tuple[bool, ...]] = []
     while len(found) != 1:  # about 4 draws in 10 have exactly one solution, whatever the number of people
         statements = tuple(_draw_statement(rng, count) for _ in range(count))
@@ -110,7 +111,8 @@ def read_roles(answer: str, names: Sequence[str]) -> dict[str, bool] | str:
     """{name in folded case: is a knight} for exactly these names, or a sentence that says why it cannot be read."""
     if len(answer) > MAX_ANSWER:
         return f"{len(answer)} characters, at most {MAX_ANSWER} are read"
-    known, roles = {name.casefold() for name in names}, {}
+    known = {name.casefold() for name in names}
+    roles: dict[str, bool] = {}
     for piece in filter(None, map(str.strip, _CUT.split(answer))):
         words = piece.casefold().split()
         name = " ".join(words[:-3])
@@ -167,10 +169,9 @@ def _check(s: Statement, count: int) -> Statement:
 def holds(s: Statement, roles: Sequence[bool]) -> bool:
     """Truth of a statement when ``roles[i]`` says whether person i is a knight."""
     form = s[0]
-    if form == "telling-truth":
-        return roles[s[1]]
-    if form == "lying":
-        return not roles[s[1]]
+    if form in ("telling-truth", "lying"):
+        person: int = s[1]
+        return roles[person] if form == "telling-truth" else not roles[person]
     if form == "not":
         return not holds(s[1], roles)
     left, right = holds(s[1], roles), holds(s[2], roles)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +87,8 @@ def canonical(row: Row) -> Hashable:
 
 def _draw(name: str, seed: int, index: int, length: int, letters: int, keys: int) -> tuple[str, int, list[int]]:
     """Letters, key and random codes of one address; ConfigError for sizes that do not fit."""
-    for option, value, most in (("length", length, 64), ("letters", letters, len(LETTERS)), ("keys", keys, 10)):
+    sizes: list[tuple[str, Any, int]] = [("length", length, 64), ("letters", letters, len(LETTERS)), ("keys", keys, 10)]
+    for option, value, most in sizes:  # a setting may be of any type
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             raise ConfigError(f"option {option!r} of lock: found {value!r}, expected a whole number from 1 to {most}.")
     rng = generator(name, seed, index)

@@ -10,12 +10,12 @@ Equality is by value, not by form: 2^{10} is right for 1024, and (x+1)^2 for x^2
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import Any
 
 from unift.rows.tasks.answer import extract_answer, paper_last_line, unwrapped
-from unift.rows.tasks.base import Task, check_rule, verdict
+from unift.rows.tasks.base import Task, check_rule, is_mapping, verdict
 from unift.rows.tasks.paper import paper_equal
 from unift.types import ConfigError, DataError, Row, Score
 
@@ -60,7 +60,7 @@ def score(
 
 def target(row: Row) -> str:
     """The expected answer: ``row.answer`` itself (text or number) or its field 'target'."""
-    found = row.answer.get("target") if isinstance(row.answer, Mapping) else row.answer
+    found = row.answer.get("target") if is_mapping(row.answer) else row.answer
     if isinstance(found, bool) or not isinstance(found, (str, int, float)) or found == "":
         raise DataError(
             f"row {row.id!r} (task 'math'), column 'answer': expected text, a number or a mapping with 'target', "
@@ -71,7 +71,7 @@ def target(row: Row) -> str:
 
 def canonical(row: Row) -> Hashable:
     """The question in folded case with single spaces."""
-    question = row.answer.get("question") if isinstance(row.answer, Mapping) else None
+    question = row.answer.get("question") if is_mapping(row.answer) else None
     text = question if isinstance(question, str) else row.prompt if isinstance(row.prompt, str) else str(row.prompt)
     return " ".join(text.casefold().split())
 
@@ -86,7 +86,7 @@ def plain(text: str) -> str:
 
 def unreadable_targets(rows: Sequence[Row]) -> list[tuple[int, str, str, str]]:
     """(number from 1, row id, target, reason) of the rows whose target is compared as text alone."""
-    found = []
+    found: list[tuple[int, str, str, str]] = []
     for number, row in enumerate(rows, start=1):
         if row.task == "math":
             gold = target(row)

@@ -6,8 +6,7 @@ sequence of edits, the one of the MATH benchmark's first public grader. Both loo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from unift.rows.tasks.base import is_mapping
 from unift.types import Row
 
 NUMERIC = ("openai/gsm8k", "aime", "amc")  # data_source
@@ -16,7 +15,7 @@ TOLERANCE = 1e-5
 
 def paper_equal(answer: str, target: str, row: Row) -> bool:
     """The official verdict on an answer (already taken from its tag). Never raises."""
-    source = row.extra.get("data_source") if isinstance(row.extra, Mapping) else None
+    source = row.extra.get("data_source") if is_mapping(row.extra) else None
     if source in NUMERIC:
         try:
             return abs(float(answer) - float(target)) < TOLERANCE

@@ -57,7 +57,9 @@ def split_at(text: str, pattern: str) -> tuple[list[str], list[str]]:
         depth -= char in ")]}"
         outside[i] = depth == 0
         depth += char in "([{"
-    pieces, found, start = [], [], 0
+    pieces: list[str] = []
+    found: list[str] = []
+    start = 0
     for match in re.finditer(pattern, text):
         first, end = match.span()
         if all(outside[first:end]) and text.count("\\begin", 0, first) == text.count("\\end", 0, first):

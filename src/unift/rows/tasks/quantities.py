@@ -62,7 +62,7 @@ def _with_words(text: str) -> list[tuple[str, int, str]]:
     """(formula, scale, unit) for each place at which words or units may begin; "" is a noun that is no unit."""
     attached = re.search(r"(?<=\d)(?:[a-z]{2,})(?:\^\{?\d\}?)?$", text)
     places = [match.span() for match in re.finditer(r"\s+", text)][:MAX_PLACES]
-    found = []
+    found: list[tuple[str, int, str]] = []
     for start, end in [*places, *([(attached.start(), attached.start())] if attached else [])]:
         scale = 1
         first, _, rest = text[end:].partition(" ")
@@ -96,8 +96,8 @@ _SMALL = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 )
-_COUNTS = {word: n for n, word in enumerate(_SMALL.split())}
-_COUNTS |= {word: 10 * n for n, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), 3)}
+_TENS = "thirty forty fifty sixty seventy eighty ninety"
+_COUNTS = {word: n for n, word in enumerate(_SMALL.split())} | {word: 10 * n for n, word in enumerate(_TENS.split(), 3)}
 
 
 def count_word(text: str, again: Read) -> list[Reading]:

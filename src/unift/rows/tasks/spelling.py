@@ -27,7 +27,6 @@ _GREEK = {
     "χ": "chi", "ψ": "psi", "ω": "omega", "Δ": "Delta", "Γ": "Gamma", "Θ": "Theta", "Λ": "Lambda", "Σ": "Sigma",
     "Φ": "Phi", "Ψ": "Psi", "Ω": "Omega",
 }  # fmt: skip
-_SIGNS |= {sign: f"\\{name} " for sign, name in _GREEK.items()}
 _RAISED = {
     "⁰": "0",
     "¹": "1",
@@ -43,7 +42,7 @@ _RAISED = {
     "ⁿ": "n",
 }
 _LOWERED = {chr(0x2080 + n): str(n) for n in range(10)}
-_TABLE = str.maketrans(_SIGNS)
+_TABLE = str.maketrans(_SIGNS | {sign: f"\\{name} " for sign, name in _GREEK.items()})
 
 _WORDS = re.compile(r"\\(?:text|textrm|textbf|textit|textsf|texttt|textnormal|mbox|hbox|rm)\s*\{([^{}]*)\}")
 _ROMAN = re.compile(r"\\(?:mathrm|operatorname|mathsf|mathtt|operatorname\*)\s*\{([^{}]*)\}")

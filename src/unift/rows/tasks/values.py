@@ -11,9 +11,9 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
-from mpmath import MPContext
+from mpmath import MPContext  # pyright: ignore[reportMissingTypeStubs]
 
 from unift.rows.tasks.formula import FormulaError, Tree, functions, symbols
 
@@ -25,7 +25,7 @@ MAX_FACTORIAL = 2_500
 LOG_BASES = (None, 10)  # what \\log without a base may mean: natural, decimal
 
 Value = Any  # Fraction, or a number of the mpmath context (real or complex)
-_MP = MPContext()
+_MP = cast(Any, MPContext())  # mpmath comes without types
 _MP.dps = DIGITS
 
 
@@ -249,7 +249,7 @@ def _exact_root(value: Fraction, index: int) -> Fraction | None:
     """The root of a fraction above 0, if that is a fraction."""
     if index > 64:
         return None
-    parts = []
+    parts: list[int] = []
     for n in (value.numerator, value.denominator):
         root = _whole_root(n, index)
         if root is None:
@@ -295,8 +295,16 @@ def _real_call(function: Callable[[Value], Value], limit: float) -> Callable[...
     return call
 
 
-def _inverse(function: Callable[[Value], Value]) -> Callable[[Value], Value]:
-    return lambda x: 1 / function(x)
+def _absolute(run: _Evaluation, value: Value) -> Value:
+    return abs(value)
+
+
+def _natural(run: _Evaluation, value: Value) -> Value:
+    return _MP.log(_number(value))
+
+
+def _decimal(run: _Evaluation, value: Value) -> Value:
+    return _MP.log(_number(value)) / _MP.log(10)
 
 
 def _logarithm(run: _Evaluation, value: Value, *base: Value) -> Value:
@@ -313,10 +321,30 @@ def _floor(run: _Evaluation, value: Value) -> Value:
     return Fraction(int(_MP.floor(value)))
 
 
+def _ceiling(run: _Evaluation, value: Value) -> Value:
+    return -_floor(run, -value)
+
+
 def _whole(values: Sequence[Value]) -> list[int]:
     if any(not isinstance(v, Fraction) or v.denominator != 1 for v in values):
         raise FormulaError("expected whole numbers")
     return [int(v) for v in values]
+
+
+def _divisor(run: _Evaluation, *values: Value) -> Value:
+    return Fraction(math.gcd(*_whole(values)))
+
+
+def _multiple(run: _Evaluation, *values: Value) -> Value:
+    return Fraction(math.lcm(*_whole(values)))
+
+
+def _largest(run: _Evaluation, *values: Value) -> Value:
+    return max(values, key=_number)
+
+
+def _smallest(run: _Evaluation, *values: Value) -> Value:
+    return min(values, key=_number)
 
 
 def _binomial(run: _Evaluation, n: Value, k: Value) -> Value:
@@ -331,17 +359,17 @@ def _binomial(run: _Evaluation, n: Value, k: Value) -> Value:
 _SMALL = 1e30
 _CALLS: dict[str, Callable[..., Value]] = {
     "root": _root,
-    "abs": lambda run, x: abs(x),
+    "abs": _absolute,
     "floor": _floor,
-    "ceil": lambda run, x: -_floor(run, -x),
-    "gcd": lambda run, *xs: Fraction(math.gcd(*_whole(xs))),
-    "lcm": lambda run, *xs: Fraction(math.lcm(*_whole(xs))),
-    "max": lambda run, *xs: max(xs, key=_number),
-    "min": lambda run, *xs: min(xs, key=_number),
+    "ceil": _ceiling,
+    "gcd": _divisor,
+    "lcm": _multiple,
+    "max": _largest,
+    "min": _smallest,
     "binom": _binomial,
     "log": _logarithm,
-    "ln": lambda run, x: _MP.log(_number(x)),
-    "lg": lambda run, x: _MP.log(_number(x)) / _MP.log(10),
+    "ln": _natural,
+    "lg": _decimal,
     "exp": _real_call(_MP.exp, 1e8),
     **{name: _real_call(getattr(_MP, name), _SMALL) for name in ("sin", "cos", "tan", "cot", "sec", "csc")},
     **{name: _real_call(getattr(_MP, name), 1e6) for name in ("sinh", "cosh", "tanh")},
