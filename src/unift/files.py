@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def writing(what: str, folder: Path) -> Iterator[None]:
+def writing(what: str, folder: Path) -> Generator[None, None, None]:
     """A failed write becomes one clear error. torch and safetensors report a full disk by error types of their own."""
     try:
         yield

@@ -12,10 +12,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from unift.types import ConfigError, UniftError
 
@@ -93,7 +93,7 @@ def end_with_parent(every: float = 0.5) -> None:
 
 
 @contextmanager
-def joined(cuda: bool = False) -> Iterator[None]:
+def joined(cuda: bool = False) -> Generator[None, None, None]:
     """Meet the other processes, and part at the end. ``cuda``: gradients are on GPUs, one a process.
 
     An error in here is told to the others: their next exchange raises it, too.
@@ -104,7 +104,7 @@ def joined(cuda: bool = False) -> Iterator[None]:
         return
     import torch
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
     own = not dist.is_initialized()
     if cuda:
@@ -148,7 +148,7 @@ def _told() -> str:
 
 
 @contextmanager
-def _waiting(what: str) -> Iterator[None]:
+def _waiting(what: str) -> Generator[None, None, None]:
     began = time.monotonic()
     try:
         yield
@@ -178,7 +178,7 @@ def gather(what: str, value: T) -> list[T]:
 
     values: list[Any] = [None] * size()
     with _waiting(what):
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value)  # pyright: ignore[reportUnknownMemberType]
     values[rank()] = value
     return values
 
@@ -235,8 +235,9 @@ def add_up(what: str, tensors: Sequence[Tensor]) -> None:
         flat = torch.cat([t.flatten() for t in bucket])
         flat = flat.float() if flat.element_size() < 4 else flat
         with _waiting(what):
-            dist.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket])):
+            dist.all_reduce(flat)  # pyright: ignore[reportUnknownMemberType]
+        parts = cast("Sequence[Tensor]", flat.split([t.numel() for t in bucket]))  # pyright: ignore[reportUnknownMemberType]
+        for tensor, part in zip(bucket, parts):
             tensor.copy_(part.view_as(tensor))
         bucket.clear()
 
@@ -268,7 +269,8 @@ def balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
 
     The largest part costs at most 4/3 of the best possible (Graham 1969).
     """
-    loads, dealt = [0.0] * parts, [[] for _ in range(parts)]
+    loads = [0.0] * parts
+    dealt: list[list[int]] = [[] for _ in range(parts)]
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         least = min(range(parts), key=lambda p: (loads[p], len(dealt[p])))
         loads[least] += costs[i]

@@ -7,9 +7,9 @@ What results is written to the run folder as ``config.yaml`` and is itself a val
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -28,8 +28,10 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for name, value in over.items():
         old = merged.get(name)
-        both = isinstance(value, Mapping) and isinstance(old, Mapping)
-        merged[name] = _merge(old, value) if both else value  # type: ignore[arg-type]
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            merged[name] = _merge(cast("Mapping[str, Any]", old), cast("Mapping[str, Any]", value))
+        else:
+            merged[name] = value
     return merged
 
 
@@ -66,12 +68,12 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
 
 def _yaml_mapping(text: str, source: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text) or {}
+        tree: Any = yaml.safe_load(text) or {}
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2026-99-99
         raise ConfigError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: expected a mapping of settings, found {type(tree).__name__}")
-    return tree
+    return cast("dict[str, Any]", tree)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -94,9 +96,10 @@ def beside(tree: Mapping[str, Any], file: Path, over: Mapping[str, Any]) -> dict
 
     def moved(key: str, value: Any) -> Any:
         if isinstance(value, list):  # rewards, each alone or with its weight
-            return [moved(key, item) for item in value]
+            return [moved(key, item) for item in cast("list[Any]", value)]
         if isinstance(value, Mapping):
-            return {name: moved(key, item) if name == "function" else item for name, item in value.items()}
+            entries = cast("Mapping[str, Any]", value).items()
+            return {name: moved(key, item) if name == "function" else item for name, item in entries}
         if not isinstance(value, str) or _no_path(key, value):
             return value
         name, sign, function = value.rpartition(":") if key == "reward.function" else (value, "", "")
@@ -127,7 +130,8 @@ def _no_path(key: str, value: str) -> bool:
 def _method_layers(method: str, recipe: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
     tree = _yaml_mapping(preset_text(method), f"preset {method}")
     common = {name: value for name, value in recipe.items() if name != "methods"}
-    own = (recipe.get("methods") or {}).get(method, {})
+    methods: Mapping[str, Mapping[str, Any]] = recipe.get("methods") or {}
+    own = methods.get(method, {})
     for layer in (common, own, user):
         tree = _merge(tree, layer)
     return tree
@@ -145,10 +149,12 @@ def resolve(
     method = str(method or user.get("method") or "uft")
     packaged = _yaml_mapping(recipe_text(recipe), f"recipe {recipe}") if recipe else {}
     tree = _method_layers(method, packaged, user) | {"method": method}
-    phases = []
-    for phase in tree.get("phases") or []:
-        if not isinstance(phase, Mapping) or "method" not in phase:
-            raise ConfigError(f"phases: each needs a method and a share, found {phase!r}")
+    phases: list[dict[str, Any]] = []
+    listed: Sequence[Any] = tree.get("phases") or []
+    for found in listed:
+        if not isinstance(found, Mapping) or "method" not in found:
+            raise ConfigError(f"phases: each needs a method and a share, found {found!r}")
+        phase = cast("Mapping[str, Any]", found)
         # A phase inherits the method's own sections; what the phase itself sets wins over all.
         layers = _method_layers(phase["method"], packaged, user)
         sections = {name: layers[name] for name in METHOD_SECTIONS if name in layers}

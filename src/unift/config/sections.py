@@ -283,7 +283,7 @@ class Config(Rules):
     data: Data = Data()
     reward: Reward = Reward()
     phases: list[Phase] = Field(
-        default_factory=list, description="methods that follow each other, in place of the one above"
+        default_factory=list[Phase], description="methods that follow each other, in place of the one above"
     )
     eval: Eval = Eval()
     save: Save = Save()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -28,7 +29,8 @@ class Section(BaseModel):
         """true and false are no numbers, texts and numbers are not true or false: pydantic alone would take
         ``train.steps=true`` for 1 and ``save.rollouts="no"`` for false."""
         kinds = _leaves(cls.model_fields[str(info.field_name)].annotation)
-        for item in value if isinstance(value, (list, tuple)) else [value]:
+        items = cast("Sequence[Any]", value) if isinstance(value, (list, tuple)) else [value]
+        for item in items:
             if isinstance(item, bool) and kinds & {int, float} and bool not in kinds:
                 raise PydanticCustomError("kind", "expected a number")
             if item is not None and not isinstance(item, bool) and bool in kinds:
@@ -167,5 +169,5 @@ class Log(Section):
         default=10, ge=0, description="steps between measurements of both streams' gradients; 0 = never"
     )
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field(
-        default_factory=list, description="through accelerate"
+        default_factory=list[Literal["wandb", "tensorboard", "trackio"]], description="through accelerate"
     )
