@@ -29,8 +29,8 @@ class Section(BaseModel):
         """true and false are no numbers, texts and numbers are not true or false: pydantic alone would take
         ``train.steps=true`` for 1 and ``save.rollouts="no"`` for false."""
         kinds = _leaves(cls.model_fields[str(info.field_name)].annotation)
-        items = cast("Sequence[Any]", value) if isinstance(value, (list, tuple)) else [value]
-        for item in items:
+        several = isinstance(value, (list, tuple))
+        for item in cast("Sequence[Any]", value) if several else [value]:
             if isinstance(item, bool) and kinds & {int, float} and bool not in kinds:
                 raise PydanticCustomError("kind", "expected a number")
             if item is not None and not isinstance(item, bool) and bool in kinds:

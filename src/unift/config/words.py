@@ -24,7 +24,9 @@ class Word:
 
 class _Template(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
-        return f"{100 * value:g} %" if format_spec == "%" else super().format_field(value, format_spec)
+        if format_spec == "%":
+            return f"{100 * value:g} %"
+        return format(value, format_spec)
 
 
 def filled(text: str, section: Any) -> str:
