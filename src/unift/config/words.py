@@ -23,15 +23,14 @@ class Word:
 
 
 class _Template(string.Formatter):
-    def format_field(self, value: Any, format_spec: str) -> str:
-        if format_spec == "%":
-            return f"{100 * value:g} %"
-        return format(value, format_spec)
+    def format_field(self, value: object, format_spec: str) -> str:
+        return f"{100 * value:g} %" if format_spec == "%" and isinstance(value, float) else format(value, format_spec)
 
 
 def filled(text: str, section: Any) -> str:
     """The text with the settings of ``section`` (a model of ``settings``) in their places."""
-    return _Template().vformat(text, (), vars(section))
+    settings: dict[str, Any] = dict(vars(section))
+    return _Template().vformat(text, (), settings)
 
 
 # ---------------------------------------------------------------------------------------------- show
