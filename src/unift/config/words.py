@@ -13,7 +13,7 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class _Template(string.Formatter):
 
 def filled(text: str, section: Any) -> str:
     """The text with the settings of ``section`` (a model of ``settings``) in their places."""
-    settings: dict[str, Any] = dict(vars(section))
-    return _Template().vformat(text, (), settings)
+    return _Template().vformat(text, (), cast("dict[str, Any]", section.__dict__))
 
 
 # ---------------------------------------------------------------------------------------------- show
