@@ -1,9 +1,11 @@
 """Rows from files and the Hub, in four layouts. Errors name file, row (from 1) and column.
 
-unift          prompt, steps, answer [, ending | solution | completion] [, id, task, any other column]
+unift          prompt [, steps, answer, ending | solution | completion] [, id, task, any other column]
 UFT / verl     prompt (chat list), hint (list), answer (whole target text), reward_model.ground_truth, data_source
 TRL            prompt, completion (text or messages) [, answer | solution]
 reasoning-gym  question, answer, metadata [, solution]
+
+A row may lack its answer: only built-in verifiers need one (`rows.tasks.format.check_answers`).
 """
 
 from __future__ import annotations
@@ -46,9 +48,13 @@ def rows_of(
     if hasattr(source, "to_list"):  # datasets
         source = source.to_list()
     elif hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
-        source = source.to_dict("records")
+        source = [
+            {name: None if isinstance(cell, float) and cell != cell else cell for name, cell in record.items()}
+            for record in source.to_dict("records")
+        ]  # a frame holds NaN where a row has nothing
     if isinstance(source, (str, bytes, Mapping)) or not isinstance(source, Iterable):
-        raise DataError(f"{name}: expected a list of mappings, found {type(source).__name__}")
+        splits = f" of {', '.join(map(repr, source))}: hand over one of them" if isinstance(source, Mapping) else ""
+        raise DataError(f"{name}: expected a list of mappings, found {type(source).__name__}{splits}")
     records = list(source)[:limit]
     if not records:
         raise DataError(f"{name} holds no rows")
@@ -212,9 +218,7 @@ def _own_id(record: Mapping[str, Any]) -> str:
 
 def _unift(record: Mapping[str, Any], where: str) -> Row:
     """``ending`` is what follows the steps; without one it is written from the answer in answer tags."""
-    if record.get("answer") is None:
-        raise DataError(f"{where}, column 'answer': missing; the verifier needs it")
-    answer, column = record["answer"], "steps" if record.get("steps") is not None else "solution"
+    answer, column = record.get("answer"), "steps" if record.get("steps") is not None else "solution"
     steps = _steps(record.get(column) or (record.get("completion") if column == "solution" else None), where, column)
     if column == "steps" and record.get("steps") is not None and not record["steps"]:
         raise DataError(f"{where}, column 'steps': the solution is empty")
@@ -242,9 +246,11 @@ def _verl(record: Mapping[str, Any], where: str) -> Row:
         hint = None  # the release's evaluation file: problems without a worked solution
     steps, target = _steps(hint, where, "hint"), _string(record.get("answer") or "", where, "answer")
     judge = record.get("reward_model")
-    truth = judge.get("ground_truth") if isinstance(judge, Mapping) else None
-    if truth is None:
-        raise DataError(f"{where}, column 'reward_model.ground_truth': missing; the verifier needs it")
+    if judge is not None and not isinstance(judge, Mapping):
+        raise DataError(
+            f"{where}, column 'reward_model.ground_truth': missing, since 'reward_model' is no mapping; found {judge!r:.80}"
+        )
+    truth = judge.get("ground_truth") if judge is not None else None
     shown = "".join(steps)
     if not target.startswith(shown):
         raise DataError(
@@ -256,20 +262,14 @@ def _verl(record: Mapping[str, Any], where: str) -> Row:
 
 def _trl(record: Mapping[str, Any], where: str) -> Row:
     answer = record.get("answer", record.get("solution"))
-    if answer is None:
-        raise DataError(f"{where}, column 'answer': missing; the verifier needs it (TRL rows may name it 'solution')")
     steps = _steps(_text(record.get("completion"), where), where, "completion")
     return _build(_prompt(record.get("prompt"), where), steps, "", answer, record, ("prompt", "completion", "answer"))
 
 
 def _gym(record: Mapping[str, Any], where: str) -> Row:
-    if record.get("answer") is None:
-        raise DataError(f"{where}, column 'answer': missing; the verifier needs it")
-    steps = _steps(record.get("solution"), where, "solution")
-    ending = f"\n<answer> {record['answer']} </answer>" if steps else ""
-    return _build(
-        _prompt(record.get("question"), where), steps, ending, record["answer"], record, ("question", "answer")
-    )
+    answer, steps = record.get("answer"), _steps(record.get("solution"), where, "solution")
+    ending = f"\n<answer> {answer} </answer>" if steps and answer is not None else ""
+    return _build(_prompt(record.get("question"), where), steps, ending, answer, record, ("question", "answer"))
 
 
 _READERS = {"unift": _unift, "verl": _verl, "trl": _trl, "reasoning-gym": _gym}
