@@ -48,7 +48,8 @@ class Row:
     """One problem with its worked solution.
 
     The full demonstration is ``prompt + "".join(steps) + ending`` (+ EOS). A hint is a prefix of ``steps``; ``ending``
-    (closing tag and final answer) is never part of a hint. ``answer`` is what the verifier needs (any JSON value).
+    (closing tag and final answer) is never part of a hint. ``answer`` is what the verifier needs (any JSON value), None
+    where the data has none.
     """
 
     id: str  # stable over runs: a hash of the content unless the data names one

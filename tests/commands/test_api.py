@@ -138,13 +138,44 @@ def test_rows_of_many_kinds():
     assert unift.load_rows(datasets.Dataset.from_list(flat)) == unift.load_rows(flat)
     pandas = pytest.importorskip("pandas")
     assert unift.load_rows(pandas.DataFrame(flat)) == unift.load_rows(flat)
+    gaps = [flat[0], {"prompt": "2 + 2 =", "wanted": 3}]  # NaN in the frame
+    assert (
+        unift.load_rows(pandas.DataFrame(gaps))[1].answer is None
+        and not unift.load_rows(pandas.DataFrame(gaps))[1].steps
+    )
     for bad, said in (
         ({"prompt": "x"}, "expected a list of mappings, found dict"),
         ([3], "row 1"),
         ([], "holds no rows"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(flat)), "found DatasetDict of 'train': hand over one"),
     ):
         with pytest.raises(DataError, match=said):
             unift.load_rows(bad)
+
+
+def test_prompts_alone_and_a_reward_of_ones_own(tmp_path):
+    """TRL's prompt-only data sets: no answer and no solution, columns that the reward names."""
+    rows = [{"prompt": r["prompt"], "wanted": i} for i, r in enumerate(mappings(6))]
+
+    def wants(completions, wanted, **columns):
+        return [float(w) for w in wanted]
+
+    given = {"model": "embedded:lock", "train": rows, "quiet": True}
+    run = unift.train("rft", reward=wants, run=tmp_path / "own", **given, **SMALL, **{"train.steps": 2})
+    assert {s.score.value for g in run.rollouts(1) for s in g.samples} <= {float(i) for i in range(6)}
+    assert unift.evaluate(tmp_path / "own", rows, reward=wants).greedy.accuracy == pytest.approx(5 / 6)
+    with pytest.raises(DataError, match="train row 1, column 'answer': missing"):
+        unift.train("rft", run=tmp_path / "verifier", **given, **SMALL)
+
+
+def test_a_recipe_with_rows_of_its_own_task(tmp_path):
+    """They are what the recipe's model knows. For any other rows a model is asked for."""
+    settings = SMALL | {"train.steps": 1, "quiet": True, "recipe": "lock"}
+    run = unift.train(train=mappings(6), run=tmp_path / "run", **settings)
+    assert run.result["steps"] == 1 and run.config.model.path == "embedded:lock"
+    foreign = [{"prompt": "1 + 1 =", "steps": [" 2"], "answer": "2", "task": "math"}]
+    with pytest.raises(ConfigError, match="pass model=FOLDER"):
+        unift.train(train=foreign, run=tmp_path / "other", **settings)
 
 
 def test_rows_that_were_handed_over_are_asked_for_again(tmp_path):

@@ -212,7 +212,7 @@ OTHER = {
     ),
     "trl without answer": (
         {"prompt": "p", "completion": "c"},
-        "column 'answer': missing; the verifier needs it (TRL rows may name it 'solution')",
+        "column 'answer': missing; the verifier needs it (TRL rows may name it 'solution'; ",
     ),
     "trl completion of numbers": (
         {"prompt": "p", "completion": [1], "answer": "a"},

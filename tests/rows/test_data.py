@@ -7,9 +7,11 @@ import json
 import pytest
 from conftest import FakeTokenizer
 
+from unift.config.surroundings import WeightedReward
 from unift.rows.inspect import overlap, write_rows
 from unift.rows.readers import read_rows, split_steps
 from unift.rows.tasks import get_task, make_rows
+from unift.rows.tasks.format import answer_rule, check_answers
 from unift.rows.tokens import check_tokenizer, encode_row
 from unift.types import DataError, Row
 
@@ -121,10 +123,31 @@ def test_inspect_is_short(data_folder):
 
 
 @pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "p", "color": "red"},
+        {"prompt": "p", "steps": ["a"]},
+        {"prompt": [{"role": "user", "content": "p"}], "reward_model": {"style": "model"}, "data_source": "x"},
+        {"prompt": "p", "completion": "c"},
+        {"question": "q", "metadata": {}, "solution": "s"},
+    ],
+)
+def test_rows_may_lack_an_answer(tmp_path, record):
+    """In every layout; nothing is written for it into the solution. A built-in verifier refuses such rows by number."""
+    rows = read_rows(write(tmp_path / "rows.jsonl", GOOD if "steps" in record else record, record), need_steps=False)
+    assert rows[1].answer is None and "None" not in rows[1].solution and "answer>" not in rows[1].solution
+    check_answers(rows, "mine.py:score", "rows.jsonl, row")
+    check_answers(rows, [WeightedReward(function="mine.py:score")], "rows.jsonl, row")
+    for function in ("auto", "math", [WeightedReward(function="mine.py:score"), WeightedReward(function="math")]):
+        with pytest.raises(DataError, match=r"rows.jsonl, row [12], column 'answer': missing; the verifier needs it"):
+            check_answers(rows, function, "rows.jsonl, row")
+    assert answer_rule(rows[1:]) == "tags"
+
+
+@pytest.mark.parametrize(
     ("record", "said"),
     [
         ({k: v for k, v in GOOD.items() if k != "prompt"}, r"row 2, column 'prompt'"),
-        ({k: v for k, v in GOOD.items() if k != "answer"}, r"row 2, column 'answer': missing"),
         ({k: v for k, v in GOOD.items() if k != "steps"}, r"row 2, column 'steps': no worked solution"),
         (GOOD | {"steps": []}, r"row 2, column 'steps': the solution is empty"),
         (GOOD | {"steps": ["a", 3]}, r"row 2, column 'steps': expected a list of texts"),

@@ -19,7 +19,7 @@ import yaml
 
 from unift.commands import settings as layers
 from unift.commands.settings import DEMO, OnStep
-from unift.config.packaged import preset_text
+from unift.config.packaged import preset_text, recipe_text
 from unift.config.resolve import read_yaml, resolve
 from unift.config.sections import Config
 from unift.types import ConfigError, Given, Row, UniftError
@@ -175,6 +175,8 @@ def train(
     loaded = model if hasattr(model, "save_pretrained") else None
     if train is not None:
         over.setdefault("data.task", None)  # rows of the caller's own take the place of a recipe's generated ones
+        if recipe is not None and model is None:
+            over = _model_of(recipe, given) | over
     if model is not None:
         over["model.path"] = layers.handed(type(model).__name__) if loaded is not None else str(model)
     found = layers.resolved(method, recipe=recipe, config=config, settings=over)
@@ -282,6 +284,14 @@ def _handed_over(settings: Mapping[str, Any], *, train: Rows, test: Rows, reward
 
         over["reward.function"] = layers.handed(describe(reward))
     return Given(rows, None if isinstance(reward, str) else reward), over
+
+
+def _model_of(recipe: str, given: Given) -> dict[str, Any]:
+    """The recipe's model, for rows of its own task: all that it knows. Nothing for other rows, which need another model."""
+    packaged = yaml.safe_load(recipe_text(recipe))
+    rows = given.rows.get("train", [])
+    known = bool(rows) and all(row.task == packaged["data"]["task"] for row in rows)
+    return {"model.path": packaged["model"]["path"]} if known else {}
 
 
 def settings_of(model: Any, recipe: str | None, config: Any, over: Mapping[str, Any]) -> Config:

@@ -31,6 +31,7 @@ from unift.rewards import open_scorer
 from unift.rows import dataset
 from unift.rows.dataset import Split
 from unift.rows.readers import read_rows
+from unift.rows.tasks.format import check_answers
 from unift.rows.tokens import Encoded, encode_rows
 from unift.training import evaluate
 from unift.training.evaluate import Judge
@@ -102,6 +103,7 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
     sets: list[Split] = []
     for file in files:
         rows = read_rows(file, need_steps=False)
+        check_answers(rows, "auto", f"{file}, row")
         sets.append(Split(rows, encode_rows(tokenizer, rows, config.data.max_prompt)))
     data = dataset.encode(tokenizer, dataset.load(config), config)
     check_positions(config, data)

@@ -10,7 +10,7 @@ from unift.config.packaged import nearest, preset_names
 from unift.config.sections import Config, Rules
 from unift.config.stages import stages
 from unift.config.words import ANNEALINGS, BASELINES, INTOS, LOSSES, NORMS, SCHEDULES, SOURCES, TOKENS
-from unift.types import ConfigError
+from unift.types import HANDED, ConfigError
 
 
 def check(config: Config) -> None:
@@ -64,9 +64,11 @@ def check_model(config: Config, user: Mapping[str, Any]) -> None:
     The default and those of recipes are toys of a few thousand parameters that know one task's letters.
     """
     if config.data.train and not flat(user).get("model.path"):
+        found = f"data.train={config.data.train!r} without model.path: set model.path=FOLDER"
+        if config.data.train == HANDED:
+            found = "train=... without model=...: pass model=FOLDER (or a loaded model and its tokenizer)"
         raise ConfigError(
-            f"data.train={config.data.train!r} without model.path: set model.path=FOLDER, the Hugging Face model to train. "
-            f"The default, {config.model.path!r}, is a toy that knows its own task alone"
+            f"{found}, the Hugging Face model to train. The default, {config.model.path!r}, is a toy that knows its own task alone"
         )
 
 

@@ -73,20 +73,25 @@ def load(config: Config, handed: Mapping[str, list[Row]] | None = None, only: st
 def _split(config: Config, split: Literal["train", "test"], handed: Mapping[str, list[Row]], steps: bool) -> list[Row]:
     """Rows of data.train or data.test: handed over, or read."""
     from unift.rows.readers import check_steps, read_rows
+    from unift.rows.tasks.format import check_answers
 
-    data = config.data
+    data, reward = config.data, config.reward.function
     path, limit = (data.train, data.train_rows) if split == "train" else (data.test, data.test_rows)
     if path is None:
         raise ConfigError(f"no rows: set data.{split}=FILE")
     if path != HANDED:
         hub_split = None if split == "train" else "test"
-        return read_rows(path, format=data.format, split=hub_split, limit=limit, need_steps=steps)
+        rows = read_rows(path, format=data.format, split=hub_split, limit=limit, need_steps=steps)
+        check_answers(rows, reward, f"{path}, row")
+        return rows
     if split not in handed:
         raise DataError(
             f"the {split} rows of this run were handed over from Python and are in no file: pass them again with "
             f"unift.train({split}=...), or set data.{split}=FILE"
         )
-    return [check_steps(row, f"{split} row {n}", steps) for n, row in enumerate(handed[split][:limit], start=1)]
+    rows = handed[split][:limit]
+    check_answers(rows, reward, f"{split} row")
+    return [check_steps(row, f"{split} row {n}", steps) for n, row in enumerate(rows, start=1)]
 
 
 @dataclass(frozen=True)

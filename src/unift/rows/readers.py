@@ -1,9 +1,11 @@
 """Rows from files and the Hub, in four layouts. Errors name file, row (from 1) and column.
 
-unift          prompt, steps, answer [, ending | solution | completion] [, id, task, any other column]
+unift          prompt [, steps, answer, ending | solution | completion] [, id, task, any other column]
 UFT / verl     prompt (chat list), hint (list), answer (whole target text), reward_model.ground_truth, data_source
 TRL            prompt, completion (text or messages) [, answer | solution]
 reasoning-gym  question, answer, metadata [, solution]
+
+A row may lack its answer: only built-in verifiers need one (`rows.tasks.format.check_answers`).
 """
 
 from __future__ import annotations
@@ -47,9 +49,11 @@ def rows_of(
     if hasattr(source, "to_list"):  # datasets
         source = source.to_list()
     elif hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
-        source = source.to_dict("records")
+        frame: list[dict[str, Any]] = source.to_dict("records")  # a frame holds NaN where a row has nothing
+        source = [{k: None if isinstance(v, float) and v != v else v for k, v in record.items()} for record in frame]
     if isinstance(source, (str, bytes)) or is_mapping(source) or not isinstance(source, Iterable):
-        raise DataError(f"{name}: expected a list of mappings, found {type(source).__name__}")
+        splits = f" of {', '.join(map(repr, source))}: hand over one of them" if is_mapping(source) else ""
+        raise DataError(f"{name}: expected a list of mappings, found {type(source).__name__}{splits}")
     records = list(cast("Iterable[Any]", source))[:limit]
     if not records:
         raise DataError(f"{name} holds no rows")
@@ -218,9 +222,7 @@ def _own_id(record: Mapping[str, Any]) -> str:
 
 def _unift(record: Mapping[str, Any], where: str) -> Row:
     """``ending`` is what follows the steps; without one it is written from the answer in answer tags."""
-    if record.get("answer") is None:
-        raise DataError(f"{where}, column 'answer': missing; the verifier needs it")
-    answer, column = record["answer"], "steps" if record.get("steps") is not None else "solution"
+    answer, column = record.get("answer"), "steps" if record.get("steps") is not None else "solution"
     steps = _steps(record.get(column) or (record.get("completion") if column == "solution" else None), where, column)
     if column == "steps" and record.get("steps") is not None and not record["steps"]:
         raise DataError(f"{where}, column 'steps': the solution is empty")
@@ -248,9 +250,11 @@ def _verl(record: Mapping[str, Any], where: str) -> Row:
         hint = None  # the release's evaluation file: problems without a worked solution
     steps, target = _steps(hint, where, "hint"), _string(record.get("answer") or "", where, "answer")
     judge = record.get("reward_model")
-    truth = judge.get("ground_truth") if is_mapping(judge) else None
-    if truth is None:
-        raise DataError(f"{where}, column 'reward_model.ground_truth': missing; the verifier needs it")
+    if judge is not None and not is_mapping(judge):
+        raise DataError(
+            f"{where}, column 'reward_model.ground_truth': missing, since 'reward_model' is no mapping; found {judge!r:.80}"
+        )
+    truth = judge.get("ground_truth") if judge is not None else None
     shown = "".join(steps)
     if not target.startswith(shown):
         raise DataError(
@@ -262,20 +266,14 @@ def _verl(record: Mapping[str, Any], where: str) -> Row:
 
 def _trl(record: Mapping[str, Any], where: str) -> Row:
     answer = record.get("answer", record.get("solution"))
-    if answer is None:
-        raise DataError(f"{where}, column 'answer': missing; the verifier needs it (TRL rows may name it 'solution')")
     steps = _steps(_text(record.get("completion"), where), where, "completion")
     return _build(_prompt(record.get("prompt"), where), steps, "", answer, record, ("prompt", "completion", "answer"))
 
 
 def _gym(record: Mapping[str, Any], where: str) -> Row:
-    if record.get("answer") is None:
-        raise DataError(f"{where}, column 'answer': missing; the verifier needs it")
-    steps = _steps(record.get("solution"), where, "solution")
-    ending = f"\n<answer> {record['answer']} </answer>" if steps else ""
-    return _build(
-        _prompt(record.get("question"), where), steps, ending, record["answer"], record, ("question", "answer")
-    )
+    answer, steps = record.get("answer"), _steps(record.get("solution"), where, "solution")
+    ending = f"\n<answer> {answer} </answer>" if steps and answer is not None else ""
+    return _build(_prompt(record.get("question"), where), steps, ending, answer, record, ("question", "answer"))
 
 
 _READERS = {"unift": _unift, "verl": _verl, "trl": _trl, "reasoning-gym": _gym}

@@ -12,7 +12,7 @@ from typing import cast
 
 from unift.rows.tasks.answer import PLACES, extract_answer
 from unift.rows.tasks.base import check_rule
-from unift.types import ConfigError, Row, Score
+from unift.types import ConfigError, DataError, Row, Score
 
 TRIED = 100  # rows with a solution that are looked at
 ENOUGH = 0.5  # share of them whose own solution must be right
@@ -36,6 +36,25 @@ def answer_rule(rows: Sequence[Row], setting: str = "auto", rule: str = "unift")
     if accepted[marked] >= ENOUGH * len(_with_solution(rows, "auto")):
         return marked
     return max(PLACES, key=lambda place: accepted[place])
+
+
+def check_answers(rows: Sequence[Row], function: object, source: str) -> None:
+    """DataError for the first row without an answer, if a built-in verifier judges the rows: it has nothing to compare with.
+
+    function: the setting (one function, or several with weights). source: what messages put before the row's number.
+    """
+    from unift.rows.tasks import task_names
+
+    several = cast("Iterable[object]", function) if isinstance(function, (list, tuple)) else ()
+    parts = [function] if isinstance(function, str) else list(several)
+    named = {part if isinstance(part, str) else getattr(part, "function", None) for part in parts}
+    bare = next((number for number, row in enumerate(rows, start=1) if row.answer is None), None)
+    if bare is not None and named & {"auto", *task_names()}:
+        raise DataError(
+            f"{source} {bare}, column 'answer': missing; the verifier needs it (TRL rows may name it 'solution'; it is "
+            "reward_model.ground_truth in verl's). Add it, or name a reward of your own, which may do without: "
+            "reward.function=file.py:function"
+        )
 
 
 def check_format(rows: Sequence[Row], function: object = "auto", rule: str = "unift", answer: str = "tags") -> None:
@@ -76,8 +95,11 @@ def places(rows: Sequence[Row], function: object = "auto") -> Counter[str]:
 def _with_solution(rows: Sequence[Row], function: object) -> list[Row]:
     from unift.rows.tasks import get_task, task_names
 
+    answered = (row for row in rows if row.answer is not None)
     marked = {name for name in task_names() if get_task(name).marked}
-    some = (row for row in rows if row.solution.strip() and (row.task if function == "auto" else function) in marked)
+    some = (
+        row for row in answered if row.solution.strip() and (row.task if function == "auto" else function) in marked
+    )
     return list(islice(some, TRIED))
 
 
