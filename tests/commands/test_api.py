@@ -173,6 +173,9 @@ def test_a_recipe_with_rows_of_its_own_task(tmp_path):
     settings = SMALL | {"train.steps": 1, "quiet": True, "recipe": "lock"}
     run = unift.train(train=mappings(6), run=tmp_path / "run", **settings)
     assert run.result["steps"] == 1 and run.config.model.path == "embedded:lock"
+    other = str(run.folder / "model")  # named in a file of settings, it is the one that is trained
+    again = unift.train(train=mappings(6), run=tmp_path / "again", config={"model": {"path": other}}, **settings)
+    assert again.config.model.path == other
     foreign = [{"prompt": "1 + 1 =", "steps": [" 2"], "answer": "2", "task": "math"}]
     with pytest.raises(ConfigError, match="pass model=FOLDER"):
         unift.train(train=foreign, run=tmp_path / "other", **settings)

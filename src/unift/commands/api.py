@@ -175,7 +175,7 @@ def train(
     loaded = model if hasattr(model, "save_pretrained") else None
     if train is not None:
         over.setdefault("data.task", None)  # rows of the caller's own take the place of a recipe's generated ones
-        if recipe is not None and model is None:
+        if recipe is not None and model is None and config is None:  # a file names its model itself
             over = _model_of(recipe, given) | over
     if model is not None:
         over["model.path"] = layers.handed(type(model).__name__) if loaded is not None else str(model)
