@@ -164,6 +164,11 @@ def test_prompts_alone_and_a_reward_of_ones_own(tmp_path):
     run = unift.train("rft", reward=wants, run=tmp_path / "own", **given, **SMALL, **{"train.steps": 2})
     assert {s.score.value for g in run.rollouts(1) for s in g.samples} <= {float(i) for i in range(6)}
     assert unift.evaluate(tmp_path / "own", rows, reward=wants).greedy.accuracy == pytest.approx(5 / 6)
+    (tmp_path / "mine.py").write_text("def score(completion, row):\n    return float(row.extra['wanted'])\n")
+    by_name = {"model": "embedded:lock", "train": rows[:4], "reward": f"{tmp_path / 'mine.py'}:score", "workers": 1}
+    few = SMALL | {"train.steps": 1, "eval.train_rows": 2}
+    found = unift.compare("rft", seeds=1, run=tmp_path / "several", test=rows[4:], **by_name, **few)
+    assert found.results[0]["steps"] == 1
     with pytest.raises(DataError, match="train row 1, column 'answer': missing"):
         unift.train("rft", run=tmp_path / "verifier", **given, **SMALL)
 

@@ -9,7 +9,7 @@ from conftest import FakeTokenizer
 
 from unift.config.surroundings import WeightedReward
 from unift.rows.inspect import overlap, write_rows
-from unift.rows.readers import read_rows, split_steps
+from unift.rows.readers import read_rows, rows_of, split_steps
 from unift.rows.tasks import get_task, make_rows
 from unift.rows.tasks.format import answer_rule, check_answers
 from unift.rows.tokens import check_tokenizer, encode_row
@@ -53,6 +53,14 @@ def test_round_trip(tmp_path, suffix, task):
             b.task,
         )
         assert get_task(task).score(b.solution, b).right
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("more", [{}, {"answer": "4"}, {"color": "red"}])
+def test_round_trip_without_a_solution(tmp_path, suffix, more):
+    rows = rows_of([{"prompt": "p"} | more, {"prompt": "q"} | more], need_steps=False)
+    write_rows(rows, tmp_path / f"rows{suffix}")
+    assert read_rows(str(tmp_path / f"rows{suffix}"), need_steps=False) == rows
 
 
 def test_other_layouts(tmp_path):

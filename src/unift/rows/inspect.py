@@ -15,7 +15,8 @@ from unift.types import Row, UniftError
 
 def _record(row: Row) -> dict[str, Any]:
     prompt = row.prompt if isinstance(row.prompt, str) else [dict(m) for m in row.prompt]
-    own = {"id": row.id, "prompt": prompt, "steps": list(row.steps), "ending": row.ending, "answer": row.answer}
+    steps = list(row.steps) or None  # an empty list reads as a solution that was lost
+    own = {"id": row.id, "prompt": prompt, "steps": steps, "ending": row.ending, "answer": row.answer}
     return own | {"task": row.task} | dict(row.extra)
 
 
