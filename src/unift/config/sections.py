@@ -246,7 +246,9 @@ class Train(Section):
         default=None, gt=0, description="an update whose gradient, before clipping, is longer than this is left out"
     )
     token_budget: int = Field(
-        default=16384, ge=1, description="padded tokens of one forward; changes memory, not the update"
+        default=16384,
+        ge=1,
+        description="tokens of one forward; changes memory, not the update: a larger group is divided",
     )
     micro_prompts: int | None = Field(
         default=None, ge=1, description="prompts of a micro-batch (microbatch_token_mean only)"

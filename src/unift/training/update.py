@@ -16,6 +16,7 @@ from unift import processes
 from unift.config import words
 from unift.config.sections import Rules, Train
 from unift.model import critic, precision
+from unift.model.divide import divide
 from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, PackedBatch, cut, pack
 from unift.model.policy import Policy
@@ -65,8 +66,9 @@ def prepare(
     size = len(items) // rules.train.updates
     updates: list[list[PackedBatch]] = []
     for first in range(0, len(items), size):
-        part = items[first : first + size]
-        weights = weigh(part, rules)
+        batch = items[first : first + size]
+        parts = divide(batch, weigh(batch, rules), rules)
+        part, weights = [p.item for p in parts], [p.weights for p in parts if p.weights is not None]
         own = processes.balanced_share([i.tokens_forwarded for i in part])
         packs = []
         for which in cut([part[i] for i in own], rules.train.token_budget):
