@@ -250,6 +250,10 @@ class Train(Section):
         ge=1,
         description="tokens of one forward; changes memory, not the update: a larger group is divided",
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="layers keep their inputs alone and are computed again in the backward pass: less memory, more time",
+    )
     micro_prompts: int | None = Field(
         default=None, ge=1, description="prompts of a micro-batch (microbatch_token_mean only)"
     )

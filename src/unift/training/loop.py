@@ -24,7 +24,7 @@ from unift.config.identity import config_hash
 from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest
 from unift.files import write_atomic, writing
-from unift.model import critic
+from unift.model import checkpointing, critic
 from unift.model.limits import check_positions, use_threads
 from unift.model.load import load_policy, load_tokenizer, pick_device, save_pretrained
 from unift.model.policy import Policy
@@ -148,6 +148,7 @@ def begin_stage(run: Run, stage: Stage) -> State:
     """A new optimizer and reference, and no memory of rows; or those of the checkpoint in the middle of the stage."""
     rules = stage.rules
     run.policy.critic = critic.new_critic(run.policy) if needs.critic(rules) else None
+    checkpointing.use(run.policy.model, rules.train.gradient_checkpointing)
     optimizer = update.make_optimizer(run.policy, rules.train)
     reference = None
     if needs.reference(rules):
