@@ -180,7 +180,7 @@ class Unift:
         from unift.model import attention
         from unift.model.paths import check_shared
         from unift.model.policy import Policy
-        from unift.training import update
+        from unift.training.optimizer import make_optimizer
 
         attention.register()
         # The same objective as TRL's default: group mean and std, token mean over the batch, clip 0.2, no KL.
@@ -202,7 +202,7 @@ class Unift:
         model.config.use_cache = False
         check_shared(model, DEVICE)
         self.policy = Policy(model, tokenizer, DEVICE, autocast=self.config.model.autocast)
-        self.optimizer = update.make_optimizer(self.policy, self.config.train)
+        self.optimizer = make_optimizer(self.policy, self.config.train)
         self.shape, self.count = shape, 0
 
     def step(self, prefixes: list[list[int]]) -> dict[str, float]:

@@ -23,7 +23,8 @@ from unift.objectives.weights import weigh
 from unift.rows import dataset
 from unift.sampling.groups import complete, hinted
 from unift.training import annealing
-from unift.training.update import Order, apply, make_optimizer, prepare
+from unift.training.optimizer import make_optimizer
+from unift.training.update import Order, apply, prepare
 from unift.types import Score
 
 MODEL = ["model.dtype=float64", "data.train_rows=8", "data.test_rows=2", "sample.max_tokens=24"]

@@ -103,6 +103,10 @@ SETTINGS: Mapping[str, str] = {  # name elsewhere -> the setting or settings her
     # training
     "learning_rate": "train.lr",
     "optim.lr": "train.lr",
+    "optim": "train.optimizer",
+    "optimizer_type": "train.optimizer",
+    "optimizer_offload": "train.offload_optimizer",
+    "cpu_offload": "train.offload_optimizer",
     "lr_scheduler_type": "train.decay",
     "lr_scheduler": "train.decay",
     "warmup_style": "train.decay",

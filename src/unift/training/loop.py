@@ -32,8 +32,9 @@ from unift.objectives import input_noise
 from unift.rewards import open_scorer
 from unift.rows import dataset
 from unift.rows.tasks.format import check_format
-from unift.training import evaluate, update
+from unift.training import evaluate
 from unift.training.evaluate import Draws, Judge
+from unift.training.optimizer import check_optimizers, make_optimizer
 from unift.training.progress import Metrics, Report, Run, State, Watch, silent, unwatched
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
@@ -56,6 +57,7 @@ def train(
     """
     given = given or Given()
     check_trackers(config)
+    check_optimizers(config)
     use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
         tokenizer = load_tokenizer(config.model)
@@ -149,7 +151,7 @@ def begin_stage(run: Run, stage: Stage) -> State:
     rules = stage.rules
     run.policy.critic = critic.new_critic(run.policy) if needs.critic(rules) else None
     checkpointing.use(run.policy.model, rules.train.gradient_checkpointing)
-    optimizer = update.make_optimizer(run.policy, rules.train)
+    optimizer = make_optimizer(run.policy, rules.train)
     reference = None
     if needs.reference(rules):
         reference = Reference(run.policy, run.folder, stage.start, rules.sample.temperature)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from unift import processes
 from unift.config import words
 from unift.config.sections import Rules, Train
-from unift.model import critic, precision
+from unift.model import critic
 from unift.model.divide import divide
 from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, PackedBatch, cut, pack
@@ -23,6 +22,7 @@ from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.objectives import loss as objectives
 from unift.objectives.weights import weigh
+from unift.training.optimizer import no_gradient, set_rate
 from unift.types import NonFiniteError
 
 
@@ -39,17 +39,6 @@ DECAYS: Mapping[words.DecayName, Callable[[float], float]] = {  # of the share o
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "linear": lambda done: 1 - done,
 }
-
-
-def make_optimizer(policy: Policy, train: Train) -> torch.optim.Optimizer:
-    """AdamW over what is trained. Warns where the weights cannot hold its updates."""
-    said = precision.warning(precision.of_model(policy.parameters()), train.lr)
-    if said and processes.first():
-        warnings.warn(said, RuntimeWarning, stacklevel=2)
-    fused = policy.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(
-        policy.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=fused
-    )
 
 
 @torch.no_grad()
@@ -154,7 +143,7 @@ def apply(
     """
     tally, streams = Tally(), {}
     if order.measure:
-        streams = {name: [torch.zeros_like(p) for p in policy.parameters()] for name in ("policy", "likelihood")}
+        streams = {name: [no_gradient(p) for p in policy.parameters()] for name in ("policy", "likelihood")}
     optimizer.zero_grad(set_to_none=True)
     for batch in packs:
         losses, l_S, entropy_S = losses_of(policy, batch, rules)
@@ -172,8 +161,7 @@ def apply(
     tally.over_processes()
     _gather_gradients(policy.parameters(), streams)
     norm = _clipped(policy, rules.train.clip_norm, packs, order.dump)
-    for group in optimizer.param_groups:
-        group["lr"] = order.lr
+    set_rate(optimizer, order.lr)
     skipped = rules.train.skip_norm is not None and norm > rules.train.skip_norm
     if not skipped:
         optimizer.step()
@@ -217,7 +205,7 @@ def _gather_gradients(parameters: Sequence[nn.Parameter], streams: Mapping[str, 
             p.grad = a + b
     for p in parameters:
         if p.grad is None:
-            p.grad = torch.zeros_like(p)
+            p.grad = no_gradient(p)
     if not streams:
         processes.add_up("the gradients", [p.grad for p in parameters if p.grad is not None])
 
