@@ -10,7 +10,7 @@ that was at work and nothing else. What is defended against, each at the price o
   and a worker that is not as it was after an item is replaced;
 - what it leaves behind: threads and processes that disturb later items (a failure after those were left is tried again
   in a new worker), programs that it started (they end with their worker, also out of a session of their own on Linux);
-- the end of the trainer, however it comes: workers end with it; the environment holds no secrets (`environment.py`).
+- the end of the trainer, however it comes: workers end with it; the environment holds no secrets (`workers.py`).
 
 What is not: within its process a function can read the nonce and report for its own completion, which is no more than
 returning a value; it can change the modules of its worker and so the values of later completions there. It runs as the
@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from unift.rewards.adapters import described
-from unift.rewards.environment import visible
 from unift.rewards.journal import (
     COUNT_OF,
     COUNTS,
@@ -45,7 +44,7 @@ from unift.rewards.journal import (
 )
 from unift.rewards.spec import label_of, parts_of
 from unift.rewards.worker import Item, Setup
-from unift.rewards.workers import Keeper, KeeperGone, Worker
+from unift.rewards.workers import Keeper, KeeperGone, Worker, visible
 from unift.types import RewardError, Row, Score
 
 START_SECONDS = 60.0  # for a worker to start, and of CPU time to import the reward (math libraries take seconds)
