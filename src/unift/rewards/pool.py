@@ -30,7 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from unift.rewards.adapters import described
+from unift.rewards.adapters import Options, described
 from unift.rewards.journal import (
     COUNT_OF,
     COUNTS,
@@ -120,7 +120,7 @@ class Scorer:
         self.start_seconds = START_SECONDS
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self.answer = answer
-        setup = Setup(parts, summed, {"format_score": format_score, "rule": rule, "answer": answer}, memory_mb)
+        setup = Setup(parts, summed, Options(format_score=format_score, rule=rule, answer=answer), memory_mb)
         self._setup = pickle.dumps(setup, protocol=5)
         self._window: deque[ScoreError | None] = deque(maxlen=window)
         self._keeper: Keeper | None = None
@@ -174,7 +174,7 @@ class Scorer:
                     "Any text can turn up in training; mend the function so that it returns a number for it"
                 )
         full, empty = (outcome if isinstance(outcome, Score) else None for outcome in outcomes)
-        warnings = []
+        warnings: list[str] = []
         if full is None:
             warnings.append(f"the reward does not apply to the demonstration of row {row.id!r} (it returned None)")
         elif not full.right:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unift.rewards.adapters import BadValue, Reward, described
+from unift.rewards.adapters import BadValue, Options, Reward, described
 from unift.rewards.journal import CLEAN, LITTERED, SPOILED
 from unift.rewards.spec import Part, load_parts
 from unift.types import RewardError, Row
@@ -40,7 +40,7 @@ class Setup:
 
     parts: tuple[Part, ...]
     summed: bool  # the parts are weighted and added up; else there is one, as it is
-    options: dict[str, Any]
+    options: Options
     memory_mb: int | None
 
 

@@ -111,7 +111,9 @@ class Worker:
 
     pid: int
     link: socket.socket
-    pending: deque[tuple[str, int]] = field(default_factory=deque)  # (nonce, index) of items that it holds, in order
+    pending: deque[tuple[str, int]] = field(
+        default_factory=deque[tuple[str, int]]
+    )  # (nonce, index) of items that it holds, in order
     setup: str = ""  # nonce of the setup
     ready: bool = False  # the reward is loaded
     begin: Usage | None = None  # at the first look after the item at work began
