@@ -13,7 +13,8 @@ that was at work and nothing else. What is defended against, each at the price o
 - the end of the trainer, however it comes: workers end with it; the environment holds no secrets (`workers.py`).
 
 What is not: within its process a function can read the nonce and report for its own completion, which is no more than
-returning a value; it can change the modules of its worker and so the values of later completions there. It runs as the
+returning a value; one that reads its worker's own frames finds the nonces of its batch-mates, too, and can forge their
+records; it can change the modules of its worker and so the values of later completions there. It runs as the
 same user as the trainer, without a sandbox: it can read that user's files, use the network and signal the trainer. Give
 ``memory_mb`` against one that takes all memory; a disk that it fills or a fork bomb is not held back.
 """
