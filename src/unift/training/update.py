@@ -256,10 +256,13 @@ def _angle(streams: Mapping[str, list[Tensor]]) -> dict[str, float]:
     """Norms of both streams' gradients and the cosine between them."""
     if not streams:
         return {}
-    a, b = (torch.cat([x.flatten() for x in streams[n]]).double() for n in ("policy", "likelihood"))
-    product = float(a.norm() * b.norm())
-    cosine = float(a @ b) / product if product else 0.0
-    return {"grad/policy_norm": float(a.norm()), "grad/hint_norm": float(b.norm()), "grad/cosine": cosine}
+    squares = [0.0, 0.0, 0.0]  # weight by weight: float64 copies of whole gradients would be the peak of a large model
+    for pair in zip(streams["policy"], streams["likelihood"], strict=True):
+        a, b = (x.flatten().double() for x in pair)
+        squares = [total + float(x @ y) for total, (x, y) in zip(squares, ((a, a), (b, b), (a, b)), strict=True)]
+    a_norm, b_norm = math.sqrt(squares[0]), math.sqrt(squares[1])
+    cosine = squares[2] / (a_norm * b_norm) if a_norm * b_norm else 0.0
+    return {"grad/policy_norm": a_norm, "grad/hint_norm": b_norm, "grad/cosine": cosine}
 
 
 def _stop(what: str, packs: Sequence[PackedBatch], dump: Path) -> NoReturn:
