@@ -167,6 +167,29 @@ def _waiting(what: str) -> Generator[None, None, None]:
         ) from error
 
 
+@contextmanager
+def exchanging(what: str) -> Generator[None, None, None]:
+    """Work in which a library exchanges tensors with the other processes: its failure gets the same words as one of ours,
+    everything else that goes wrong in the block stays what it is."""
+    if size() == 1:
+        yield
+        return
+    try:
+        yield
+    except RuntimeError as error:
+        if not _of_the_network(error):
+            raise
+        with _waiting(what):
+            raise
+
+
+def _of_the_network(error: RuntimeError) -> bool:
+    """Is it an exchange that failed? gloo raises plain RuntimeErrors that name one of its files."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error) or "gloo::" in str(error)
+
+
 # ---------------------------------------------------------------------------------------------- exchanging
 
 

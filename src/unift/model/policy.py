@@ -10,17 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from unift.model import attention, matmul, plain
+from unift.model import attention, matmul, plain, sharding
 from unift.model.attention.decode import DecodeLayout
 from unift.model.attention.packed import PackedLayout
 from unift.model.packs import PackedBatch
 from unift.rows import chat, tokens
 
+T = TypeVar("T")
 PACK_STEPS = 8  # sampled tokens from which it pays to rearrange the weights for decoding
 
 
@@ -37,6 +38,12 @@ class Policy:
     cuda_graphs: bool = True  # the sampler may record its steps on a GPU
     cached: bool = False  # the plain sampler may use the model's own cache
     critic: nn.Linear | None = None  # value head, while a phase with a critic runs
+    root: sharding.Root | None = None  # model and critic where their weights are sharded
+
+    def run(self, do: Callable[[], T]) -> T:
+        """``do()``, which may read the weights. Everything that does, beside a sampler, runs through here: where the weights
+        are sharded, they are gathered for it, and all processes call this together."""
+        return do() if self.root is None else sharding.run(self.root, do)
 
     @property
     def shared(self) -> bool:
@@ -116,7 +123,8 @@ class Policy:
 
     @contextmanager
     def sampling(self, steps: int) -> Iterator[None]:
-        """Context of a sampler that makes ``steps`` tokens a row: its precision, and weights laid out for few rows."""
+        """Context of a sampler that makes ``steps`` tokens a row: its precision, and weights laid out for few rows.
+        Sharded weights are whole by then (`sharding.whole`)."""
         pays = self.device.type == "cpu" and steps >= PACK_STEPS
         packed = matmul.packed(self.model, bfloat16=self.autocast != "none") if pays else nullcontext()
         with self.precision(sampling=True), packed:

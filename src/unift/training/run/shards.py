@@ -1,0 +1,85 @@
+"""Checkpoints of sharded weights (torch.distributed.checkpoint): every process writes its own part, and any number of
+processes reads what it needs of them, one process among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from unift import processes
+from unift.model.sharding import assign
+from unift.types import UniftError
+
+if TYPE_CHECKING:
+    from unift.model.policy import Policy
+
+FOLDER = "shards"
+
+
+def write(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Weights and optimizer state into ``folder``. All processes call this together."""
+    from torch.distributed import checkpoint
+
+    tensors: dict[str, Any] = {}
+    for name, p in policy.named_parameters():
+        tensors[f"weights/{name}"] = p.detach()
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state.get(p, {}).items()}
+    with _clear("written", folder):
+        checkpoint.save(tensors, storage_writer=checkpoint.FileSystemWriter(folder))
+
+
+def names(folder: Path) -> set[str]:
+    """Of the weights that are stored in ``folder``."""
+    from torch.distributed import checkpoint
+
+    stored = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {key.removeprefix("weights/") for key in stored if key.startswith("weights/")}
+
+
+def read(folder: Path, optimizer: torch.optim.Optimizer | None, own: dict[str, Any]) -> None:
+    """Load the weights ``own`` (by name) and the optimizer's state in place. All processes call this together."""
+    from torch.distributed import checkpoint
+
+    reader = checkpoint.FileSystemReader(folder)
+    wanted: dict[str, Any] = {f"weights/{name}": p.detach() for name, p in own.items()}
+    for key, kind in reader.read_metadata().state_dict_metadata.items():
+        if key.startswith("optimizer/") and optimizer is not None:
+            name, what = key.removeprefix("optimizer/").rsplit("/", 1)
+            state = _like(optimizer, own[name], torch.Size(kind.size), kind.properties.dtype)
+            optimizer.state[own[name]][what] = wanted[key] = state
+    with _clear("read", folder):
+        checkpoint.load(wanted, storage_reader=reader, no_dist=processes.size() == 1)
+
+
+def spread(policy: Policy, optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Take a whole optimizer state (of ``Optimizer.state_dict()``) into one of sharded weights."""
+    for number, p in enumerate(policy.parameters()):
+        for what, value in stored["state"].get(number, {}).items():
+            state = _like(optimizer, p, value.shape, value.dtype)
+            assign(state, value)
+            optimizer.state[p][what] = state
+
+
+def _like(optimizer: torch.optim.Optimizer, p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros for a state of ``p``: dealt out as its weight where it has its shape, else a number of its own."""
+    if shape == p.shape and len(shape):
+        return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+    beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return torch.zeros(shape, dtype=dtype, device=p.device if beside else "cpu")
+
+
+@contextmanager
+def _clear(done: str, folder: Path) -> Iterator[None]:
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with processes.exchanging("a checkpoint in shards"):
+            yield
+    except CheckpointException as error:  # of any process; it is no Exception
+        causes = "; ".join(f"process {n}: {e}" for n, (e, _) in sorted(error.failures.items()))
+        raise UniftError(f"{folder} cannot be {done}: {causes:.300}") from error
