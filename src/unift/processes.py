@@ -8,7 +8,9 @@ a process that fails tells the others why before it leaves.
 
 from __future__ import annotations
 
+import gc
 import os
+import platform
 import signal
 import threading
 import time
@@ -27,8 +29,11 @@ BUCKET_BYTES = 64 << 20  # gradients are summed in flat buffers of about this si
 PARENT = "UNIFT_PARENT"  # process id, in the environment of a run that ends with the process that started it
 END_SECONDS = 10.0  # for a process to end when asked
 FAILED = "unift/failed"  # key of the first failure in the store that all processes see
+BEAT = "unift/beat"  # keys of the signs of life there
+BEAT_SECONDS = 1.0  # between two signs of life of a process; three of them missing and it counts as gone
 
 _store: Any = None
+_doing = "starting"  # what this process does, for the others' messages
 
 
 def size() -> int:
@@ -104,30 +109,115 @@ def joined(cuda: bool = False) -> Generator[None, None, None]:
         return
     import torch
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
     own = not dist.is_initialized()
     if cuda:
         torch.cuda.set_device(local_rank())
     if own:
-        deadline = timedelta(seconds=WAIT_SECONDS)
+        # Its functions have the process group as a default value if there is one when they are defined: then the group
+        # outlives its end, and a thread of it that lets go of a tensor aborts the process while Python is shut down.
+        import torch.distributed.nn.functional
+
+        _meet(cuda)
+    with _signs_of_life():
         try:
-            _store, number, total = next(iter(rendezvous("env://", timeout=deadline)))
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, store=_store, rank=number, world_size=total, timeout=deadline)
-        except (RuntimeError, ValueError) as error:
-            raise UniftError(
-                f"process {rank()} did not meet the other {size() - 1} within {WAIT_SECONDS:g} s: {error}"
-            ) from error
+            yield
+        except BaseException as error:
+            _tell(error)  # and leave without farewell: the others must notice
+            if own and not cuda:  # NCCL would wait for what the others have not begun
+                _part()
+            raise
+        if own:
+            gather("the end of the run", None)
+            _part()
+
+
+def _meet(cuda: bool) -> None:
+    global _store
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
+
+    deadline = timedelta(seconds=WAIT_SECONDS)
+    try:
+        store, number, total = next(iter(rendezvous("env://", timeout=deadline)))
+        # A launcher that starts all anew after a failure may keep its store, with the addresses of those that are gone.
+        _store = dist.PrefixStore(f"unift/attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=_store, rank=number, world_size=total, timeout=deadline)
+    except (RuntimeError, ValueError) as error:
+        raise UniftError(
+            f"process {rank()} did not meet the other {size() - 1} within {WAIT_SECONDS:g} s: {error}"
+        ) from error
+
+
+def _part() -> None:
+    """End the process group, with its threads."""
+    global _store
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    gc.collect()  # what lies in a circle may hold the group
+    _store = None
+
+
+@contextmanager
+def _signs_of_life() -> Generator[None, None, None]:
+    """While the block runs, the other processes can see that this one is there, and what it does."""
+    if _store is None:
+        yield
+        return
+    store, ended = _store.clone(), threading.Event()  # a connection of its own
+
+    def beat() -> None:
+        number = 0
+        while not ended.wait(BEAT_SECONDS if number else 0):
+            number += 1
+            try:
+                store.set(f"{BEAT}/{rank()}", f"{number}|{os.getpid()} on {platform.node()}|{_doing}")
+            except RuntimeError:  # the store is gone, which the next exchange says better
+                return
+
+    thread = threading.Thread(target=beat, name="unift: sign of life", daemon=True)
+    thread.start()
     try:
         yield
-    except BaseException as error:
-        _tell(error)  # and leave without farewell: the others must notice
-        raise
-    if own:
-        gather("the end of the run", None)
-        dist.destroy_process_group()
-        _store = None
+    finally:
+        ended.set()
+        thread.join(END_SECONDS)
+
+
+def _beats() -> dict[int, tuple[str, str, str]]:
+    """Of every other process that is known: number of its last sign of life, process id and machine, what it does."""
+    found: dict[int, tuple[str, str, str]] = {}
+    for other in range(size()):
+        if other != rank() and _store.check([f"{BEAT}/{other}"]):
+            number, where, doing = _store.get(f"{BEAT}/{other}").decode().split("|", 2)
+            found[other] = number, where, doing
+    return found
+
+
+def _roll_call() -> tuple[list[str], list[str]]:
+    """(processes without a sign of life, what each of the others does), in words. Takes three beats."""
+    answers: list[dict[int, tuple[str, str, str]]] = []
+
+    def ask() -> None:
+        try:
+            answers.append(_beats())
+            time.sleep(3 * BEAT_SECONDS)
+            answers.append(_beats())
+        except RuntimeError:
+            pass
+
+    asking = threading.Thread(target=ask, name="unift: roll call", daemon=True)  # the store may not answer
+    asking.start()
+    asking.join(3 * BEAT_SECONDS + END_SECONDS)
+    if len(answers) < 2:
+        return (["process 0, which keeps the addresses of all,"] if rank() else []), []
+    before, after = answers
+    gone = [f"process {n} ({after[n][1]})" for n in after if n in before and after[n][0] == before[n][0]]
+    gone += [f"process {n}" for n in range(size()) if n != rank() and n not in after]
+    there = [f"process {n} {after[n][2]}" for n in after if n not in before or after[n][0] != before[n][0]]
+    return gone, there
 
 
 def _tell(error: BaseException) -> None:
@@ -149,22 +239,35 @@ def _told() -> str:
 
 @contextmanager
 def _waiting(what: str) -> Generator[None, None, None]:
-    began = time.monotonic()
+    global _doing
+    began, _doing = time.monotonic(), f"waits at {what}"
     try:
         yield
     except RuntimeError as error:
-        cause, waited = _told(), time.monotonic() - began
-        if cause:
-            raise UniftError(f"another process ended the run. {cause}") from error
-        if waited > 0.9 * WAIT_SECONDS:
-            raise UniftError(
-                f"waited {waited:.0f} s for the other processes at {what}: one of them hangs, or is that much slower. "
-                "UNIFT_WAIT_SECONDS sets the deadline. The same command continues from the last checkpoint"
-            ) from error
-        raise UniftError(
-            f"another process was gone at {what}. Its own message, if it had time for one, is above; the same command "
-            f"continues from the last checkpoint ({str(error).splitlines()[0]})"
-        ) from error
+        waited = time.monotonic() - began
+        raise UniftError(_why(what, waited, str(error).splitlines()[0])) from error
+    _doing = f"works on what follows {what}"
+
+
+def _why(what: str, waited: float, said: str) -> str:
+    """One line on an exchange that failed: the cause that another process told, or who is missing."""
+    cause = _told()
+    if cause:
+        return f"another process ended the run. {cause}"
+    gone, there = _roll_call()
+    cause = _told() or cause  # meanwhile
+    again = "The same command continues from the last checkpoint"
+    if gone:
+        missing = f"{' and '.join(gone)} gave no sign of life: killed, stopped, or its machine is gone"
+        return f"waited {waited:.0f} s for the other processes at {what}: {missing}. {again}"
+    if cause:
+        return f"another process ended the run. {cause}"
+    if waited > 0.9 * WAIT_SECONDS:
+        return (
+            f"waited {waited:.0f} s for the other processes at {what}, and one of them hangs, or is that much slower: "
+            f"{'; '.join(there)}. UNIFT_WAIT_SECONDS sets the deadline. {again}"
+        )
+    return f"the connection to another process broke at {what} ({said}). {again}"
 
 
 @contextmanager
