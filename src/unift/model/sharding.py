@@ -45,7 +45,8 @@ def shard(policy: Policy, critic: nn.Linear | None = None) -> Policy:
     critic: the value head, where any phase of the run has one.
     Raises ConfigError where the model or this torch does not allow it.
     """
-    from torch.distributed.device_mesh import init_device_mesh
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     if not policy.shared:
@@ -55,7 +56,9 @@ def shard(policy: Policy, critic: nn.Linear | None = None) -> Policy:
         )
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ConfigError(f"model.shard=full needs torch 2.8 or newer; found {torch.__version__}")
-    mesh = init_device_mesh(policy.device.type, (processes.size(),))
+    # A group of its own: torch keeps the mesh, and so its group, in caches that outlive the run (see `processes.joined`).
+    group: Any = dist.new_group()
+    mesh = DeviceMesh.from_group(group, policy.device.type)
     root = Root(policy.model, critic)
     layers = decoder_layers(policy)
     for part in (*layers, *([critic] if critic is not None else []), root):
