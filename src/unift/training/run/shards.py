@@ -3,6 +3,7 @@ processes reads what it needs of them, one process among them."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,8 @@ def read(folder: Path, optimizer: torch.optim.Optimizer | None, own: dict[str, A
             name, what = key.removeprefix("optimizer/").rsplit("/", 1)
             state = _like(optimizer, own[name], torch.Size(kind.size), kind.properties.dtype)
             optimizer.state[own[name]][what] = wanted[key] = state
-    with _clear("read", folder):
+    with _clear("read", folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that one process reads alone
         checkpoint.load(wanted, storage_reader=reader, no_dist=processes.size() == 1)
 
 
