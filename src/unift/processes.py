@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -198,52 +198,53 @@ def _beats() -> dict[int, tuple[str, str, str]]:
 
 def _roll_call() -> tuple[list[str], list[str]]:
     """(processes without a sign of life, what each of the others does), in words. Takes three beats."""
-    answers: list[dict[int, tuple[str, str, str]]] = []
-
-    def ask() -> None:
-        try:
-            answers.append(_beats())
-            time.sleep(3 * BEAT_SECONDS)
-            answers.append(_beats())
-        except RuntimeError:
-            pass
-
-    asking = threading.Thread(target=ask, name="unift: roll call", daemon=True)  # the store may not answer
-    asking.start()
-    asking.join(3 * BEAT_SECONDS + END_SECONDS)
-    if len(answers) < 2:
+    before = _in_time(_beats)
+    time.sleep(3 * BEAT_SECONDS)
+    after = _in_time(_beats) if before is not None else None
+    if before is None or after is None:
         return (["process 0, which keeps the addresses of all,"] if rank() else []), []
-    before, after = answers
     gone = [f"process {n} ({after[n][1]})" for n in after if n in before and after[n][0] == before[n][0]]
     gone += [f"process {n}" for n in range(size()) if n != rank() and n not in after]
     there = [f"process {n} {after[n][2]}" for n in after if n not in before or after[n][0] != before[n][0]]
     return gone, there
 
 
+def _in_time(do: Callable[[], T]) -> T | None:
+    """``do()``, which asks the store; None where that is gone or gives no answer, as if its process is stopped."""
+    answers: list[T] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            answers.append(do())
+
+    asking = threading.Thread(target=ask, name="unift: store", daemon=True)
+    asking.start()
+    asking.join(END_SECONDS)
+    return answers[0] if answers else None
+
+
 def _tell(error: BaseException) -> None:
-    if _store is None:
-        return
-    text = str(error) if isinstance(error, UniftError) else f"{type(error).__name__}: {error}"
-    try:
-        _store.compare_set(FAILED, "", f"{label()}{text}")  # the first failure is the cause of the others
-    except RuntimeError:  # the store went with the process that kept it
-        pass
+    store = _store
+    if store is not None:
+        text = str(error) if isinstance(error, UniftError) else f"{type(error).__name__}: {error}"
+        _in_time(lambda: store.compare_set(FAILED, "", f"{label()}{text}"))  # the first is the cause of the others
 
 
 def _told() -> str:
-    try:
-        return _store.get(FAILED).decode() if _store is not None and _store.check([FAILED]) else ""
-    except RuntimeError:
-        return ""
+    store = _store
+    return _in_time(lambda: store.get(FAILED).decode() if store.check([FAILED]) else "") or "" if store else ""
 
 
 @contextmanager
-def _waiting(what: str) -> Generator[None, None, None]:
+def _waiting(what: str, ours: Callable[[RuntimeError], bool] = lambda error: True) -> Generator[None, None, None]:
+    """``ours``: whether an error comes from the exchange."""
     global _doing
     began, _doing = time.monotonic(), f"waits at {what}"
     try:
         yield
     except RuntimeError as error:
+        if not ours(error):
+            raise
         waited = time.monotonic() - began
         raise UniftError(_why(what, waited, str(error).splitlines()[0])) from error
     _doing = f"works on what follows {what}"
@@ -277,13 +278,8 @@ def exchanging(what: str) -> Generator[None, None, None]:
     if size() == 1:
         yield
         return
-    try:
+    with _waiting(what, _of_the_network):
         yield
-    except RuntimeError as error:
-        if not _of_the_network(error):
-            raise
-        with _waiting(what):
-            raise
 
 
 def _of_the_network(error: RuntimeError) -> bool:

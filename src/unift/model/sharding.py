@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -57,7 +58,7 @@ def shard(policy: Policy, critic: nn.Linear | None = None) -> Policy:
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ConfigError(f"model.shard=full needs torch 2.8 or newer; found {torch.__version__}")
     # A group of its own: torch keeps the mesh, and so its group, in caches that outlive the run (see `processes.joined`).
-    group: Any = dist.new_group()
+    group: Any = dist.new_group(timeout=timedelta(seconds=processes.WAIT_SECONDS))
     mesh = DeviceMesh.from_group(group, policy.device.type)
     root = Root(policy.model, critic)
     layers = decoder_layers(policy)
