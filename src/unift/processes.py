@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from unift.types import ConfigError, UniftError
@@ -27,7 +28,7 @@ T = TypeVar("T")
 WAIT_SECONDS = float(os.environ.get("UNIFT_WAIT_SECONDS", "1800"))  # for the slowest of the others
 BUCKET_BYTES = 64 << 20  # gradients are summed in flat buffers of about this size
 PARENT = "UNIFT_PARENT"  # process id, in the environment of a run that ends with the process that started it
-END_SECONDS = 10.0  # for a process to end when asked
+END_SECONDS = 10.0  # for a process to end, or to answer, when asked
 FAILED = "unift/failed"  # key of the first failure in the store that all processes see
 BEAT = "unift/beat"  # keys of the signs of life there
 BEAT_SECONDS = 1.0  # between two signs of life of a process; three of them missing and it counts as gone
@@ -169,13 +170,11 @@ def _signs_of_life() -> Generator[None, None, None]:
     store, ended = _store.clone(), threading.Event()  # a connection of its own
 
     def beat() -> None:
-        number = 0
-        while not ended.wait(BEAT_SECONDS if number else 0):
-            number += 1
-            try:
+        with suppress(RuntimeError):  # the store is gone, which the next exchange says better
+            for number in count():
                 store.set(f"{BEAT}/{rank()}", f"{number}|{os.getpid()} on {platform.node()}|{_doing}")
-            except RuntimeError:  # the store is gone, which the next exchange says better
-                return
+                if ended.wait(BEAT_SECONDS):
+                    return
 
     thread = threading.Thread(target=beat, name="unift: sign of life", daemon=True)
     thread.start()
@@ -183,24 +182,22 @@ def _signs_of_life() -> Generator[None, None, None]:
         yield
     finally:
         ended.set()
-        thread.join(END_SECONDS)
+        thread.join(BEAT_SECONDS)
 
 
-def _beats() -> dict[int, tuple[str, str, str]]:
+def _beats(store: Any) -> dict[int, tuple[str, str, str]]:
     """Of every other process that is known: number of its last sign of life, process id and machine, what it does."""
-    found: dict[int, tuple[str, str, str]] = {}
-    for other in range(size()):
-        if other != rank() and _store.check([f"{BEAT}/{other}"]):
-            number, where, doing = _store.get(f"{BEAT}/{other}").decode().split("|", 2)
-            found[other] = number, where, doing
-    return found
+    known = [n for n in range(size()) if n != rank() and store.check([f"{BEAT}/{n}"])]
+    signs = {n: store.get(f"{BEAT}/{n}").decode().split("|", 2) for n in known}
+    return {n: (number, where, doing) for n, (number, where, doing) in signs.items()}
 
 
 def _roll_call() -> tuple[list[str], list[str]]:
     """(processes without a sign of life, what each of the others does), in words. Takes three beats."""
     before = _in_time(_beats)
-    time.sleep(3 * BEAT_SECONDS)
-    after = _in_time(_beats) if before is not None else None
+    if before is not None:
+        time.sleep(3 * BEAT_SECONDS)
+    after = _in_time(_beats)
     if before is None or after is None:
         return (["process 0, which keeps the addresses of all,"] if rank() else []), []
     gone = [f"process {n} ({after[n][1]})" for n in after if n in before and after[n][0] == before[n][0]]
@@ -209,30 +206,31 @@ def _roll_call() -> tuple[list[str], list[str]]:
     return gone, there
 
 
-def _in_time(do: Callable[[], T]) -> T | None:
-    """``do()``, which asks the store; None where that is gone or gives no answer, as if its process is stopped."""
-    answers: list[T] = []
+def _in_time(ask: Callable[[Any], T]) -> T | None:
+    """The store's answer. None where it is gone, or silent because its process is stopped: it is not asked again."""
+    global _store
+    store, answers = _store, list[T]()
 
-    def ask() -> None:
+    def asked() -> None:
         with suppress(RuntimeError):
-            answers.append(do())
+            answers.append(ask(store))
 
-    asking = threading.Thread(target=ask, name="unift: store", daemon=True)
-    asking.start()
-    asking.join(END_SECONDS)
+    if store is not None:
+        asking = threading.Thread(target=asked, name="unift: store", daemon=True)
+        asking.start()
+        asking.join(END_SECONDS)
+    if not answers:
+        _store = None
     return answers[0] if answers else None
 
 
 def _tell(error: BaseException) -> None:
-    store = _store
-    if store is not None:
-        text = str(error) if isinstance(error, UniftError) else f"{type(error).__name__}: {error}"
-        _in_time(lambda: store.compare_set(FAILED, "", f"{label()}{text}"))  # the first is the cause of the others
+    text = label() + (str(error) if isinstance(error, UniftError) else f"{type(error).__name__}: {error}")
+    _in_time(lambda store: store.compare_set(FAILED, "", text))  # the first failure is the cause of the others
 
 
 def _told() -> str:
-    store = _store
-    return _in_time(lambda: store.get(FAILED).decode() if store.check([FAILED]) else "") or "" if store else ""
+    return _in_time(lambda store: store.get(FAILED).decode() if store.check([FAILED]) else "") or ""
 
 
 @contextmanager
@@ -253,14 +251,12 @@ def _waiting(what: str, ours: Callable[[RuntimeError], bool] = lambda error: Tru
 def _why(what: str, waited: float, said: str) -> str:
     """One line on an exchange that failed: the cause that another process told, or who is missing."""
     cause = _told()
-    if cause:
-        return f"another process ended the run. {cause}"
-    gone, there = _roll_call()
-    cause = _told() or cause  # meanwhile
+    gone, there = _roll_call() if not cause else ([], [])
     again = "The same command continues from the last checkpoint"
     if gone:
         missing = f"{' and '.join(gone)} gave no sign of life: killed, stopped, or its machine is gone"
         return f"waited {waited:.0f} s for the other processes at {what}: {missing}. {again}"
+    cause = cause or _told()  # meanwhile
     if cause:
         return f"another process ended the run. {cause}"
     if waited > 0.9 * WAIT_SECONDS:
