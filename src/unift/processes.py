@@ -117,7 +117,7 @@ def joined(cuda: bool = False) -> Generator[None, None, None]:
     if own:
         # Its functions have the process group as a default value if there is one when they are defined: then the group
         # outlives its end, and a thread of it that lets go of a tensor aborts the process while Python is shut down.
-        import torch.distributed.nn.functional
+        import torch.distributed.nn.functional  # pyright: ignore[reportUnusedImport]
 
         _meet(cuda)
     with _signs_of_life():
@@ -136,18 +136,19 @@ def joined(cuda: bool = False) -> Generator[None, None, None]:
 def _meet(cuda: bool) -> None:
     global _store
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
     deadline = timedelta(seconds=WAIT_SECONDS)
     try:
         store, number, total = next(iter(rendezvous("env://", timeout=deadline)))
         # A launcher that starts all anew after a failure may keep its store, with the addresses of those that are gone.
-        _store = dist.PrefixStore(f"unift/attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        _store = PrefixStore(f"unift/attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=_store, rank=number, world_size=total, timeout=deadline)
     except (RuntimeError, ValueError) as error:
         raise UniftError(
-            f"process {rank()} did not meet the other {size() - 1} within {WAIT_SECONDS:g} s: {error}"
+            f"process {rank()} did not meet the other {size() - 1} in {WAIT_SECONDS:g} s: {error}"
         ) from error
 
 
@@ -297,8 +298,7 @@ def gather(what: str, value: T) -> list[T]:
     values: list[Any] = [None] * size()
     with _waiting(what):
         dist.all_gather_object(values, value)  # pyright: ignore[reportUnknownMemberType]
-    values[rank()] = value
-    return values
+    return [*values[: rank()], value, *values[rank() + 1 :]]
 
 
 def lead(what: str, do: Callable[[], T]) -> T:

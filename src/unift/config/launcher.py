@@ -41,6 +41,9 @@ def _asked(environment: Mapping[str, str]) -> bool:
     for name, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
         if on(name):
             raise refuse(what, "set distributed_type: FSDP (or MULTI_GPU) in it")
+    for kind in ("TP", "CP", "SP", "DP_REPLICATE"):
+        if on("ACCELERATE_USE_PARALLELISM_CONFIG") and environment.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") != "1":
+            raise refuse(f"parallelism_config_{kind.lower()}_size other than 1", "leave it at 1")
     if not on("ACCELERATE_USE_FSDP"):
         return False
     strategy = environment.get("FSDP_SHARDING_STRATEGY", "full_shard").strip().lower()
@@ -54,6 +57,8 @@ def _asked(environment: Mapping[str, str]) -> bool:
         )
     if on("FSDP_OFFLOAD_PARAMS"):
         raise refuse("weights in CPU memory (fsdp_offload_params)", "set it to false")
+    if environment.get("FSDP_IGNORED_MODULES"):
+        raise refuse("modules that are not sharded (fsdp_ignored_modules)", "leave it out")
     if on("FSDP_ACTIVATION_CHECKPOINTING"):
         raise refuse("activation checkpointing (fsdp_activation_checkpointing)", "set it to false there")
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").strip().lower()

@@ -134,7 +134,7 @@ def _forget_gguf(model: Any) -> None:
 
 def save_pretrained(policy: Policy, folder: Path) -> None:
     """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained and vLLM read. Sharded weights
-    are whole by then (`sharding.whole`)."""
+    are whole by then (`Policy.whole`)."""
     shutil.rmtree(folder, ignore_errors=True)
     base = policy.base
     kept = base.config._attn_implementation

@@ -12,18 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from unift import processes
 from unift.types import ConfigError
-
-if TYPE_CHECKING:
-    from unift.model.policy import Policy
 
 T = TypeVar("T")
 
@@ -40,49 +36,37 @@ class Root(nn.Module):
         return do()
 
 
-def shard(policy: Policy, critic: nn.Linear | None = None) -> Policy:
-    """``policy`` with this process's part of its weights; the model that it was given is changed in place.
-
-    critic: the value head, where any phase of the run has one.
-    Raises ConfigError where the model or this torch does not allow it.
-    """
+def shard(model: nn.Module, base: Any, device: torch.device, critic: nn.Linear | None) -> Root:
+    """Leave this process its part of the weights, in place. ``base``: the model below adapters, if it has some. critic: the
+    value head, where any phase of the run has one. Raises ConfigError where this torch cannot do it."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    if not policy.shared:
-        raise ConfigError(
-            f"model.shard=full needs the shared-prefix path, and this model takes the plain one: {policy.why_plain}. "
-            "Use model.shard=none, where every process holds all weights"
-        )
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ConfigError(f"model.shard=full needs torch 2.8 or newer; found {torch.__version__}")
     # A group of its own: torch keeps the mesh, and so its group, in caches that outlive the run (see `processes.joined`).
     group: Any = dist.new_group(timeout=timedelta(seconds=processes.WAIT_SECONDS))
-    mesh = DeviceMesh.from_group(group, policy.device.type)
-    root = Root(policy.model, critic)
-    layers = decoder_layers(policy)
-    for part in (*layers, *([critic] if critic is not None else []), root):
+    mesh = DeviceMesh.from_group(group, device.type)
+    root = Root(model, critic)
+    for part in (*decoder_layers(base), *([critic] if critic is not None else []), root):
         fully_shard(part, mesh=mesh)
     for part in groups(root):
         part.set_gradient_divide_factor(1.0)  # the loss is a sum with its weights inside: nothing is averaged
         part.set_force_sum_reduction_for_comms(True)
     with torch.no_grad():
-        root(lambda: torch.zeros(()))  # the first forward settles which module is the root
-    root.reshard()  # type: ignore[operator]
-    # A recorded step would hold addresses of weights that are gathered anew for each batch.
-    return replace(policy, root=root, cuda_graphs=False)
+        run(root, lambda: None)  # the first forward settles which module is the root
+    return root
 
 
-def decoder_layers(policy: Policy) -> list[nn.Module]:
+def decoder_layers(base: Any) -> list[nn.Module]:
     """The layers of the trunk: modules of the kinds that transformers never splits, or else of its longest list."""
-    kinds = set(getattr(policy.base, "_no_split_modules", None) or [])
-    trunk: nn.Module = policy.trunk
-    found = [m for m in trunk.modules() if type(m).__name__ in kinds]
+    kinds = set(getattr(base, "_no_split_modules", None) or [])
+    trunk: nn.Module = base.base_model
+    found = [m for m in trunk.modules() if type(m).__name__ in kinds and not isinstance(m, nn.Embedding)]
     inner = {id(child) for m in found for child in m.modules() if child is not m}
-    found = [m for m in found if id(m) not in inner and not isinstance(m, nn.Embedding)]
     if found:
-        return found
+        return [m for m in found if id(m) not in inner]
     lists = [m for m in trunk.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=len)) if lists else []
 
@@ -103,12 +87,11 @@ def run(root: Any, do: Callable[[], T]) -> T:
 
 
 @contextmanager
-def whole(policy: Policy) -> Iterator[None]:
+def whole(root: Any) -> Iterator[None]:
     """All weights on every process in the block, so that each may run the model as often as it likes, without gradient.
 
-    All processes enter and leave it together. Nothing happens where the weights are not sharded.
+    All processes enter and leave it together. Nothing happens where the weights are not sharded (``root`` is None).
     """
-    root: Any = policy.root
     if root is None or root.open:
         yield
         return

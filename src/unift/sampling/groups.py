@@ -15,7 +15,6 @@ from unift.config.sections import Rules
 from unift.config.stages import Moment
 from unift.credit.members import cut_short
 from unift.hints import schedules
-from unift.model import sharding
 from unift.model.policy import Policy
 from unift.rewards import score_groups
 from unift.rewards.pool import Scorer
@@ -34,7 +33,7 @@ def completed(
     """Samples of every request, with their texts. ``watch`` is told the number of requests that are done.
 
     All processes call this together where the weights are sharded, also those without a request."""
-    with sharding.whole(policy):
+    with policy.whole():
         groups = generate(policy, requests, max_tokens, temperature, watch=watch)
     flat = [s for g in groups for s in g]
     # What ends a completion is no part of its text, also where the tokenizer does not call it special.
@@ -95,7 +94,7 @@ def complete(policy: Policy, groups: Sequence[Group], places: Sequence[int], mom
         group.hint = []
         wanted.add(group, [], uniforms[:bare])
         wanted.add(group, hint, uniforms[bare:])
-    with sharding.whole(policy):  # once, though not every process has requests of both lengths
+    with policy.whole():  # once, though not every process has requests of both lengths
         for wanted in (whole, short):
             if not wanted.requests:
                 continue

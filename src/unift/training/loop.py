@@ -24,7 +24,7 @@ from unift.config.identity import config_hash
 from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest, stages
 from unift.files import write_atomic, writing
-from unift.model import critic, sharding
+from unift.model import critic
 from unift.model.limits import check_positions, use_threads
 from unift.model.load import load_policy, load_tokenizer, pick_device, save_pretrained
 from unift.model.policy import Policy
@@ -81,7 +81,7 @@ def load(config: Config, tokenizer: Any) -> Policy:
     if processes.size() == 1 or not launcher.shards(config.model):
         return policy
     valued = any(needs.critic(stage.rules) for stage in stages(config))
-    return sharding.shard(policy, critic.new_critic(policy) if valued else None)
+    return policy.sharded(critic.new_critic(policy) if valued else None)
 
 
 def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
             save_pretrained(run.policy, run.folder / "model")
         write_result(run.folder, result)
 
-    with sharding.whole(run.policy):
+    with run.policy.whole():
         processes.lead("the final model", write)
     return result
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,6 @@ def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimiz
 
     All processes call this together. The first one writes, and each its own part where the weights are sharded.
     """
-    from unift.model import sharding
     from unift.training.run import shards
 
     root = folder / "checkpoints"
@@ -52,7 +51,7 @@ def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimiz
     try:
         if policy.root is not None:
             shards.write(temporary / shards.FOLDER, policy, optimizer)
-        with sharding.whole(policy):
+        with policy.whole():
             return processes.lead("a checkpoint", lambda: _completed(temporary, root, step, policy, optimizer, state))
     except UniftError:
         if processes.first():
@@ -110,8 +109,9 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
         raise UniftError(f"{where} holds no checkpoint of this version: {_DAMAGED}")
     own = dict(policy.named_parameters())
     if optimizer is None or policy.critic is None:  # a critic belongs to the phase that trained it
-        own, names = ({n: some[n] for n in some if not n.startswith("critic.")} for some in (own, dict.fromkeys(names)))
-    if own.keys() != set(names):
+        own = {n: p for n, p in own.items() if not n.startswith("critic.")}
+        names = {n for n in names if not n.startswith("critic.")}
+    if own.keys() != names:
         raise UniftError(f"{where} was saved from another model: its parameters have other names")
     if not stored:
         with _readable(where):
@@ -135,7 +135,7 @@ def _loaded(path: Path, policy: Policy) -> dict[str, Any]:
 
 
 @contextmanager
-def _readable(where: Path) -> Iterator[None]:
+def _readable(where: Path) -> Generator[None, None, None]:
     try:
         yield
     except UniftError:

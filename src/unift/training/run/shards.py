@@ -4,7 +4,7 @@ processes reads what it needs of them, one process among them."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,38 +24,44 @@ FOLDER = "shards"
 
 def write(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Weights and optimizer state into ``folder``. All processes call this together."""
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors: dict[str, Any] = {}
     for name, p in policy.named_parameters():
         tensors[f"weights/{name}"] = p.detach()
         tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state.get(p, {}).items()}
     with _clear("written", folder):
-        checkpoint.save(tensors, storage_writer=checkpoint.FileSystemWriter(folder))
+        save(tensors, storage_writer=FileSystemWriter(folder))
+
+
+def _stored(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of every tensor that is stored in ``folder``."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    kinds = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {k: (m.size, m.properties.dtype) for k, m in kinds.items() if isinstance(m, TensorStorageMetadata)}
 
 
 def names(folder: Path) -> set[str]:
     """Of the weights that are stored in ``folder``."""
-    from torch.distributed import checkpoint
-
-    stored = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {key.removeprefix("weights/") for key in stored if key.startswith("weights/")}
+    return {key.removeprefix("weights/") for key in _stored(folder) if key.startswith("weights/")}
 
 
-def read(folder: Path, optimizer: torch.optim.Optimizer | None, own: dict[str, Any]) -> None:
+def read(folder: Path, optimizer: torch.optim.Optimizer | None, own: Mapping[str, Tensor]) -> None:
     """Load the weights ``own`` (by name) and the optimizer's state in place. All processes call this together."""
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = checkpoint.FileSystemReader(folder)
     wanted: dict[str, Any] = {f"weights/{name}": p.detach() for name, p in own.items()}
-    for key, kind in reader.read_metadata().state_dict_metadata.items():
+    for key, (shape, dtype) in _stored(folder).items():
         if key.startswith("optimizer/") and optimizer is not None:
             name, what = key.removeprefix("optimizer/").rsplit("/", 1)
-            state = _like(optimizer, own[name], torch.Size(kind.size), kind.properties.dtype)
-            optimizer.state[own[name]][what] = wanted[key] = state
+            optimizer.state[own[name]][what] = wanted[key] = _like(optimizer, own[name], shape, dtype)
     with _clear("read", folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that one process reads alone
-        checkpoint.load(wanted, storage_reader=reader, no_dist=processes.size() == 1)
+        load(wanted, storage_reader=FileSystemReader(folder), no_dist=processes.size() == 1)
 
 
 def spread(policy: Policy, optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
@@ -76,8 +82,8 @@ def _like(optimizer: torch.optim.Optimizer, p: Tensor, shape: torch.Size, dtype:
 
 
 @contextmanager
-def _clear(done: str, folder: Path) -> Iterator[None]:
-    from torch.distributed.checkpoint import CheckpointException
+def _clear(done: str, folder: Path) -> Generator[None, None, None]:
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         with processes.exchanging("a checkpoint in shards"):
