@@ -144,8 +144,7 @@ def two(tmp_path_factory, cases):
 
 
 def bound(name):
-    """Of the float32 that there is: all of it, or the critic, which is float32 beside any model."""
-    return 1e-5 if name in ("uft-float32", "ppo", "critic-lora") else 1e-10
+    return 1e-5 if name == "uft-float32" else 1e-10
 
 
 @pytest.mark.parametrize("name", CASES)
