@@ -128,6 +128,9 @@ def test_inspect_is_short(data_folder):
     shown = inspect(read_rows(str(data_folder / "logic" / "train.parquet"), limit=300))
     assert len(shown["steps per row (min, median, max)"]) == 3
     assert inspect(make_rows("lock", 5, 0, "train"))["steps per row"] == {5: 5}
+    lacking = [{"prompt": "a"}, {"prompt": "b", "answer": "1"}, {"prompt": "c", "steps": ["2"], "answer": 0}]
+    found = inspect(rows_of(lacking, need_steps=False))
+    assert (found["without answer"], found["without solution"]) == (1, 2)  # 0 is an answer
 
 
 @pytest.mark.parametrize(
