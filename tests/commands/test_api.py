@@ -219,7 +219,8 @@ def test_rollouts_that_were_not_kept(tmp_path):
         run.rollouts(1)
     with pytest.raises(UniftError, match="steps count from 1, and the run has made 1"):
         run.rollouts(2)
-    kept = unift.train("sft", run=tmp_path / "sft", **settings, **{"save.rollouts": True})
+    settings |= {"save.rollouts": True, "sample.completions": 0}
+    kept = unift.train("sft", run=tmp_path / "sft", **settings)
     with pytest.raises(UniftError, match="'sft' samples nothing"):
         kept.rollouts(1)
 
