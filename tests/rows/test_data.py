@@ -280,3 +280,15 @@ def test_rows_of_the_paper_s_evaluation_file(tmp_path, source):
     assert get_task("math").score("<answer>42.0</answer>", row).right
     with pytest.raises(DataError, match="row 1, column 'steps': no worked solution"):
         read_rows(str(path))
+
+
+@pytest.mark.parametrize("column", ["prompt", "id", "answer", "task", "extra", "deep", "x\ud800"])
+def test_half_a_surrogate_pair_is_named(column):
+    """JSON can spell it, UTF-8 cannot: hashes, rollouts and files of rows would end in a traceback."""
+    given = {"prompt": "a", "steps": ["b"], "answer": "c", "task": "math", column: "\ud800"}
+    given |= {"deep": [{"k": ("\udc00",)}]} if column == "deep" else {}
+    with pytest.raises(DataError, match="row 2, column '.*' is no character"):
+        rows_of([{"prompt": "a", "answer": "1"}, given], need_steps=False)
+    if column == "answer":
+        with pytest.raises(DataError, match="row 1, column 'answer'"):
+            rows_of([Row("r", "p", ("s",), "", "\ud800", "math", {})])
