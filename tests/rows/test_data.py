@@ -292,3 +292,25 @@ def test_half_a_surrogate_pair_is_named(column):
     if column == "answer":
         with pytest.raises(DataError, match="row 1, column 'answer'"):
             rows_of([Row("r", "p", ("s",), "", "\ud800", "math", {})])
+
+
+@pytest.mark.parametrize(
+    ("place", "form"),
+    [("boxed", "So it is $\\boxed{{{}}}$."), ("hash", "#### {}"), ("tags", "It is\n<answer> {} </answer>")],
+)
+@pytest.mark.parametrize("column", ["steps", "solution"])
+def test_the_mark_of_a_solution_is_its_ending(place, form, column):
+    """Without an ending, as MATH and GSM8K have it: the text stays, and no step shows the answer."""
+    texts = [["A first thought.\n", "\n", "Another. ", "\n", form.format(n)] for n in range(1, 5)]
+    given = [
+        {"prompt": f"q{n}", column: t if column == "steps" else "".join(t), "answer": str(n), "task": "math"}
+        for n, t in enumerate(texts, start=1)
+    ]
+    rows = rows_of(given)
+    assert [row.solution for row in rows] == ["".join(t) for t in texts]
+    assert answer_rule(rows) == place and not any(str(n) in "".join(row.steps) for n, row in enumerate(rows, start=1))
+    assert all(row.steps[0].startswith("A first thought.\n") for row in rows)
+    plain = rows_of([*given, {"prompt": "q", "steps": ["It is 9."], "answer": "9", "task": "math"}])
+    assert answer_rule(plain) == "tags" and all(row.ending.endswith("</answer>") for row in plain)
+    wrong = rows_of([given[0] | {"answer": "77"}, given[1] | {"answer": "78"}])
+    assert [row.ending for row in wrong] == ["\n<answer> 77 </answer>", "\n<answer> 78 </answer>"]

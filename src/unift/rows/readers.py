@@ -19,6 +19,7 @@ from typing import Any, TypeGuard, cast
 
 from unift.rows.files import records
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
+from unift.rows.tasks.format import own_endings
 from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
@@ -73,6 +74,10 @@ def rows_of(
         row = _READERS[layout](record, where)
         _check_text(row, where)
         rows.append(check_steps(row, where, need_steps))
+    if layout in ("unift", "reasoning-gym"):
+        written = [k for k, record in enumerate(records) if record.get("ending") is None and rows[k].ending]
+        for k, row in zip(written, own_endings([rows[k] for k in written])):
+            rows[k] = row
     return told_apart(rows, name)
 
 
@@ -239,7 +244,8 @@ def _own_id(record: Mapping[str, Any]) -> str:
 
 
 def _unift(record: Mapping[str, Any], where: str) -> Row:
-    """``ending`` is what follows the steps; without one it is written from the answer in answer tags."""
+    """``ending`` is what follows the steps; without one it is written from the answer in answer tags (but see
+    `tasks.format.own_endings`)."""
     answer, column = record.get("answer"), "steps" if record.get("steps") is not None else "solution"
     steps = _steps(record.get(column) or (record.get("completion") if column == "solution" else None), where, column)
     if column == "steps" and record.get("steps") is not None and not record["steps"]:
