@@ -48,8 +48,8 @@ def _name_of(side: str) -> str | None:
     if re.fullmatch(r"m?\s*\\(?:angle|triangle|overline|widehat|overarc)\s*\{?\s*[A-Z]{1,4}'*\s*\}?", side):
         return re.sub(r"[\s{}]", "", side)
     words = side.split()
-    plain = all(re.fullmatch(r"[A-Za-z]{2,}|a", word) and word.lower() not in CHANGING for word in words)
-    return "" if words and plain and len(words) <= MAX_WORDS else None
+    no_symbols = all(re.fullmatch(r"[A-Za-z]{2,}|a", word) and word.lower() not in CHANGING for word in words)
+    return "" if words and no_symbols and len(words) <= MAX_WORDS else None
 
 
 def _difference(left: Tree, right: Tree) -> Tree:
