@@ -222,11 +222,14 @@ def _gather_gradients(parameters: Sequence[nn.Parameter], streams: Mapping[str, 
 
 def _clipped(policy: Policy, limit: float | None, packs: Sequence[PackedBatch], dump: Path) -> float:
     """Norm of the whole gradient, which is scaled down to ``limit`` where it is larger."""
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), limit or math.inf))
-    if not math.isfinite(norm):
+    parameters = policy.parameters()
+    total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = float(total)
+    if not math.isfinite(norm):  # before the gradient is scaled: an infinite norm would leave 0 to be told about
         bad = [n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         what = f"the gradient of {bad[0]} is not finite" if bad else _overflow(policy, norm)
         _stop(what, packs, dump)
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, total)
     return norm
 
 

@@ -220,6 +220,7 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     With a budget, every method's steps are chosen so that one run uses it up (``budget.py``).
     """
     from unift.commands.compare import budget as budgets
+    from unift.commands.settings import of_recipes_task
     from unift.config.packaged import preset_names
     from unift.config.resolve import parse_overrides, resolve
 
@@ -235,7 +236,8 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     if limit and "steps" in over.get("train", {}):
         raise ConfigError("--budget chooses train.steps, which is also set; keep one")
     own: dict[str, list[str]] = {}  # settings of a method
-    configs = {m: resolve(m, recipe=recipe, overrides=over) for m in methods}
+    file = of_recipes_task(recipe, {}, over)
+    configs = {m: resolve(m, recipe=recipe, file=file, overrides=over) for m in methods}
     for config in configs.values():
         if not (config.data.task or config.data.test):
             raise ConfigError("a comparison needs held-out rows: set data.test=FILE")
