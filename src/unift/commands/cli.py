@@ -43,6 +43,7 @@ Recipe = Annotated[Optional[str], typer.Option(help="a tuned task of the package
 Method = Annotated[Optional[str], typer.Option("--method", "-m", help="preset (unift show lists them)")]
 Limit = Annotated[Optional[int], typer.Option(min=1, help="first so many rows")]
 Split = Annotated[str, typer.Option(help="of a data set hf:NAME")]
+Data = Annotated[Optional[list[Path]], typer.Option(help="folder or file of a suite's problems; repeatable")]
 # --run-folder: torchrun takes --run for an option of its own (an abbreviation of --run-path).
 RunFolder = Annotated[
     Optional[Path], typer.Option("--run", "--run-folder", help="run folder; an existing one is continued")
@@ -135,9 +136,17 @@ def evaluate(
         Optional[list[str]],
         typer.Option(help="rows of another task: what the run forgot of it, against its base; repeatable"),
     ] = None,
+    suite: Annotated[Optional[str], typer.Option(help="uft: the paper's problem sets, from --data; resumable")] = None,
+    data: Data = None,
+    out: Annotated[Optional[Path], typer.Option(help="folder of the suite's records and results")] = None,
+    export: Annotated[
+        Optional[list[str]], typer.Option(help="also write the suite for lm-eval or inspect; repeatable")
+    ] = None,
 ) -> None:
-    """Accuracy without hints, with intervals, on a split. A run folder brings its own settings."""
+    """Accuracy without hints, with intervals, on a split or a suite. A run folder brings its own settings."""
     from unift import processes
+
+    processes.end_with_parent()
     from unift.commands.api import settings_of
     from unift.commands.settings import quiet_libraries
     from unift.config.resolve import dotted, parse_overrides, read_yaml, resolve
@@ -152,6 +161,20 @@ def evaluate(
         of_run = resolve(None, file=read_yaml(folder / "config.yaml"), overrides=parse_overrides(settings or []))
         quiet_libraries(of_run)
         typer.echo(describe(measure(folder, retention, of_run)))
+        return
+    if suite is None and (data or out or export):
+        raise ConfigError("--data, --out and --export belong to a suite: add --suite uft, or leave them out")
+    if suite is not None:
+        from unift.commands.api import evaluate_suite
+
+        say = typer.echo if processes.first() else lambda text: None
+        result = evaluate_suite(
+            model, data or [], suite=suite, out=out, samples=samples, export=export or [], recipe=recipe, config=config,
+            say=lambda text: say(text), **dotted(settings or []),
+        )  # fmt: skip
+        from unift.commands.suite.table import text_of
+
+        say(f"\n{text_of(result)}\n\nfolder: {result['folder']}")
         return
     found = settings_of(model, recipe, config, dotted(settings or []))
     quiet_libraries(found)
