@@ -12,12 +12,29 @@ from hypothesis import strategies as st
 from unift.rows.tasks import get_task, make_rows, split_of
 from unift.rows.tasks.answer import extract_answer, paper_full_text, paper_last_line
 from unift.rows.tasks.arithmetic import MAX_DEPTH, MAX_DIGITS, MAX_TEXT, ExpressionError, parse_expression
-from unift.types import Row
+from unift.types import ConfigError, Row
 
 FUZZ = settings(max_examples=150, deadline=None)
-GENERATED = ["countdown", "knights", "lock"]
+GENERATED = ["chain", "countdown", "knights", "lock"]
 ROWS = {name: make_rows(name, 3, 0, "train") for name in GENERATED}
 ROWS["math"] = [Row("m", "6*7?", (), "", "42", task="math")]
+
+OPTIONS = {
+    "chain": st.fixed_dictionaries(
+        {
+            "operations": st.sampled_from([3, 5, (2, 4)]),
+            "signs": st.sampled_from(["+", "+-", "*+", "+-*"]),
+            "spaces": st.booleans(),
+        }
+    ),
+    "countdown": st.fixed_dictionaries(
+        {"numbers": st.integers(2, 5), "style": st.sampled_from(["paper", "short"]), "integers": st.booleans()}
+    ),
+    "knights": st.fixed_dictionaries({"people": st.integers(2, 6)}),
+    "lock": st.fixed_dictionaries(
+        {"length": st.integers(3, 6), "keys": st.integers(1, 10), "table_seed": st.integers(0, 3)}
+    ),
+}
 
 # ---------------------------------------------------------------------------------------------- any text
 
@@ -29,6 +46,7 @@ def some_text(*words):
 
 
 TEXTS = {
+    "chain": some_text(*"0123456789+-*= ", "52", "+52", "５２"),
     "countdown": some_text(*"0123456789+-*/().", "**", "//", "19", "e9", "0x1", "__import__"),
     "knights": some_text("Zoey", " is a ", "knight", "knave", "(1)", " and ", ",", "not ", "."),
     "lock": some_text(*"ABCJ", *"abcj", *"0123", "."),
@@ -37,7 +55,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("rule", ["unift", "paper"])
-@pytest.mark.parametrize("name", ["countdown", "knights", "lock", "math"])
+@pytest.mark.parametrize("name", [*GENERATED, "math"])
 def test_verifiers_never_raise(name, rule):
     """Any completion, in and out of answer tags: 1, the format score or 0, never an exception."""
     score, rows = get_task(name).score, ROWS[name]
@@ -246,6 +264,41 @@ def test_knights_rules(answer, ours, paper):
     assert score("Ann is a knight, Bo is a knave", KNIGHTS, format_score=0.1, rule="paper").value == 0.0
 
 
+# ---------------------------------------------------------------------------------------------- chain
+
+
+def left_to_right(text):
+    """The value of a chain by its own rule, on Python's integers: bracket from the left and let Python calculate."""
+    first, *rest = re.findall(r"\d+|[+*-]", text)
+    for sign, number in zip(rest[::2], rest[1::2], strict=True):
+        first = f"({first}{sign}{number})"
+    return eval(first)
+
+
+@FUZZ
+@given(st.integers(0, 2**40), OPTIONS["chain"])
+def test_a_chain_is_calculated_from_the_left(seed, options):
+    """Lines continue one another, each is true, none leaves the range, and the last result alone is right."""
+    task = get_task("chain")
+    (row,) = make_rows("chain", 1, seed, "train", **options)
+    text = row.prompt.splitlines()[1]
+    lines = [re.split(r" ?([+*-]|=) ?", step.strip()) for step in row.steps]
+    assert all(eval(a + sign + b) == int(c) and 0 <= int(c) <= 99 for a, sign, b, _, c in lines)
+    assert [line[0] for line in lines[1:]] == [line[4] for line in lines[:-1]]
+    assert "".join([lines[0][0], *(line[1] + line[2] for line in lines)]) == text.replace(" ", "")
+    result = left_to_right(text)
+    assert row.ending == f"<answer>{result}</answer>"
+    for said, value in ((f" {result} ", 1.0), (f"+{result}", 1.0), (f"**{result}**", 1.0), (f"{result + 1}", 0.1),
+                        (text, 0.0), (f"{result}.0", 0.0), (f"{result - 1}+1", 0.0)):  # fmt: skip
+        assert task.score(f"<answer>{said}</answer>", row, format_score=0.1).value == value, said
+
+
+def test_ranges_of_a_chain_that_hold_nothing_are_an_error():
+    for options in ({"values": (50, 60), "signs": "*"}, {"signs": "/"}, {"signs": ""}, {"operations": 0}):
+        with pytest.raises(ConfigError):
+            make_rows("chain", 1, 0, "train", **options)
+
+
 # ---------------------------------------------------------------------------------------------- lock
 
 
@@ -295,17 +348,6 @@ def test_math_rules(completion, ours, paper):
 
 
 # ---------------------------------------------------------------------------------------------- splits
-
-
-OPTIONS = {
-    "countdown": st.fixed_dictionaries(
-        {"numbers": st.integers(2, 5), "style": st.sampled_from(["paper", "short"]), "integers": st.booleans()}
-    ),
-    "knights": st.fixed_dictionaries({"people": st.integers(2, 6)}),
-    "lock": st.fixed_dictionaries(
-        {"length": st.integers(3, 6), "keys": st.integers(1, 10), "table_seed": st.integers(0, 3)}
-    ),
-}
 
 
 @pytest.mark.parametrize("name", GENERATED)

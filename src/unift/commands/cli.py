@@ -322,7 +322,7 @@ def merge_models(
 
 @data_app.command("make")
 def data_make(
-    task: Annotated[str, typer.Argument(help="countdown, knights or lock")],
+    task: Annotated[str, typer.Argument(help="chain, countdown, knights or lock")],
     out: Annotated[Path, typer.Argument(help="file to write: .jsonl or .parquet")],
     n: Annotated[int, typer.Option("--n", min=1, help="rows")] = 1000,
     split: Annotated[str, typer.Option(help="train or test; they never overlap")] = "train",

@@ -23,7 +23,7 @@ from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
 _MATH = ("math", "aime", "amc", "openai/gsm8k", "gsm8k", "minerva", "olympiad_bench", "cais/hle")
-_PUZZLES = {"countdown": "countdown", "kk_logic": "knights", "knights": "knights", "lock": "lock"}
+_PUZZLES = {"kk_logic": "knights"} | {name: name for name in ("chain", "countdown", "knights", "lock")}
 TASK_OF = _PUZZLES | dict.fromkeys(_MATH, "math")
 
 

@@ -15,6 +15,7 @@ from unift.rows.tasks.base import Task, nearest
 from unift.types import ConfigError, DataError, Row
 
 _MODULES = {
+    "chain": "unift.rows.tasks.chain",
     "countdown": "unift.rows.tasks.countdown",
     "knights": "unift.rows.tasks.knights",
     "lock": "unift.rows.tasks.lock",
