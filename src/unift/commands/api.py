@@ -232,6 +232,7 @@ def evaluate_suite(
     suite: str = "uft",
     out: str | Path | None = None,
     samples: int = 0,
+    rows: int | None = None,
     export: Sequence[str] = (),
     recipe: str | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
@@ -241,8 +242,9 @@ def evaluate_suite(
     """Accuracy on a suite of problem sets (docs/suite.md), greedy and pass@k: the result, also kept in ``out``.
 
     model: a run folder or `RunFolder`, a model folder or ``embedded:NAME``. data: folders or files of rows. out: default
-    ``suite`` in a run folder, else runs/suite-<model>; the same call continues there. export: "lm-eval", "inspect".
-    say: told how far it is. Lengths: eval.max_tokens, else what the run sampled, else 1,024 tokens.
+    ``suite`` in a run folder, else runs/suite-<model>; the same call continues there. rows: the first so many of each
+    column. export: "lm-eval", "inspect". say: told how far it is. Answers have at most eval.max_tokens, else what the run
+    sampled, else 1,024 tokens.
     """
     from unift.commands.suite import Order
     from unift.commands.suite import evaluate_suite as run_suite
@@ -261,7 +263,7 @@ def evaluate_suite(
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in str(folder).strip("/"))
     place = Path(out) if out else folder / "suite" if of_run else Path("runs") / f"suite-{name}"
     layers.quiet_libraries(found)
-    return run_suite(found, Order(suite, places, place, samples, list(export)), say) | {"folder": str(place)}
+    return run_suite(found, Order(suite, places, place, samples, rows, list(export)), say) | {"folder": str(place)}
 
 
 def compare(

@@ -7,6 +7,7 @@ was, with any number of processes. Under torchrun or accelerate launch each proc
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ class Order:
     places: Sequence[str | Path]
     folder: Path
     samples: int = 0
+    rows: int | None = None  # the first so many of each column
     exports: Sequence[str] = ()  # "lm-eval", "inspect": see `export`
 
 
@@ -55,10 +57,10 @@ def evaluate_suite(config: Config, order: Order, say: Say = lambda text: None) -
     from unift.training.run.checkpoint import fingerprint
 
     check_kinds(order.exports)
-    problems = read_problems(order.suite, order.places, config.eval.rows)
+    problems = read_problems(order.suite, order.places, order.rows)
     use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"), claim(order.folder):
-        encoded = _encoded(load_tokenizer(config.model), problems, config)
+        encoded = _encoded(load_tokenizer(config.model), problems)
         prompt = max(len(e.prompt) for column in encoded.values() for e in column)
         most = answer_tokens(config, prompt)
         policy = load_policy(config.model, None, prompt + most)
@@ -114,14 +116,13 @@ def _settings(config: Config, order: Order, most: int) -> dict[str, Any]:
     }
 
 
-def _encoded(tokenizer: Any, problems: Problems, config: Config) -> dict[str, list[Encoded]]:
-    """Prompts alone: solutions are not read."""
+def _encoded(tokenizer: Any, problems: Problems) -> dict[str, list[Encoded]]:
+    """Prompts alone: solutions are not read. What is too long for the model is said by `answer_tokens`."""
     from unift.rows.tokens import encode_rows
 
-    limit = config.data.max_prompt
     return {
         name: encode_rows(
-            tokenizer, [replace(r, steps=(), ending="") for r in rows], limit, source=problems.titles[name]
+            tokenizer, [replace(r, steps=(), ending="") for r in rows], sys.maxsize, source=problems.titles[name]
         )
         for name, rows in problems.columns.items()
     }

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from unift.commands.compare.table import accuracy_of
-from unift.commands.suite.columns import SUITES, Problems
+from unift.commands.suite.columns import Problems
 from unift.intervals import wilson
 
 Record = Mapping[str, Any]
@@ -57,49 +56,24 @@ def text_of(result: Mapping[str, Any]) -> str:
     columns: Mapping[str, Mapping[str, Any]] = result["columns"]
     ks = list(next(iter(columns.values())).get("pass@k", {}))
     head = ["column", "rows", "greedy %", "95 % interval", *ks, "no answer %", "cut %", "failed scores"]
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     for c in columns.values():
-        passed = [_shown(c["pass@k"][k]) for k in ks]
+        passed = [shown(c["pass@k"][k]) for k in ks]
         shares = [f"{100 * c[name]:.1f}" for name in ("no_answer", "cut")]
-        lines.append(_line([c["title"], str(c["n"]), *_both(c), *passed, *shares, str(c["failed_scores"])]))
-    lines.append(_line(["average", "", *_both(result["average"]), *[""] * (len(ks) + 3)]))
+        lines.append(line([c["title"], str(c["n"]), *_both(c), *passed, *shares, str(c["failed_scores"])]))
+    lines.append(line(["average", "", *_both(result["average"]), *[""] * (len(ks) + 3)]))
     notes = [f"No rows, left out: {', '.join(result['missing'])}."] if result["missing"] else []
     notes += [f"{note}." for note in result["notes"]]
     return "\n".join([*lines, "", *notes]).rstrip()
-
-
-def compared(results: Mapping[str, Sequence[Mapping[str, Any]]], suite: str) -> str:
-    """Markdown in the shape of the paper's table 2: a line a method, a column a problem set, in % with 95 % intervals.
-
-    results: of each method, one a seed. Means over seeds; intervals as `compare.table.accuracy_of` has them.
-    """
-    named = {c.name: c.title for c in SUITES[suite]}
-    there = [name for name in named if any(name in r["columns"] for runs in results.values() for r in runs)]
-    head = ["method", "seeds", *(named[name] for name in there), "average"]
-    lines = [_line(head), _line(["---"] * len(head))]
-    for method, runs in results.items():
-        cells = [over_seeds(runs, name) for name in there]
-        shown = [_shown(c) if c else "-" for c in cells]
-        whole = average([c for c in cells if c]) if all(cells) else None
-        lines.append(_line([method, str(len(runs)), *shown, _shown(whole) if whole else "-"]))
-    return "\n".join(lines)
-
-
-def over_seeds(runs: Sequence[Mapping[str, Any]], column: str) -> dict[str, float] | None:
-    """Mean accuracy of a column over seeds with its interval; None where a seed lacks it."""
-    if not all(column in r["columns"] for r in runs):
-        return None
-    middle, low, high = accuracy_of([{"test": r["columns"][column]} for r in runs])
-    return {"accuracy": middle, "low": low, "high": high}
 
 
 def _both(a: Measured) -> list[str]:
     return [f"{100 * a['accuracy']:.2f}", f"{100 * a['low']:.2f} to {100 * a['high']:.2f}"]
 
 
-def _shown(a: Measured) -> str:
+def shown(a: Measured) -> str:
     return f"{100 * a['accuracy']:.2f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
