@@ -82,7 +82,7 @@ def run(model, data, out, *words, **options):
         model,
         data,
         out=out,
-        **{"samples": 2, "eval.max_tokens": 2, "threads": 1, "reward.answer": "last_number"} | options,
+        **{"samples": 2, "eval.max_tokens": 1, "threads": 1, "reward.answer": "last_number"} | options,
     )
 
 
@@ -156,7 +156,7 @@ def test_numbers_are_those_of_an_evaluation_of_the_same_rows(folder, model, tmp_
     found = run(model, folder, tmp_path / "out", samples=8)
     rows = read_problems("uft", [folder]).columns["minerva"]
     alone = unift.evaluate(
-        model, rows, samples=8, **{"eval.max_tokens": 2, "threads": 1, "reward.answer": "last_number"}
+        model, rows, samples=8, **{"eval.max_tokens": 1, "threads": 1, "reward.answer": "last_number"}
     )
     column = found["columns"]["minerva"]
     assert (column["accuracy"], column["n"]) == (alone.greedy.accuracy, 7)
@@ -223,7 +223,7 @@ COMMAND = [sys.executable, "-m", "unift", "eval"]
 
 
 def command(model, folder, out, *more):
-    settings = ["eval.max_tokens=2", "threads=1", "reward.answer=last_number"]
+    settings = ["eval.max_tokens=1", "threads=1", "reward.answer=last_number"]
     return [
         *COMMAND,
         str(model),
