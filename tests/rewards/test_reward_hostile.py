@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rewards import gone
 
-from unift.rewards.environment import is_secret, visible
 from unift.rewards.journal import BadRecord, Ready, Scored, ScoreError, Unloadable, read_record
 from unift.rewards.pool import Scorer
+from unift.rewards.workers import is_secret, visible
 from unift.types import RewardError, Row, Score
 
 ROW = Row("r0", "2+2?", (), "4", "0")

@@ -215,11 +215,11 @@ def evaluate(
 
     given, over = _handed_over(settings, train=None, test=rows, reward=reward)
     over |= {"data.task": None} if rows is not None else {}
-    with tempfile.TemporaryDirectory(prefix="unift-eval-") as kept:
+    with tempfile.TemporaryDirectory(prefix="unift-eval-") as folder:
         if hasattr(model, "save_pretrained"):
             from unift.model.load import keep_model
 
-            model = keep_model(model, tokenizer, Path(kept) / layers.BASE)
+            model = keep_model(model, tokenizer, Path(folder) / layers.BASE)
         found = settings_of(model, recipe, config, over)
         layers.quiet_libraries(found)
         return evaluate_split(found, split, samples, given)

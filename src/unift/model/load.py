@@ -136,7 +136,7 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
     """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained and vLLM read."""
     shutil.rmtree(folder, ignore_errors=True)
     base = policy.base
-    kept = base.config._attn_implementation
+    implementation = base.config._attn_implementation
     base.config._attn_implementation_internal = None  # not a property of the weights
     base.config.use_cache = True
     generation = getattr(base, "generation_config", None)
@@ -149,7 +149,7 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
         else:
             base.save_pretrained(folder)
     finally:
-        base.config._attn_implementation_internal = kept
+        base.config._attn_implementation_internal = implementation
         base.config.use_cache = False
     policy.tokenizer.save_pretrained(folder)
 

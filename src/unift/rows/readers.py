@@ -207,8 +207,10 @@ def _build(
     source = str(record.get("task") or record.get("data_source") or "")
     task = TASK_OF.get(source, "math" if "math" in source.lower() else source)
     extra = {k: v for k, v in record.items() if k not in {*used, "id", "task"}}
-    plain = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
-    return Row(_own_id(record) or content_id(plain, steps, ending, answer), prompt, steps, ending, answer, task, extra)
+    content = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
+    return Row(
+        _own_id(record) or content_id(content, steps, ending, answer), prompt, steps, ending, answer, task, extra
+    )
 
 
 def _content(row: Row) -> tuple[Any, ...]:

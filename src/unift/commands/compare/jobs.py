@@ -116,12 +116,12 @@ def run_many(
                 raise KeyboardInterrupt
             while waiting and len(running) < max(workers, 1):
                 number = waiting.pop(0)
-                kept = _finished(jobs[number])
-                if kept is None:
+                finished = _finished(jobs[number])
+                if finished is None:
                     running[number] = _start(jobs[number])
                 else:
-                    results[number] = kept
-                    ended(number, f"{_outcome(kept)} (finished before)")
+                    results[number] = finished
+                    ended(number, f"{_outcome(finished)} (finished before)")
             for number, (process, offset) in list(running.items()):
                 if process.poll() is None:
                     continue

@@ -129,11 +129,11 @@ def _same_point(point: Bracketed, values: Several) -> bool:
 
 
 def _distinct(items: Sequence[Any]) -> list[Any]:
-    kept: list[Any] = []
+    distinct: list[Any] = []
     for item in items:
-        if not any(_same(other, item) for other in kept):
-            kept.append(item)
-    return kept
+        if not any(_same(other, item) for other in distinct):
+            distinct.append(item)
+    return distinct
 
 
 def _matched(one: Sequence[Any], other: Sequence[Any]) -> bool:

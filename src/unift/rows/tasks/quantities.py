@@ -81,8 +81,8 @@ def words(text: str, again: Read) -> list[Reading]:
     """Plain words, compared without case, punctuation and article; one letter is compared as it is."""
     if re.search(r"[\\^_=<>+*/|{}$]", text) or not re.search(r"[^\W\d_]", text):
         return []
-    plain = re.sub(r"[.,;:!?()\"'\[\]]|\s-\s", " ", text)
-    words = without_introduction(" ".join(plain.split())).split(" ")
+    bare = re.sub(r"[.,;:!?()\"'\[\]]|\s-\s", " ", text)
+    words = without_introduction(" ".join(bare.split())).split(" ")
     if len(words) > 1 and len(words[1]) > 1 and words[0].lower() in ("a", "an", "the"):
         words = words[1:]
     if re.search(r"\d", text) and not any(re.fullmatch(r"[^\W\d_]{2,}", word) for word in words):

@@ -45,8 +45,8 @@ def _name_of(side: str) -> str | None:
             return None
         return "" if re.fullmatch(r"[A-Za-z]{4,}", tight) else tight
     words = side.split()
-    plain = all(re.fullmatch(r"[A-Za-z]{2,}|a", word) and word.lower() not in CHANGING for word in words)
-    return "" if words and plain and len(words) <= MAX_WORDS else None
+    no_symbols = all(re.fullmatch(r"[A-Za-z]{2,}|a", word) and word.lower() not in CHANGING for word in words)
+    return "" if words and no_symbols and len(words) <= MAX_WORDS else None
 
 
 def _difference(left: Tree, right: Tree) -> Tree:

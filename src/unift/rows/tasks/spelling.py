@@ -188,20 +188,20 @@ def unit_of(words: str) -> str | None:
     found = _compound(words)
     if found is not None:
         return found
-    plain = words.lower().replace("'", "").replace("-", " ").split()
-    if not 0 < len(plain) <= MAX_WORDS or not all(
-        re.fullmatch(r"[a-z]+", word) and len(word) > 1 or word == "a" for word in plain
+    written = words.lower().replace("'", "").replace("-", " ").split()
+    if not 0 < len(written) <= MAX_WORDS or not all(
+        re.fullmatch(r"[a-z]+", word) and len(word) > 1 or word == "a" for word in written
     ):
         return None
     if (
-        any(word in CHANGING or word in SCALES or word in _MATHEMATICS for word in plain)
-        or len(plain[0]) < 3
-        and plain[0] not in ("of", "in")
+        any(word in CHANGING or word in SCALES or word in _MATHEMATICS for word in written)
+        or len(written[0]) < 3
+        and written[0] not in ("of", "in")
     ):
         return None
-    if not any(re.search("[aeiou]" if len(word) < 4 else "[aeiouy]", word) for word in plain):
+    if not any(re.search("[aeiou]" if len(word) < 4 else "[aeiouy]", word) for word in written):
         return None
-    first = _compound(plain[0])
+    first = _compound(written[0])
     return first if first is not None else ""
 
 

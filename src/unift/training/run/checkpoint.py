@@ -99,9 +99,9 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
 def prune(folder: Path, keep: int, also: Iterable[int]) -> None:
     """Keep the last ``keep`` checkpoints and those named in ``also`` (the best, the start of a phase)."""
     steps = steps_saved(folder)
-    kept = set(steps[-keep:]) | set(also)
+    stay = set(steps[-keep:]) | set(also)
     for step in steps:
-        if step not in kept:
+        if step not in stay:
             path = folder / "checkpoints" / step_name(step)
             doomed = path.with_name(f".{path.name}.old.tmp")  # a kill while deleting leaves no half checkpoint
             os.replace(path, doomed)
