@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from unift.commands import cli, compare
+from unift.commands import cli
+from unift.commands.compare import jobs
 from unift.commands.report.gather import read_run
 from unift.training.run import read_result
 from unift.training.run.metrics import read_metrics
@@ -55,9 +56,9 @@ def test_a_damaged_result_is_not_finished(folder, text):
     (folder / "result.json").write_text(text)
     with pytest.raises(UniftError, match="result.json .*Delete it and run the same command"):
         read_result(folder)
-    job = compare.Job("uft", 0, folder, ["x"])
-    (folder / compare.COMMAND).write_text('["x"]')
-    assert compare._finished(job) is None
+    job = jobs.Job("uft", 0, folder, ["x"])
+    (folder / jobs.COMMAND).write_text('["x"]')
+    assert jobs._finished(job) is None
     run = read_run(folder)
     assert run.result is None and any("result.json" in remark for remark in run.remarks)
 

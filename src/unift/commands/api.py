@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,6 +230,47 @@ def evaluate(
         found = settings_of(model, recipe, config, over)
         layers.quiet_libraries(found)
         return evaluate_split(found, split, samples, given)
+
+
+def evaluate_suite(
+    model: Any,
+    data: Sequence[str | Path] | str | Path,
+    *,
+    suite: str = "uft",
+    out: str | Path | None = None,
+    samples: int = 0,
+    rows: int | None = None,
+    export: Sequence[str] = (),
+    recipe: str | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Accuracy on a suite of problem sets (docs/suite.md), greedy and pass@k: the result, also kept in ``out``.
+
+    model: a run folder or `RunFolder`, a model folder or ``embedded:NAME``. data: folders or files of rows. out: default
+    ``suite`` in a run folder, else runs/suite-<model>; the same call continues there. rows: the first so many of each
+    column. export: "lm-eval", "inspect". say: told how far it is. Answers have at most eval.max_tokens, else what the run
+    sampled, else 1,024 tokens.
+    """
+    from unift.commands.suite import Order
+    from unift.commands.suite import evaluate_suite as run_suite
+    from unift.config.stages import evaluation_tokens
+
+    places = [data] if isinstance(data, (str, Path)) else list(data)
+    folder = model.folder if isinstance(model, RunFolder) else Path(str(model))
+    of_run, over = (folder / "config.yaml").is_file(), dict(settings)
+    if not of_run and places:  # settings name rows; a suite reads its own
+        over |= {"data.test": str(places[0])}
+    found = settings_of(model, recipe, config, over)
+    if of_run and found.eval.max_tokens is None:
+        found = found.model_copy(
+            update={"eval": found.eval.model_copy(update={"max_tokens": evaluation_tokens(found)})}
+        )
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in str(folder).strip("/"))
+    place = Path(out) if out else folder / "suite" if of_run else Path("runs") / f"suite-{name}"
+    layers.quiet_libraries(found)
+    return run_suite(found, Order(suite, places, place, samples, rows, list(export)), say) | {"folder": str(place)}
 
 
 def compare(

@@ -118,8 +118,8 @@ def clipped(policy: Policy, limit: float | None) -> tuple[float, str]:
     """(norm of the whole gradient, which is scaled down to ``limit`` where it is larger; what is not finite, or empty)."""
     parameters = policy.parameters()
     with processes.exchanging("the norm of the gradient"):
-        total = full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    norm = float(total)
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(full(total))
     if not math.isfinite(norm):  # before the gradient is scaled: an infinite norm would leave 0 to be told about
         return norm, _not_finite(policy, norm)
     torch.nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, total)
