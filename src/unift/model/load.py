@@ -137,7 +137,7 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
     are whole by then (`Policy.whole`)."""
     shutil.rmtree(folder, ignore_errors=True)
     base = policy.base
-    kept = base.config._attn_implementation
+    implementation = base.config._attn_implementation
     base.config._attn_implementation_internal = None  # not a property of the weights
     base.config.use_cache = True
     generation = getattr(base, "generation_config", None)
@@ -152,7 +152,7 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
         else:
             base.save_pretrained(folder)
     finally:
-        base.config._attn_implementation_internal = kept
+        base.config._attn_implementation_internal = implementation
         base.config.use_cache = False
     policy.tokenizer.save_pretrained(folder)
 

@@ -116,9 +116,14 @@ def gather(policy: Policy, streams: Streams) -> None:
 
 def clipped(policy: Policy, limit: float | None) -> tuple[float, str]:
     """(norm of the whole gradient, which is scaled down to ``limit`` where it is larger; what is not finite, or empty)."""
+    parameters = policy.parameters()
     with processes.exchanging("the norm of the gradient"):
-        norm = float(full(torch.nn.utils.clip_grad_norm_(policy.parameters(), limit or math.inf)))
-    return norm, "" if math.isfinite(norm) else _not_finite(policy, norm)
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(full(total))
+    if not math.isfinite(norm):  # before the gradient is scaled: an infinite norm would leave 0 to be told about
+        return norm, _not_finite(policy, norm)
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, total)
+    return norm, ""
 
 
 def _not_finite(policy: Policy, norm: float) -> str:

@@ -126,9 +126,9 @@ def refilled(run: Run, groups: list[Group], moment: Moment, state: State, clock:
             break
         others = refill_rows(moment.seed, moment.step, attempt, len(equal), len(run.data.train.rows))
         for i, fresh in zip(equal, sampled_groups(run, others, moment, state, clock, attempt), strict=True):
-            kept, dropped = (groups[i], fresh) if equal_scores(fresh) else (fresh, groups[i])
-            kept.discarded = groups[i].discarded + sum(s.sampled for s in dropped.samples)
-            groups[i] = kept
+            chosen, dropped = (groups[i], fresh) if equal_scores(fresh) else (fresh, groups[i])
+            chosen.discarded = groups[i].discarded + sum(s.sampled for s in dropped.samples)
+            groups[i] = chosen
     return groups
 
 

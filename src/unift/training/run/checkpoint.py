@@ -147,9 +147,9 @@ def _readable(where: Path) -> Generator[None, None, None]:
 def prune(folder: Path, keep: int, also: Iterable[int]) -> None:
     """Keep the last ``keep`` checkpoints and those named in ``also`` (the best, the start of a phase)."""
     steps = steps_saved(folder)
-    kept = set(steps[-keep:]) | set(also)
+    stay = set(steps[-keep:]) | set(also)
     for step in steps:
-        if step not in kept:
+        if step not in stay:
             path = folder / "checkpoints" / step_name(step)
             doomed = path.with_name(f".{path.name}.old.tmp")  # a kill while deleting leaves no half checkpoint
             os.replace(path, doomed)
