@@ -1,6 +1,6 @@
 """Frozen Lake (after IFT, arXiv 2405.11870, section 5.3): which loss comes nearest to the best policy from one good trajectory?
 
-    python examples/frozen_lake/frozen_lake.py     # four minutes on one core; prints the table, writes frozen_lake.png
+    python examples/frozen_lake/frozen_lake.py     # five minutes on one core; prints the table, writes frozen_lake.png
 
 A network learns from one optimal trajectory (and, where the loss compares, from a worse one) on the 4x4 map without slipping;
 the distance of its state-action matrix to the best one is the result. What the paper leaves open is varied: the worse
