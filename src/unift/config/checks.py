@@ -149,8 +149,8 @@ def _check_together(phase: Rules) -> None:
         ),
         (
             sample.rejected is not None and not (loss.sequences and demonstrated),
-            "sample.rejected names what the solution is preferred to: it needs policy.loss=dpo or una and "
-            "sample.demonstration=true",
+            "sample.rejected names what the solution is preferred to: it needs a policy.loss of sequences "
+            f"({', '.join(name for name, word in LOSSES.items() if word.sequences)}) and sample.demonstration=true",
         ),
         (
             loss.sequences and likelihood.tokens != "none",

@@ -157,7 +157,11 @@ class PolicyStream(Section):
         default=1.0, gt=0, le=1, description="share of them, by entropy, that keep the advantage"
     )
     threshold: float = Field(default=0.1, gt=0, description="gamma of shaped: A * pi / (pi + threshold)")
-    beta: float = Field(default=0.1, gt=0, description="implicit reward beta * log(pi / reference) of dpo and una")
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="implicit reward beta * log(pi / reference) of dpo and una; weight of the odds ratio of orpo",
+    )
 
 
 class Likelihood(Section):
