@@ -14,7 +14,8 @@ from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, Member, pack
 from unift.model.policy import Policy
 from unift.objectives.weights import weigh
-from unift.training.update import _backward_apart, losses_of
+from unift.training import gradients as taken
+from unift.training.update import losses_of, outputs_of
 from unift.types import ConfigError
 
 PATHS = [("llama", "shared"), ("qwen2", "shared"), ("gpt2", "plain"), ("llama", "plain"), ("llama", "lora")]
@@ -104,8 +105,8 @@ def test_both_streams_apart():
     found = []
     for on in (False, True):
         checkpointing.use(policy.model, on)
-        streams = {n: [torch.zeros_like(p) for p in policy.parameters()] for n in ("policy", "likelihood")}
-        _backward_apart(losses_of(policy, batch, config)[0], streams, policy.parameters())
+        streams, outputs = taken.buffers(policy.parameters()), outputs_of(policy, batch, config)
+        taken.backward(policy.parameters(), losses_of(*outputs, batch, config), [outputs[0]], streams)
         found.append(streams)
     for name in ("policy", "likelihood"):
         assert all(torch.equal(a, b) for a, b in zip(found[0][name], found[1][name], strict=True))

@@ -12,7 +12,7 @@ import torch
 
 from unift import processes
 from unift.files import publish_folder, writing
-from unift.model import attention, lora, matmul, paths
+from unift.model import attention, lora, matmul, paths, sharding
 from unift.model.folder import locate, model_settings, reading
 from unift.model.policy import Policy
 from unift.rows import tokens
@@ -133,7 +133,8 @@ def _forget_gguf(model: Any) -> None:
 
 
 def save_pretrained(policy: Policy, folder: Path) -> None:
-    """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained and vLLM read."""
+    """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained and vLLM read. Sharded weights
+    are whole by then (`Policy.whole`)."""
     shutil.rmtree(folder, ignore_errors=True)
     base = policy.base
     implementation = base.config._attn_implementation
@@ -146,6 +147,8 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
     try:
         if policy.lora:
             base.save_pretrained(folder, state_dict=lora.merged_state(base))
+        elif policy.root is not None:
+            base.save_pretrained(folder, state_dict=sharding.state(base))
         else:
             base.save_pretrained(folder)
     finally:

@@ -30,8 +30,11 @@ def completed(
     temperature: float = 1.0,
     watch: Callable[[int], Any] = lambda done: None,
 ) -> list[list[Sample]]:
-    """Samples of every request, with their texts. ``watch`` is told the number of requests that are done."""
-    groups = generate(policy, requests, max_tokens, temperature, watch=watch)
+    """Samples of every request, with their texts. ``watch`` is told the number of requests that are done.
+
+    All processes call this together where the weights are sharded, also those without a request."""
+    with policy.whole():
+        groups = generate(policy, requests, max_tokens, temperature, watch=watch)
     flat = [s for g in groups for s in g]
     # What ends a completion is no part of its text, also where the tokenizer does not call it special.
     spoken = [s.tokens[:-1] if s.finished else s.tokens for s in flat]
@@ -91,14 +94,15 @@ def complete(policy: Policy, groups: Sequence[Group], places: Sequence[int], mom
         group.hint = []
         wanted.add(group, [], uniforms[:bare])
         wanted.add(group, hint, uniforms[bare:])
-    for wanted in (whole, short):
-        if not wanted.requests:
-            continue
-        sampled = completed(policy, wanted.requests, wanted.max_tokens, sample.temperature)
-        for (group, given), samples in zip(wanted.owners, sampled, strict=True):
-            if given:
-                samples = [replace(s, tokens=given + s.tokens, given=len(given)) for s in samples]
-            group.samples += samples
+    with policy.whole():  # once, though not every process has requests of both lengths
+        for wanted in (whole, short):
+            if not wanted.requests:
+                continue
+            sampled = completed(policy, wanted.requests, wanted.max_tokens, sample.temperature)
+            for (group, given), samples in zip(wanted.owners, sampled, strict=True):
+                if given:
+                    samples = [replace(s, tokens=given + s.tokens, given=len(given)) for s in samples]
+                group.samples += samples
 
 
 def judge(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: Rules, tokenizer: Any) -> None:

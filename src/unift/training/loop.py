@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import torch
 
 from unift import processes
-from unift.config import needs
+from unift.config import launcher, needs
 from unift.config.identity import config_hash
 from unift.config.sections import Config, Rules
-from unift.config.stages import Moment, Stage, longest
+from unift.config.stages import Moment, Stage, longest, stages
 from unift.files import write_atomic, writing
 from unift.model import checkpointing, critic
 from unift.model.limits import check_positions, use_threads
@@ -58,6 +58,7 @@ def train(
     given = given or Given()
     check_trackers(config)
     check_optimizers(config)
+    launcher.shards(config.model)
     use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
         tokenizer = load_tokenizer(config.model)
@@ -71,9 +72,18 @@ def train(
             with open_scorer(config.reward, data.train.rows, given.reward) as scorer, trackers(config, folder) as track:
                 check_format(data.train.rows, config.reward.function, config.reward.rule, scorer.answer)
                 scorer.check(data.train.rows[0])
-                torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
-                policy = load_policy(config.model, tokenizer, longest(config))
+                policy = load(config, tokenizer)
                 return run_to_end(Run(config, folder, policy, scorer, data, report, track, watch), asked)
+
+
+def load(config: Config, tokenizer: Any) -> Policy:
+    """The policy that a run begins with; of several processes that share its weights, this one's part."""
+    torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
+    policy = load_policy(config.model, tokenizer, longest(config))
+    if processes.size() == 1 or not launcher.shards(config.model):
+        return policy
+    valued = any(needs.critic(stage.rules) for stage in stages(config))
+    return policy.sharded(critic.new_critic(policy) if valued else None)
 
 
 def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
@@ -81,25 +91,39 @@ def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
     base = begin(run)
     for stage in run.left():
         state = begin_stage(run, stage)
-        for step in range(max(stage.start, run.done), stage.stop):
-            began = time.perf_counter()
-            metrics = one_step(run, Moment(run.config.seed, step, stage), state)
-            if due(run.config.eval.every, step + 1, stage):
+        over = run.position >= stage.stop
+        while not over:
+            began, step, before = time.perf_counter(), run.done, run.position
+            used = run.used()
+            metrics = one_step(run, Moment(run.config.seed, step, stage, run.place(stage)), state)
+            over = run.advance(stage, cost_of(run, metrics, used))
+            if run.budget is not None:
+                metrics["budget/schedule"] = run.position / run.total
+            if over or due(run.config.eval.every, before, run.position):
                 metrics |= evaluated(run, step + 1)
             wanted = log_step(run, step + 1, metrics, time.perf_counter() - began)
             stop = any(processes.gather("whether to stop", bool(wanted or asked.is_set())))
             saving = time.perf_counter()
-            if stop or due(run.config.save.every, step + 1, stage):
+            if stop or over or due(run.config.save.every, step, step + 1):
                 save(run, step + 1, state)
             run.saving = time.perf_counter() - saving
             if stop:
-                raise Stopped(f"stopped after step {step + 1} of {run.total}, which is saved in {run.folder}")
-        run.done = max(run.done, stage.stop)
+                raise Stopped(f"stopped after step {step + 1} of {run.expected()}, which is saved in {run.folder}")
     return finish(run, base)
 
 
-def due(every: int, finished: int, stage: Stage) -> bool:
-    return finished == stage.stop or (every > 0 and finished % every == 0)
+def due(every: int, before: float, after: float) -> bool:
+    """Whether a multiple of ``every`` lies between the two."""
+    return every > 0 and after // every > before // every
+
+
+def cost_of(run: Run, metrics: Metrics, used: float) -> float:
+    """What the step has used of the budget: counted tokens since ``used``, or the first process's seconds."""
+    if run.budget is None:
+        return 0.0
+    if run.budget.kind == "seconds":
+        return processes.lead("the seconds of a step", lambda: float(metrics["time/step"]))
+    return run.used() - used
 
 
 @contextmanager
@@ -134,10 +158,12 @@ def begin(run: Run) -> dict[str, Any]:
         check_path(run.policy, stage.rules)
     saved = processes.lead("the list of checkpoints", lambda: checkpoint.steps_saved(run.folder))
     run.done = saved[-1] if saved else 0
+    if run.budget is not None and run.done > 0:  # how far the schedules were decides which stage goes on
+        run.progress.recall(checkpoint.counters(run.folder, run.done), {}, {})
     earlier = processes.lead("the metrics so far", lambda: rewind_metrics(run.folder / "metrics.jsonl", run.done))
     if earlier and earlier[0]["step"] == 0:
         for record in earlier if processes.first() else ():
-            run.report(record, run.total)
+            run.report(record, run.expected())
         run.progress.judged |= earlier[0].get("judged", {})  # a checkpoint, if there is one, knows more
         return earlier[0]["base"]
     base = asdict(announced(run, "held-out rows", run.data.test)) if run.data.test.rows else {}
@@ -154,16 +180,19 @@ def begin_stage(run: Run, stage: Stage) -> State:
     optimizer = make_optimizer(run.policy, rules.train)
     reference = None
     if needs.reference(rules):
-        reference = Reference(run.policy, run.folder, stage.start, rules.sample.temperature)
+        twin = None if run.policy.root is None else partial(load, run.config, run.policy.tokenizer)
+        reference = Reference(run.policy, run.folder, run.start_of(stage), rules.sample.temperature, twin)
     state = State(optimizer, reference)
     if run.done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
-        within = run.done > stage.start
+        within = run.done > run.start_of(stage)
         stored = checkpoint.restore(run.folder, run.done, run.policy, optimizer if within else None)
         run.progress.recall(stored["counters"], stored["scorer"]["train"], stored["scorer"]["eval"])
         recent = stored["scorer"]["recent"]
         run.scorer.recall([recent[i] for i in processes.share(len(recent))])
         if within:
             state.memory = RowMemory.load(stored.get("memory"))
+    if len(run.progress.starts) <= run.stages.index(stage):
+        run.progress.starts.append(run.start_of(stage))
     return state
 
 
@@ -173,14 +202,14 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "method": config.method,
         "seed": config.seed,
-        "steps": run.total,
+        "steps": run.done if run.budget else run.total,
         "seconds": progress.seconds,
         "seconds_training": progress.training,
         "tokens_sampled": progress.tokens_sampled,
         "tokens_trained": progress.tokens_trained,
         "reward_seen": progress.seen,
         "base": base,
-    }
+    } | ({"completions": progress.completions} if run.budget else {})
     if run.data.test.rows:
         result["test"] = asdict(announced(run, "held-out rows", run.data.test))
         if config.eval.samples:
@@ -192,7 +221,9 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
     if config.eval.train_rows != 0:
         rows = run.data.train.first(config.eval.train_rows or len(run.data.train.rows))
         result["train"] = asdict(announced(run, "training rows", rows))
-    run.track({f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, run.total)
+    run.track(
+        {f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, result["steps"]
+    )
     result["scorer"] = {"train": progress.scored, "eval": progress.judged}
 
     def write() -> None:
@@ -200,7 +231,8 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
             save_pretrained(run.policy, run.folder / "model")
         write_result(run.folder, result)
 
-    processes.lead("the final model", write)
+    with run.policy.whole():
+        processes.lead("the final model", write)
     return result
 
 
@@ -264,12 +296,12 @@ def log(run: Run, step: int, metrics: Metrics) -> Any:
     record = {"step": step, **metrics}
     append_metrics(run.folder / "metrics.jsonl", record)
     run.track(record, step)
-    return run.report(record, run.total)
+    return run.report(record, run.expected())
 
 
 def save(run: Run, finished: int, state: State) -> None:
-    """A checkpoint, by the first process."""
-    if processes.size() > 1:
+    """A checkpoint, by the first process, or by all of them where the weights are sharded."""
+    if processes.size() > 1 and run.policy.root is None:
         processes.agree(f"weights after step {finished} (checksum)", checkpoint.fingerprint(run.policy))
     recent = processes.interleave(processes.gather("a checkpoint", run.scorer.recent))
     progress = run.progress
@@ -282,11 +314,11 @@ def save(run: Run, finished: int, state: State) -> None:
         "seed": run.config.seed,
     }
 
-    def write() -> None:
-        checkpoint.save(run.folder, finished, run.policy, state.optimizer, stored)
+    def tidy() -> None:
         if progress.best_step == finished:
             write_atomic(run.folder / "checkpoints" / "best", checkpoint.step_name(finished))
-        starts = [stage.start for stage in run.stages]
+        starts = [run.start_of(stage) for stage in run.stages]
         checkpoint.prune(run.folder, run.config.save.keep, [*starts, progress.best_step])
 
-    processes.lead("a checkpoint", write)
+    checkpoint.save(run.folder, finished, run.policy, state.optimizer, stored)
+    processes.lead("a checkpoint", tidy)

@@ -39,7 +39,7 @@ def make_optimizer(policy: Policy, train: Train) -> Optimizer:
             f"train.optimizer={train.optimizer} needs whole weights, and these are sharded: use adamw_fused, or model.shard=none"
         )
     half = [p for p in parameters if _half(p)]
-    for p in half:
+    for p in (p for p in half if not hasattr(p, "placements")):  # FSDP2 settles the type of its own
         _set_gradient_type(p, torch.float32 if train.master_weights else p.dtype)
     if not train.master_weights:
         said = precision.warning(precision.of_model(parameters), train.lr)

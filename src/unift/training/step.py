@@ -61,7 +61,9 @@ def groups_of_step(run: Run, moment: Moment, state: State, clock: Clock) -> list
     sampled = moment.rules.sample.completions > 0
     keep, weights = run.config.save.rollouts and sampled, ""
     if keep:
-        weights, stored = processes.lead("stored rollouts", lambda: _stored(run, moment.step))
+        alike = run.policy.root is None  # then the first process's weights are everyone's
+        weights = checkpoint.fingerprint(run.policy) if processes.first() or not alike else ""
+        weights, stored = processes.lead("stored rollouts", lambda: (weights, _stored(run, moment.step, weights)))
         clock.lap("save")
         if stored is not None:
             clock.lap("generate")
@@ -80,10 +82,10 @@ def groups_of_step(run: Run, moment: Moment, state: State, clock: Clock) -> list
     return groups
 
 
-def _stored(run: Run, step: int) -> tuple[str, list[Group] | None]:
-    """The fingerprint of the weights, and the groups of the step if they were sampled by these weights."""
-    weights, stored = checkpoint.fingerprint(run.policy), read_rollouts(run.folder, step)
-    return weights, stored[1] if stored is not None and stored[0] == weights else None
+def _stored(run: Run, step: int, weights: str) -> list[Group] | None:
+    """The groups of the step if they were sampled by the weights of this fingerprint."""
+    stored = read_rollouts(run.folder, step)
+    return stored[1] if stored is not None and stored[0] == weights else None
 
 
 def sampled_groups(
@@ -137,6 +139,7 @@ def _count(run: Run, groups: Sequence[Group]) -> None:
     """Count outcomes and tokens; a sample whose scorer failed takes no further part."""
     for name, n in count_outcomes(groups).items():
         run.progress.scored[name] += n
+    run.progress.completions += sum(len(g.samples) for g in groups)
     run.progress.tokens_sampled += _sampled_tokens(groups)
     for group in groups:
         group.samples = [s for s in group.samples if s.score is not None]
