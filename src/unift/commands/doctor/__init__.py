@@ -261,7 +261,7 @@ def room(config: Config, data: Data) -> Check:
         limits.check_positions(config, data)
     except UniftError as error:
         return Check("room", False, str(error))
-    context = max(sum(parts) for _, _, *parts in limits.longest_contexts(config, data))
+    context = limits.longest_context(config, data)
     positions = limits.positions(limits.model_settings(locate(config.model.path)))
     if longer > len(encoded) // 10:
         need = max(len(e.solution) for e in encoded)
