@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 from unift._version import __version__
 
 if TYPE_CHECKING:
-    from unift.commands.api import Comparison, RunFolder, compare, evaluate, load_rows, load_run, preset, train
+    from unift.commands.api import (
+        Comparison,
+        RunFolder,
+        compare,
+        evaluate,
+        evaluate_suite,
+        load_rows,
+        load_run,
+        preset,
+        train,
+    )
     from unift.types import Row, Score, UniftError
 
 __all__ = [
@@ -27,6 +37,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "evaluate_suite",
     "load_rows",
     "load_run",
     "preset",

@@ -17,7 +17,7 @@ import pytest
 from scipy import stats
 
 from unift.commands import compare
-from unift.commands.compare import Job, plots, run_many, write_report
+from unift.commands.compare import Job, jobs, plots, run_many, write_report
 from unift.commands.compare import budget as budgets
 from unift.commands.compare.table import accuracy_of, reading, table
 from unift.config.identity import to_yaml
@@ -202,7 +202,7 @@ def test_interrupted_ends_its_processes(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=interrupt, monotonic=time.monotonic))
-    monkeypatch.setattr(compare, "_start", lambda job, old=compare._start: started.append(old(job)) or started[-1])
+    monkeypatch.setattr(jobs, "_start", lambda job, old=jobs._start: started.append(old(job)) or started[-1])
     with pytest.raises(KeyboardInterrupt):
         run_many([Job("sft", 0, tmp_path / "a", [sys.executable, "-S", "-c", "import time; time.sleep(60)"])], 1)
     assert started[0][0].wait(10) != 0
@@ -220,7 +220,7 @@ def test_completions_come_from_the_settings(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps({"seconds": 1.0}))
     c = resolve("rft", recipe="lock", overrides={"train": {"steps": 7, "prompts": 4}, "sample": {"completions": 3}})
     (tmp_path / "config.yaml").write_text(to_yaml(c))
-    assert compare._read(tmp_path)["completions"] == 7 * 4 * 3
+    assert jobs._read(tmp_path)["completions"] == 7 * 4 * 3
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -331,7 +331,7 @@ def test_a_child_that_ignores_the_request_is_killed(tmp_path, monkeypatch):
     child = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
     child.stdout.readline()
     child.stdout.close()
-    compare.end([child])
+    jobs.end([child])
     assert child.returncode == -signal.SIGKILL
 
 

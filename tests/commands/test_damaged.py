@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from unift.commands import cli, compare
+from unift.commands import cli
+from unift.commands.compare import jobs
 from unift.commands.report.gather import read_run
 from unift.training.run import read_result
 from unift.training.run.metrics import read_metrics
@@ -55,9 +56,9 @@ def test_a_damaged_result_is_not_finished(folder, text):
     (folder / "result.json").write_text(text)
     with pytest.raises(UniftError, match="result.json .*Delete it and run the same command"):
         read_result(folder)
-    job = compare.Job("uft", 0, folder, ["x"])
-    (folder / compare.COMMAND).write_text('["x"]')
-    assert compare._finished(job) is None
+    job = jobs.Job("uft", 0, folder, ["x"])
+    (folder / jobs.COMMAND).write_text('["x"]')
+    assert jobs._finished(job) is None
     run = read_run(folder)
     assert run.result is None and any("result.json" in remark for remark in run.remarks)
 
@@ -83,6 +84,14 @@ def test_other_files(folder, monkeypatch, capsys, name, text):
     assert code == 2 and "Traceback" not in said and "se another" in said, said
     if name == "environment.json":
         assert f"{folder / name} " in said and len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["{}", '{"data": 3}'])
+def test_an_environment_without_the_fingerprint_of_the_rows(folder, monkeypatch, capsys, text):
+    """The rows are not to blame."""
+    (folder / "environment.json").write_text(text)
+    code, said = command(monkeypatch, capsys, *WORDS, "--run", folder)
+    assert code == 2 and "environment.json holds no fingerprint of the training rows: the run folder is damaged" in said
 
 
 @pytest.mark.parametrize("line", ["[1]", "3", '{"reward": 1}', '{"step": "one"}', '{"step": true}'])

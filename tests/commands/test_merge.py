@@ -54,7 +54,7 @@ def test_ties_by_hand():
 def test_trimming_is_over_the_whole_model():
     base = {"a": t(0, 0), "b": t(0, 0)}
     model = {"a": t(0.1, -0.2), "b": t(5, -4)}
-    merged = merge.merge_states(base, [model], ["a", "b"], "ties", [1.0], 0.5, 0)
+    merged = merge.merge_states(base, [model], ["a", "b"], merge.Mixing("ties", [1.0], 0.5, 0))
     assert merged["a"].tolist() == [0, 0] and merged["b"].tolist() == [5, -4]
 
 
@@ -73,7 +73,7 @@ def test_dare():
 
 def test_dare_merges_what_is_left():
     base, a, b = {"w": t(1, 2, 3, 4)}, {"w": t(2, 4, 6, 8)}, {"w": t(0, 0, 0, 0)}
-    merged = merge.merge_states(base, [a, b], ["w"], "dare", [0.5, 0.25], 0.5, 7)["w"]
+    merged = merge.merge_states(base, [a, b], ["w"], merge.Mixing("dare", [0.5, 0.25], 0.5, 7))["w"]
     keep = [torch.from_numpy(rng.uniforms("dare", 7, i, "w", shape=4) < 0.5) for i in (0, 1)]
     by_hand = base["w"] + 0.5 * keep[0] * 2 * t(1, 2, 3, 4) - 0.25 * keep[1] * 2 * t(1, 2, 3, 4)
     assert torch.allclose(merged, by_hand) and 0 < keep[0].sum() + keep[1].sum() < 8
@@ -82,16 +82,20 @@ def test_dare_merges_what_is_left():
 def test_dtype_whole_numbers_and_nan():
     base = {"w": torch.ones(3, dtype=torch.float16), "n": torch.tensor([1, 2])}
     model = {"w": torch.full((3,), 1.0001), "n": torch.tensor([1, 2])}
-    merged = merge.merge_states(base, [model], ["w", "n"], "linear", [1.0], 1.0, 0)
+    merged = merge.merge_states(base, [model], ["w", "n"], merge.Mixing("linear", [1.0], 1.0, 0))
     assert (
         torch.equal(merged["w"], model["w"])
         and merged["w"].dtype == torch.float32
         and torch.equal(merged["n"], base["n"])
     )
     with pytest.raises(ConfigError, match="whole numbers"):
-        merge.merge_states(base, [{**model, "n": torch.tensor([1, 3])}], ["w", "n"], "linear", [1.0], 1.0, 0)
+        merge.merge_states(
+            base, [{**model, "n": torch.tensor([1, 3])}], ["w", "n"], merge.Mixing("linear", [1.0], 1.0, 0)
+        )
     with pytest.raises(NonFiniteError, match="w is not finite"):
-        merge.merge_states(base, [{**model, "w": torch.full((3,), torch.nan)}], ["w"], "linear", [1.0], 1.0, 0)
+        merge.merge_states(
+            base, [{**model, "w": torch.full((3,), torch.nan)}], ["w"], merge.Mixing("linear", [1.0], 1.0, 0)
+        )
 
 
 # ---------------------------------------------------------------------------------------------- folders

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rewards import gone
 
-from unift.rewards.environment import is_secret, visible
 from unift.rewards.journal import BadRecord, Ready, Scored, ScoreError, Unloadable, read_record
 from unift.rewards.pool import Scorer
+from unift.rewards.workers import is_secret, visible
 from unift.types import RewardError, Row, Score
 
 ROW = Row("r0", "2+2?", (), "4", "0")
@@ -193,6 +193,16 @@ def test_honest_records_are_read() -> None:
     assert crash == Scored(ScoreError("crash", "m"), 2)
     with pytest.raises(BadRecord, match="out of turn"):
         read_record(line, NONCE, Ready, Unloadable)
+
+
+def test_half_a_surrogate_pair_reaches_no_file():
+    """JSON can spell it, UTF-8 cannot: rollouts and logs could not be written."""
+    bad = chr(92) + "ud800"
+    line = f'["{NONCE}", "score", 0.5, true, {{"a{bad}": 1.0}}, "n{bad}", 0]'.encode()
+    assert read_record(line, NONCE, Scored) == Scored(Score(0.5, True, {"a?": 1.0}, "n?"), 0)
+    assert read_record(f'["{NONCE}", "unloadable", "{bad}"]'.encode(), NONCE, Unloadable) == Unloadable("?")
+    failed = read_record(f'["{NONCE}", "exception", "m{bad}", 0]'.encode(), NONCE, Scored)
+    assert failed == Scored(ScoreError("exception", "m?"), 0)
 
 
 @pytest.mark.parametrize(

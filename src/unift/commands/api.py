@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import yaml
 
 from unift.commands import settings as layers
 from unift.commands.settings import DEMO, OnStep
-from unift.config.packaged import preset_text, recipe_text
+from unift.config.packaged import preset_text
 from unift.config.resolve import read_yaml, resolve
 from unift.config.sections import Config
 from unift.types import ConfigError, Given, Row, UniftError
@@ -60,11 +60,20 @@ class RunFolder:
 
         stored = read_rollouts(self.folder, step - 1)
         if stored is None:
-            raise UniftError(
-                f"{self.folder} holds no rollouts of step {step}: steps count from 1, save.rollouts=true keeps them, and "
-                "methods that sample nothing have none"
-            )
+            raise UniftError(f"{self.folder} holds no rollouts of step {step}: {self._no_rollouts(step)}")
         return stored[1]
+
+    def _no_rollouts(self, step: int) -> str:
+        """Why a step has none, and what to do."""
+        config = self.config
+        done = max([m["step"] for m in self.metrics], default=0) if (self.folder / "metrics.jsonl").is_file() else 0
+        if not 1 <= step <= done:
+            return f"steps count from 1, and the run has made {done}"
+        if not config.save.rollouts:
+            return (
+                "its settings have save.rollouts=false; train into another folder with save.rollouts=true to keep them"
+            )
+        return f"method {config.method!r} samples nothing there, or save.rollouts=true was not set then"
 
     def model(self) -> tuple[Any, Any]:
         """(model, tokenizer) after the run, or of its last checkpoint while it is not finished."""
@@ -175,11 +184,9 @@ def train(
     loaded = model if hasattr(model, "save_pretrained") else None
     if train is not None:
         over.setdefault("data.task", None)  # rows of the caller's own take the place of a recipe's generated ones
-        if recipe is not None and model is None and config is None:  # a file names its model itself
-            over = _model_of(recipe, given) | over
     if model is not None:
         over["model.path"] = layers.handed(type(model).__name__) if loaded is not None else str(model)
-    found = layers.resolved(method, recipe=recipe, config=config, settings=over)
+    found = layers.resolved(method, recipe=recipe, config=config, settings=over, rows=given.rows.get("train", []))
     folder = layers.folder_of(found, run)
     if loaded is not None:
         from unift.model.load import keep_model
@@ -215,14 +222,55 @@ def evaluate(
 
     given, over = _handed_over(settings, train=None, test=rows, reward=reward)
     over |= {"data.task": None} if rows is not None else {}
-    with tempfile.TemporaryDirectory(prefix="unift-eval-") as kept:
+    with tempfile.TemporaryDirectory(prefix="unift-eval-") as folder:
         if hasattr(model, "save_pretrained"):
             from unift.model.load import keep_model
 
-            model = keep_model(model, tokenizer, Path(kept) / layers.BASE)
+            model = keep_model(model, tokenizer, Path(folder) / layers.BASE)
         found = settings_of(model, recipe, config, over)
         layers.quiet_libraries(found)
         return evaluate_split(found, split, samples, given)
+
+
+def evaluate_suite(
+    model: Any,
+    data: Sequence[str | Path] | str | Path,
+    *,
+    suite: str = "uft",
+    out: str | Path | None = None,
+    samples: int = 0,
+    rows: int | None = None,
+    export: Sequence[str] = (),
+    recipe: str | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Accuracy on a suite of problem sets (docs/suite.md), greedy and pass@k: the result, also kept in ``out``.
+
+    model: a run folder or `RunFolder`, a model folder or ``embedded:NAME``. data: folders or files of rows. out: default
+    ``suite`` in a run folder, else runs/suite-<model>; the same call continues there. rows: the first so many of each
+    column. export: "lm-eval", "inspect". say: told how far it is. Answers have at most eval.max_tokens, else what the run
+    sampled, else 1,024 tokens.
+    """
+    from unift.commands.suite import Order
+    from unift.commands.suite import evaluate_suite as run_suite
+    from unift.config.stages import evaluation_tokens
+
+    places = [data] if isinstance(data, (str, Path)) else list(data)
+    folder = model.folder if isinstance(model, RunFolder) else Path(str(model))
+    of_run, over = (folder / "config.yaml").is_file(), dict(settings)
+    if not of_run and places:  # settings name rows; a suite reads its own
+        over |= {"data.test": str(places[0])}
+    found = settings_of(model, recipe, config, over)
+    if of_run and found.eval.max_tokens is None:
+        found = found.model_copy(
+            update={"eval": found.eval.model_copy(update={"max_tokens": evaluation_tokens(found)})}
+        )
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in str(folder).strip("/"))
+    place = Path(out) if out else folder / "suite" if of_run else Path("runs") / f"suite-{name}"
+    layers.quiet_libraries(found)
+    return run_suite(found, Order(suite, places, place, samples, rows, list(export)), say) | {"folder": str(place)}
 
 
 def compare(
@@ -253,6 +301,8 @@ def compare(
     for name, source in (("train", train), ("test", test)):
         if source is not None:
             over[f"data.{name}"] = str(layers.rows_in_file(source, Path(run) / f"{name}.jsonl", load_rows))
+    if train is not None:
+        over.setdefault("data.task", None)  # as in `train`
     over |= {"model.path": str(model)} if model is not None else {}
     over |= {"reward.function": reward} if reward is not None else {}
     own = bool({"data.train", "data.task"} & over.keys())
@@ -284,14 +334,6 @@ def _handed_over(settings: Mapping[str, Any], *, train: Rows, test: Rows, reward
 
         over["reward.function"] = layers.handed(describe(reward))
     return Given(rows, None if isinstance(reward, str) else reward), over
-
-
-def _model_of(recipe: str, given: Given) -> dict[str, Any]:
-    """The recipe's model, for rows of its own task: all that it knows. Nothing for other rows, which need another model."""
-    packaged = yaml.safe_load(recipe_text(recipe))
-    rows = given.rows.get("train", [])
-    known = bool(rows) and all(row.task == packaged["data"]["task"] for row in rows)
-    return {"model.path": packaged["model"]["path"]} if known else {}
 
 
 def settings_of(model: Any, recipe: str | None, config: Any, over: Mapping[str, Any]) -> Config:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 import typer.core
 
+from unift.commands import data as data_verbs
 from unift.types import ConfigError, Stopped, UniftError
 
 if TYPE_CHECKING:
@@ -34,15 +35,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Unified Fine-Tuning: train a reasoning model from worked solutions and a way to check answers.",
 )
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make, look at and convert rows.")
-app.add_typer(data_app, name="data")
+app.add_typer(data_verbs.app, name="data")
 
 Settings = Annotated[Optional[list[str]], typer.Argument(help="settings as key=value, e.g. train.lr=1e-6")]
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", "-c", help="YAML file of settings")]
 Recipe = Annotated[Optional[str], typer.Option(help="a tuned task of the package (unift show --recipes)")]
 Method = Annotated[Optional[str], typer.Option("--method", "-m", help="preset (unift show lists them)")]
-Limit = Annotated[Optional[int], typer.Option(min=1, help="first so many rows")]
-Split = Annotated[str, typer.Option(help="of a data set hf:NAME")]
+Data = Annotated[Optional[list[Path]], typer.Option(help="folder or file of a suite's problems; repeatable")]
+Rows = Annotated[Optional[int], typer.Option(min=1, help="first so many rows of each of the suite's columns")]
 # --run-folder: torchrun takes --run for an option of its own (an abbreviation of --run-path).
 RunFolder = Annotated[
     Optional[Path], typer.Option("--run", "--run-folder", help="run folder; an existing one is continued")
@@ -135,9 +135,18 @@ def evaluate(
         Optional[list[str]],
         typer.Option(help="rows of another task: what the run forgot of it, against its base; repeatable"),
     ] = None,
+    suite: Annotated[Optional[str], typer.Option(help="uft: the paper's problem sets, from --data; resumable")] = None,
+    data: Data = None,
+    rows: Rows = None,
+    out: Annotated[Optional[Path], typer.Option(help="folder of the suite's records and results")] = None,
+    export: Annotated[
+        Optional[list[str]], typer.Option(help="also write the suite for lm-eval or inspect; repeatable")
+    ] = None,
 ) -> None:
-    """Accuracy without hints, with intervals, on a split. A run folder brings its own settings."""
+    """Accuracy without hints, with intervals, on a split or a suite. A run folder brings its own settings."""
     from unift import processes
+
+    processes.end_with_parent()
     from unift.commands.api import settings_of
     from unift.commands.settings import quiet_libraries
     from unift.config.resolve import dotted, parse_overrides, read_yaml, resolve
@@ -153,6 +162,20 @@ def evaluate(
         quiet_libraries(of_run)
         typer.echo(describe(measure(folder, retention, of_run)))
         return
+    if suite is None and (data or rows or out or export):
+        raise ConfigError("--data, --rows, --out and --export belong to a suite: add --suite uft, or leave them out")
+    if suite is not None:
+        from unift.commands.api import evaluate_suite
+
+        say = typer.echo if processes.first() else lambda text: None
+        result = evaluate_suite(
+            model, data or [], suite=suite, out=out, samples=samples, rows=rows, export=export or [], recipe=recipe,
+            config=config, say=lambda text: say(text), **dotted(settings or []),
+        )  # fmt: skip
+        from unift.commands.suite.table import text_of
+
+        say(f"\n{text_of(result)}\n\nfolder: {result['folder']}")
+        return
     found = settings_of(model, recipe, config, dotted(settings or []))
     quiet_libraries(found)
     evaluation = evaluate_split(found, split, samples)
@@ -163,22 +186,41 @@ def evaluate(
 @app.command()
 def compare(
     settings: Settings = None,
-    methods: Annotated[str, typer.Option(help="comma-separated presets, or all")] = "sft,rft,sft-rft,r3,stage,uft",
+    methods: Annotated[
+        Optional[str], typer.Option(help="comma-separated presets, or all; default sft,rft,sft-rft,r3,stage,uft")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="seeds 0..N-1")] = 3,
-    recipe: Annotated[str, typer.Option(help="a tuned task of the package")] = "lock",
+    recipe: Annotated[
+        Optional[str], typer.Option(help="a tuned task of the package; default lock, without rows of your own")
+    ] = None,
     run: Annotated[Path, typer.Option("--run", "--run-folder", help="folder of all runs")] = Path("runs/compare"),
     workers: Annotated[int, typer.Option(help="runs side by side, one thread each")] = 2,
     budget: Annotated[
         Optional[str],
         typer.Option(help="of each run: sampled=2M or trained=2M (tokens), or seconds=60; default: the recipe's steps"),
     ] = None,
+    suite: Annotated[
+        Optional[str], typer.Option(help="uft: the paper's table of base, sft, rft, sft-rft, r3, uft, from --data")
+    ] = None,
+    data: Data = None,
+    rows: Rows = None,
+    samples: Annotated[int, typer.Option(help="sampled completions of a suite's row for pass@k")] = 0,
 ) -> None:
     """Several methods, several seeds, one task: a table with intervals and a plot. Repeating the command continues."""
     from unift import processes
-    from unift.commands.compare import Plan, compare_methods
+    from unift.commands.compare import DEFAULT, Plan, compare_methods
+    from unift.commands.compare.suites import METHODS, SuitePlan
+    from unift.config.resolve import parse_overrides
 
     processes.alone("unift compare")
-    plan = Plan(methods.split(","), seeds, recipe, run, list(settings or []), workers, budget)
+    if suite is None and (data or rows or samples):
+        raise ConfigError("--data, --rows and --samples belong to a suite: add --suite uft, or leave them out")
+    own = {"train", "task"} & parse_overrides(settings or []).get("data", {}).keys()
+    named = methods or (METHODS if suite else DEFAULT)
+    plan = Plan(
+        named.split(","), seeds, recipe or (None if own else "lock"), run, list(settings or []), workers, budget,
+        SuitePlan(suite, [str(p) for p in data or []], samples, rows) if suite else None,
+    )  # fmt: skip
     typer.echo(compare_methods(plan)[0])
 
 
@@ -295,50 +337,6 @@ def merge_models(
 
     done = merge(base, models, out, rule, numbers, density, seed)
     typer.echo(f"{rule} merge of {len(models)} models, {done['parameters']:,} parameters -> {out}")
-
-
-@data_app.command("make")
-def data_make(
-    task: Annotated[str, typer.Argument(help="chain, countdown, knights or lock")],
-    out: Annotated[Path, typer.Argument(help="file to write: .jsonl or .parquet")],
-    n: Annotated[int, typer.Option("--n", min=1, help="rows")] = 1000,
-    split: Annotated[str, typer.Option(help="train or test; they never overlap")] = "train",
-    seed: int = 0,
-    option: Annotated[Optional[list[str]], typer.Option(help="generator option, key=value")] = None,
-) -> None:
-    """Generate problems with step-wise solutions."""
-    from unift.config.resolve import parse_overrides
-    from unift.rows.inspect import check_writable, write_rows
-    from unift.rows.tasks import make_rows
-
-    check_writable(out)
-    rows = make_rows(task, n, seed, split, **parse_overrides(option or []))
-    write_rows(rows, out)
-    typer.echo(f"{len(rows)} rows -> {out}")
-
-
-@data_app.command("inspect")
-def data_inspect(path: str, format: str = "auto", split: Split = "train", limit: Limit = None) -> None:
-    """Count rows, steps and lengths, and show one row."""
-    import json
-
-    from unift.rows.inspect import inspect
-    from unift.rows.readers import read_rows
-
-    rows = read_rows(path, format=format, split=split, limit=limit, need_steps=False)
-    typer.echo(json.dumps(inspect(rows), indent=1, ensure_ascii=False, default=str))
-
-
-@data_app.command("convert")
-def data_convert(source: str, out: Path, format: str = "auto", split: Split = "train", limit: Limit = None) -> None:
-    """Read any accepted layout and write unift's (.jsonl or .parquet)."""
-    from unift.rows.inspect import check_writable, write_rows
-    from unift.rows.readers import read_rows
-
-    check_writable(out)
-    rows = read_rows(source, format=format, split=split, limit=limit, need_steps=False)
-    write_rows(rows, out)
-    typer.echo(f"{len(rows)} rows -> {out}")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -29,6 +30,18 @@ from unift.model.load import locate
 from unift.types import ConfigError, NonFiniteError
 
 Rule = Literal["linear", "ties", "dare"]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How models are merged. density: share of entries kept by ties and dare. seed: of the draws of dare."""
+
+    rule: Rule
+    weights: Sequence[float]  # one a model
+    density: float = 1.0
+    seed: int = 0
+
+
 WEIGHTS = ("model.safetensors", "model-")  # a single file, or the beginning of the names of shards
 
 # ---------------------------------------------------------------------------------------------- rules
@@ -121,10 +134,7 @@ def merge_states(
     base: Any,
     models: Sequence[Any],
     names: Sequence[str],
-    rule: Rule,
-    weights: Sequence[float],
-    density: float,
-    seed: int,
+    how: Mixing,
 ) -> dict[str, Tensor]:
     """Merged tensors by name. ``base`` and ``models``: anything that gives a tensor for a name."""
     floats = [name for name in names if base[name].is_floating_point()]
@@ -133,10 +143,11 @@ def merge_states(
         return model[name].double() - base[name].double()
 
     thresholds = [0.0] * len(models)
-    if rule == "ties":
+    if how.rule == "ties":
         # Over the whole model, not per tensor. float32 halves the memory and only decides what is kept.
         thresholds = [
-            trim_threshold(torch.cat([tau(model, n).float().flatten() for n in floats]), density) for model in models
+            trim_threshold(torch.cat([tau(model, n).float().flatten() for n in floats]), how.density)
+            for model in models
         ]
     merged = {}
     for name in names:
@@ -150,13 +161,13 @@ def merge_states(
         origin, dtype = base[name].double(), models[0][name].dtype
         for model in models[1:]:
             dtype = torch.promote_types(dtype, model[name].dtype)
-        if rule == "linear":
-            value = linear(origin, [model[name].double() for model in models], weights)
-        elif rule == "ties":
-            value = origin + ties([tau(m, name) for m in models], weights, thresholds)
+        if how.rule == "linear":
+            value = linear(origin, [model[name].double() for model in models], how.weights)
+        elif how.rule == "ties":
+            value = origin + ties([tau(m, name) for m in models], how.weights, thresholds)
         else:
-            dropped = [dare(tau(m, name), density, seed, i, name) for i, m in enumerate(models)]
-            value = linear(origin, [origin + d for d in dropped], weights)
+            dropped = [dare(tau(m, name), how.density, how.seed, i, name) for i, m in enumerate(models)]
+            value = linear(origin, [origin + d for d in dropped], how.weights)
         merged[name] = value.to(dtype).contiguous()
         if not merged[name].isfinite().all():
             raise NonFiniteError(
@@ -204,7 +215,7 @@ def merge(
         "density": density,
         "seed": seed,
     }
-    state = merge_states(origin, sources, sorted(origin.files), cast(Rule, rule), weights, density or 1.0, seed)
+    state = merge_states(origin, sources, sorted(origin.files), Mixing(cast(Rule, rule), weights, density or 1.0, seed))
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -122,14 +122,14 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
         nll = -mean_logprob(policy, targets, config.train.token_budget) if targets else None
         del policy, judge  # one model at a time
         after = _measured(under(after_model)[1], sets, config.train.token_budget)
-    kept = [Retained(f, b[0], a[0], b[1], a[1]) for f, b, a in zip(files, before, after, strict=True)]
+    retained = [Retained(f, b[0], a[0], b[1], a[1]) for f, b, a in zip(files, before, after, strict=True)]
     result = {
         "method": config.method,
         "targets": kind,
         "targets_measured": len(targets),
         "nll_of_targets_under_base": nll,
-        "forgotten": sum(k.forgotten for k in kept) / len(kept),
-        "sets": [asdict(k) | {"forgotten": k.forgotten} for k in kept],
+        "forgotten": sum(k.forgotten for k in retained) / len(retained),
+        "sets": [asdict(k) | {"forgotten": k.forgotten} for k in retained],
     }
     write_atomic(folder / "retention.json", json.dumps(result, indent=1))
     return result

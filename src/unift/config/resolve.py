@@ -195,8 +195,8 @@ def _unknown(name: str, value: Any) -> str:
     *path, last = name.split(".")
     known = _fields_at([part for part in path if not part.isdigit()])
     everywhere = [f"{section}.{field}" for section in Config.model_fields for field in _fields_at([section])]
-    plain = [setting for setting in Config.model_fields if setting == last and not _fields_at([setting])]
-    same = plain or [setting for setting in everywhere if setting.endswith(f".{last}")]
+    exact = [setting for setting in Config.model_fields if setting == last and not _fields_at([setting])]
+    same = exact or [setting for setting in everywhere if setting.endswith(f".{last}")]
     hint = suggestion(name) or (f"; did you mean {same[0]!r}?" if len(same) == 1 else "")
     return f"unknown setting {name!r}{hint or nearest(last, known) or nearest(name, everywhere)}"
 

@@ -74,6 +74,11 @@ class Model(Section):
     cuda_graphs: bool = Field(
         default=True, description="on a GPU, sampling replays recorded steps; false: launches every kernel"
     )
+    shard: Literal["auto", "none", "full"] = Field(
+        default="auto",
+        description="of several processes each holds all weights (none) or a part (full, FSDP2); auto: full where "
+        "accelerate's config file asks for FSDP",
+    )
     lora: Lora | None = Field(
         default=None, description="train low-rank adapters only; true, a rank, or the keys below; null = all weights"
     )

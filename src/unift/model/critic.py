@@ -12,9 +12,11 @@ from unift.model.policy import Policy
 
 
 def new_critic(policy: Policy) -> nn.Linear:
-    """Zero weights: it says 0 at first, whatever the seed."""
-    width = policy.head.weight.shape[1]  # V reads what the head reads
-    head = nn.Linear(width, 1, device=policy.device, dtype=torch.float32)
+    """Zero weights: it says 0 at first, whatever the seed. Where weights are sharded, one that has its shards already."""
+    head = policy.root.critic if policy.root is not None else None
+    if head is None:
+        width = policy.head.weight.shape[1]  # V reads what the head reads
+        head = nn.Linear(width, 1, device=policy.device, dtype=torch.float32)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
@@ -27,15 +29,22 @@ def value(policy: Policy, hidden_SD: Tensor) -> Tensor:
 
 
 def values(policy: Policy, batch: PackedBatch) -> Tensor:
-    with policy.precision(sampling=False):
-        hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
-    return value(policy, hidden_TD.index_select(0, batch.at_S))
+    return policy.run(lambda: value(policy, _hidden(policy, batch)))
 
 
 def logprobs_and_values(policy: Policy, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """(l_S, entropy_S, V_S) from one forward pass."""
+
+    def both() -> tuple[Tensor, Tensor, Tensor]:
+        hidden_SD = _hidden(policy, batch)
+        l_S, entropy_S = head_logprobs(policy, hidden_SD, batch.target_S, scale_of(batch, temperature))
+        return l_S, entropy_S, value(policy, hidden_SD)
+
+    return policy.run(both)
+
+
+def _hidden(policy: Policy, batch: PackedBatch) -> Tensor:
+    """Last hidden states [S, D] before each target token."""
     with policy.precision(sampling=False):
         hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
-    hidden_SD = hidden_TD.index_select(0, batch.at_S)
-    l_S, entropy_S = head_logprobs(policy, hidden_SD, batch.target_S, scale_of(batch, temperature))
-    return l_S, entropy_S, value(policy, hidden_SD)
+    return hidden_TD.index_select(0, batch.at_S)

@@ -12,7 +12,7 @@ import torch
 
 from unift import processes
 from unift.files import publish_folder, writing
-from unift.model import attention, lora, matmul, paths
+from unift.model import attention, lora, matmul, paths, sharding
 from unift.model.folder import locate, model_settings, reading
 from unift.model.policy import Policy
 from unift.rows import tokens
@@ -133,10 +133,11 @@ def _forget_gguf(model: Any) -> None:
 
 
 def save_pretrained(policy: Policy, folder: Path) -> None:
-    """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained and vLLM read."""
+    """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained and vLLM read. Sharded weights
+    are whole by then (`Policy.whole`)."""
     shutil.rmtree(folder, ignore_errors=True)
     base = policy.base
-    kept = base.config._attn_implementation
+    implementation = base.config._attn_implementation
     base.config._attn_implementation_internal = None  # not a property of the weights
     base.config.use_cache = True
     generation = getattr(base, "generation_config", None)
@@ -146,10 +147,12 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
     try:
         if policy.lora:
             base.save_pretrained(folder, state_dict=lora.merged_state(base))
+        elif policy.root is not None:
+            base.save_pretrained(folder, state_dict=sharding.state(base))
         else:
             base.save_pretrained(folder)
     finally:
-        base.config._attn_implementation_internal = kept
+        base.config._attn_implementation_internal = implementation
         base.config.use_cache = False
     policy.tokenizer.save_pretrained(folder)
 

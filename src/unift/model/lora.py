@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from unift.model.sharding import state as state_of
 from unift.types import ConfigError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     whole = {f"{name}.base_layer.weight": layer for name, layer in layers.items()}
     made: dict[int, Tensor] = {}  # a layer that stands in several places is merged once
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state_of(model).items():
         if ".lora_" in name:
             continue
         layer = whole.get(name)

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any, TypedDict, TypeGuard, get_args
 
-from unift.rewards.journal import NAME_CHARS, NOTE_CHARS, PARTS
+from unift.rewards.journal import NAME_CHARS, NOTE_CHARS, PARTS, class_of, is_list, is_mapping
 from unift.types import RewardError, Row, Score
 
 ACCEPTED = """the three accepted signatures are
@@ -36,13 +36,24 @@ class BadValue(ValueError):
     """The reward function returned something that is not a reward; says what was returned and what was expected."""
 
 
+Call = Callable[[str, Row, str], Score | None]  # (completion, row, hint)
+
+
+class Options(TypedDict):
+    """Settings that reach the functions that name them as parameters."""
+
+    format_score: float
+    rule: str
+    answer: str
+
+
 @dataclass(frozen=True)
 class Reward:
     """A loaded reward. ``call(completion, row, hint)`` raises BadValue or whatever the user's function raises."""
 
     name: str  # the spec it was loaded from
     kind: str  # "task", "unift", "TRL" or "verl"
-    call: Callable[[str, Row, str], Score | None]
+    call: Call
 
     def __call__(self, completion: str, row: Row, hint: str = "") -> Score | None:
         return self.call(completion, row, hint)
@@ -54,7 +65,7 @@ def load_reward(spec: str, *, format_score: float = 0.0, rule: str = "unift", an
     Modules are looked for on sys.path and in the working directory. format_score, rule and answer reach the functions that
     name them as parameters (all built-in tasks do). Raises RewardError saying what was found and what was expected.
     """
-    options = {"format_score": format_score, "rule": rule, "answer": answer}
+    options = Options(format_score=format_score, rule=rule, answer=answer)
     if ":" in spec:
         function = _import_function(spec)
         try:
@@ -79,7 +90,7 @@ def adapt(
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
         raise RewardError(f"found {function!r}, which has no readable signature ({error}); {ACCEPTED}") from None
-    options = {"format_score": format_score, "rule": rule, "answer": answer}
+    options = Options(format_score=format_score, rule=rule, answer=answer)
     if {"solution_str", "ground_truth"} <= parameters.keys():
         kind, call, given = "verl", _verl(function, parameters), {"data_source", "extra_info"}
         given |= {"solution_str", "ground_truth"}
@@ -113,7 +124,7 @@ def _import_function(spec: str) -> Callable[..., Any]:
     found: Any = _import_file(Path(place), spec) if place.endswith(".py") else _import_module(place, spec)
     for part in path.split("."):
         if not hasattr(found, part):
-            names = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
+            names = [name for name in dir(found) if name[0] != "_" and callable(getattr(found, name, None))]
             raise RewardError(f"reward {spec!r}: {place} has no {part!r}; it has {', '.join(names[:20]) or 'nothing'}")
         found = getattr(found, part)
     if not callable(found):
@@ -157,7 +168,7 @@ def _import_file(path: Path, spec: str) -> ModuleType:
 # ------------------------------------------------------------------------------------------------------- the signatures
 
 
-def _task(name: str, options: Mapping[str, Any]) -> Callable[[str, Row, str], Score | None]:
+def _task(name: str, options: Options) -> Call:
     from unift.rows.tasks import get_task
 
     try:
@@ -169,8 +180,8 @@ def _task(name: str, options: Mapping[str, Any]) -> Callable[[str, Row, str], Sc
     return _ours(function, inspect.signature(function).parameters, options)
 
 
-def _auto(options: Mapping[str, Any]) -> Callable[[str, Row, str], Score | None]:
-    known: dict[str, Callable[[str, Row, str], Score | None]] = {}
+def _auto(options: Options) -> Call:
+    known: dict[str, Call] = {}
 
     def call(completion: str, row: Row, hint: str) -> Score | None:
         if row.task not in known:
@@ -182,9 +193,7 @@ def _auto(options: Mapping[str, Any]) -> Callable[[str, Row, str], Score | None]
     return call
 
 
-def _ours(
-    function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter], options: Mapping[str, Any]
-) -> Callable[[str, Row, str], Score | None]:
+def _ours(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter], options: Options) -> Call:
     extras = {name: value for name, value in options.items() if _takes(parameters, name)}
     takes_hint, may_skip = _takes(parameters, "hint"), _may_skip(function)
 
@@ -196,9 +205,7 @@ def _ours(
     return call
 
 
-def _verl(
-    function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]
-) -> Callable[[str, Row, str], Score | None]:
+def _verl(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> Call:
     may_skip = _may_skip(function)
 
     def call(completion: str, row: Row, hint: str) -> Score | None:
@@ -211,14 +218,12 @@ def _verl(
         value = _finished(function(**{name: v for name, v in named.items() if _takes(parameters, name)}))
         if value is None and may_skip:
             return None
-        return _score_of_dict(value) if isinstance(value, Mapping) else as_score(value)
+        return _score_of_dict(value) if is_mapping(value) else as_score(value)
 
     return call
 
 
-def _trl(
-    function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]
-) -> Callable[[str, Row, str], Score | None]:
+def _trl(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> Call:
     """Lists of ONE element: one bad completion cannot spoil the others, and a hang has a name."""
 
     def call(completion: str, row: Row, hint: str) -> Score | None:
@@ -243,13 +248,17 @@ def _trl(
         values = _finished(function(**{name: [v] for name, v in columns.items() if _takes(parameters, name)}))
         if hasattr(values, "tolist"):
             values = values.tolist()
-        if not isinstance(values, (list, tuple)):
+        if not _is_row(values):
             raise BadValue(f"returned {_brief(values)}; a TRL reward returns a list with one number per completion")
         if len(values) != 1:
             raise BadValue(f"returned {len(values)} values for 1 completion; expected a list of 1")
         return None if values[0] is None else as_score(values[0])
 
     return call
+
+
+def _is_row(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    return is_list(value) or isinstance(value, tuple)
 
 
 def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
@@ -287,7 +296,7 @@ def as_score(value: Any) -> Score:
     """A plain Score (builtin types only, all finite) of a number or a Score. Raises BadValue."""
     if not isinstance(value, Score):
         return Score(_number(value, "returned"))
-    correct = value.correct
+    correct: Any = value.correct  # of the user's making, whatever the field is said to be
     if correct is not None and not isinstance(correct, bool):
         if _number(correct, "returned a Score whose `correct` is") not in (0.0, 1.0):
             raise BadValue(f"returned a Score whose `correct` is {_brief(correct)}; expected True, False or None")
@@ -311,7 +320,7 @@ def _score_of_dict(value: Mapping[str, Any]) -> Score:
 
 
 def _number(value: Any, what: str) -> float:
-    if hasattr(type(value), "__float__"):  # numbers of any library, but not text
+    if hasattr(class_of(value), "__float__"):  # numbers of any library, but not text
         try:
             number = float(value)
         except Exception as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
-from unift.rewards.spec import import_path, parts_of, qualified
+from unift.rewards.journal import is_mapping
+from unift.rewards.spec import entries_of, import_path, qualified
 
 DIGITS = 12
 
@@ -32,17 +33,8 @@ def describe(reward: Any) -> str:
         for piece in _pieces(reward, _home(reward), {}):
             digest.update(piece.encode("utf-8", "surrogatepass") + b"\0")
         return f"{qualified(reward)}@{digest.hexdigest()}"
-    parts, _ = parts_of(reward)  # for its checks
-    entries = [_entry(entry) for entry in reward]
-    return " + ".join(f"{part.weight:g}*{describe(entry)}" for part, entry in zip(parts, entries, strict=True))
-
-
-def _entry(entry: Any) -> Any:
-    if isinstance(entry, Mapping):
-        return entry["function"]
-    if isinstance(entry, tuple):
-        return entry[0]
-    return entry.function if hasattr(entry, "weight") and hasattr(entry, "function") else entry
+    entries, _ = entries_of(reward)
+    return " + ".join(f"{weight:g}*{describe(entry)}" for entry, weight in entries)
 
 
 def _home(reward: Any) -> str:
@@ -82,13 +74,13 @@ def _pieces(thing: Any, home: str, seen: dict[int, Any]) -> Iterator[str]:
         if _own(thing, home):
             yield _source(thing)
             inside = [v for k, v in sorted(vars(thing).items()) if inspect.isfunction(v) or not k.startswith("__")]
-    elif isinstance(thing, Mapping):
+    elif is_mapping(thing):
         yield f"mapping {len(thing)}"
-        inside = [x for item in sorted(thing.items(), key=lambda item: repr(item[0])) for x in item]
-    elif isinstance(thing, (set, frozenset)):
+        inside = [x for item in sorted(thing.items(), key=_by_name) for x in item]
+    elif _is_set(thing):
         yield f"set {len(thing)}"
         inside = sorted(thing, key=repr)
-    elif isinstance(thing, Sequence):
+    elif _is_sequence(thing):
         yield f"sequence {type(thing).__name__} {len(thing)}"
         inside = list(thing)
     else:
@@ -101,6 +93,18 @@ def _pieces(thing: Any, home: str, seen: dict[int, Any]) -> Iterator[str]:
             inside = [type(thing), getattr(thing, "__dict__", {})]
     for one in inside:
         yield from _pieces(one, home, seen)
+
+
+def _is_set(thing: object) -> TypeGuard[set[Any] | frozenset[Any]]:
+    return isinstance(thing, (set, frozenset))
+
+
+def _is_sequence(thing: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(thing, Sequence)
+
+
+def _by_name(item: tuple[Any, Any]) -> str:
+    return repr(item[0])
 
 
 def _own(thing: Any, home: str) -> bool:
@@ -150,6 +154,6 @@ def _bytecode(code: CodeType) -> str:
 def _constant(constant: Any) -> str:
     if isinstance(constant, CodeType):
         return _bytecode(constant)
-    if isinstance(constant, frozenset):  # in an order that differs between processes
+    if _is_set(constant):  # in an order that differs between processes
         return str(sorted(map(repr, constant)))
     return repr(constant)

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
 from unift.types import Score
 
@@ -35,6 +35,21 @@ class ScoreError:
 
 
 Outcome = Score | ScoreError | None  # None: no reward applies
+
+
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    """``isinstance``, for a value of unknown origin: its elements may be anything, and are to be checked."""
+    return isinstance(value, list)
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
+    """As `is_list`."""
+    return isinstance(value, Mapping)
+
+
+def class_of(value: object) -> type[Any]:
+    """``type``, for a value of unknown origin."""
+    return type(value)
 
 
 class BadRecord(ValueError):
@@ -71,23 +86,24 @@ def read_record(line: bytes, nonce: str, *due: type[R]) -> R:
 
 def _read(line: bytes, nonce: str) -> Ready | Unloadable | Scored:
     try:
-        record = json.loads(line, parse_constant=_refuse)
+        record = _decode(line.decode())
     except (ValueError, RecursionError, MemoryError):
         raise BadRecord("a line that is no record") from None
-    if not isinstance(record, list) or len(record) < 3 or record[0] != nonce:
+    if not is_list(record) or len(record) < 3 or record[0] != nonce:
         raise BadRecord("a record for no item that it holds")
     match record[1:]:
         case ["ready", str(kind)] if len(kind) <= NAME_CHARS:
             return Ready(kind)
         case ["unloadable", str(message)]:
-            return Unloadable(message[:MESSAGE_CHARS])
+            return Unloadable(_whole(message[:MESSAGE_CHARS]))
         case ["skipped", state] if _is_state(state):
             return Scored(None, state)
-        case ["score", value, correct, dict(parts), str(note), state] if _is_state(state):
+        case ["score", value, correct, parts, str(note), state] if is_mapping(parts) and _is_state(state):
             return Scored(_score(value, correct, parts, note), state)
         case [("exception" | "bad value" | "crash") as kind, str(message), state] if _is_state(state):
-            return Scored(ScoreError(kind, message[:MESSAGE_CHARS]), state)
-    raise BadRecord("a record of no known form")
+            return Scored(ScoreError(kind, _whole(message[:MESSAGE_CHARS])), state)
+        case _:
+            raise BadRecord("a record of no known form")
 
 
 def _score(value: Any, correct: Any, parts: Mapping[str, Any], note: str) -> Score:
@@ -95,7 +111,12 @@ def _score(value: Any, correct: Any, parts: Mapping[str, Any], note: str) -> Sco
         raise BadRecord("a score of no known form")
     if any(len(name) > NAME_CHARS for name in parts):
         raise BadRecord("a score of no known form")
-    return Score(_finite(value), correct, {name: _finite(part) for name, part in parts.items()}, note)
+    return Score(_finite(value), correct, {_whole(name): _finite(part) for name, part in parts.items()}, _whole(note))
+
+
+def _whole(text: str) -> str:
+    """With a question mark for each half of a surrogate pair, which JSON can spell and no file in UTF-8 holds."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _finite(number: Any) -> float:
@@ -104,9 +125,12 @@ def _finite(number: Any) -> float:
     raise BadRecord("a score that is not a finite number")
 
 
-def _is_state(state: Any) -> bool:
+def _is_state(state: Any) -> TypeGuard[int]:
     return type(state) is int and CLEAN <= state <= SPOILED
 
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(constant)
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse).decode  # made once: json.loads makes one a line

@@ -17,6 +17,7 @@ import struct
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from unift.rewards.worker import serve
 
@@ -44,7 +45,7 @@ def _keep(control: socket.socket) -> socket.socket | None:
     wake, woken = socket.socketpair()
     for end in (wake, woken):
         end.setblocking(False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGCHLD, _ignore)  # SIG_IGN would reap the workers, and their ends would be unknown
     signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
     printed, printing = os.pipe()
     output = _Output(printed)
@@ -79,6 +80,10 @@ def _keep(control: socket.socket) -> socket.socket | None:
         _send(control, b"P", child, 0)
     _end(workers, output)
     return None
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """A signal that is to be noticed by the wake-up descriptor alone."""
 
 
 def _become_worker(link: int, printing: int) -> socket.socket:

@@ -10,10 +10,11 @@ that was at work and nothing else. What is defended against, each at the price o
   and a worker that is not as it was after an item is replaced;
 - what it leaves behind: threads and processes that disturb later items (a failure after those were left is tried again
   in a new worker), programs that it started (they end with their worker, also out of a session of their own on Linux);
-- the end of the trainer, however it comes: workers end with it; the environment holds no secrets (`environment.py`).
+- the end of the trainer, however it comes: workers end with it; the environment holds no secrets (`workers.py`).
 
 What is not: within its process a function can read the nonce and report for its own completion, which is no more than
-returning a value; it can change the modules of its worker and so the values of later completions there. It runs as the
+returning a value; one that reads its worker's own frames finds the nonces of its batch-mates, too, and can forge their
+records; it can change the modules of its worker and so the values of later completions there. It runs as the
 same user as the trainer, without a sandbox: it can read that user's files, use the network and signal the trainer. Give
 ``memory_mb`` against one that takes all memory; a disk that it fills or a fork bomb is not held back.
 """
@@ -30,8 +31,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from unift.rewards.adapters import described
-from unift.rewards.environment import visible
+from unift.rewards.adapters import Options, described
 from unift.rewards.journal import (
     COUNT_OF,
     COUNTS,
@@ -45,7 +45,7 @@ from unift.rewards.journal import (
 )
 from unift.rewards.spec import label_of, parts_of
 from unift.rewards.worker import Item, Setup
-from unift.rewards.workers import Keeper, KeeperGone, Worker
+from unift.rewards.workers import Keeper, KeeperGone, Worker, visible
 from unift.types import RewardError, Row, Score
 
 START_SECONDS = 60.0  # for a worker to start, and of CPU time to import the reward (math libraries take seconds)
@@ -121,7 +121,7 @@ class Scorer:
         self.start_seconds = START_SECONDS
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self.answer = answer
-        setup = Setup(parts, summed, {"format_score": format_score, "rule": rule, "answer": answer}, memory_mb)
+        setup = Setup(parts, summed, Options(format_score=format_score, rule=rule, answer=answer), memory_mb)
         self._setup = pickle.dumps(setup, protocol=5)
         self._window: deque[ScoreError | None] = deque(maxlen=window)
         self._keeper: Keeper | None = None
@@ -175,7 +175,7 @@ class Scorer:
                     "Any text can turn up in training; mend the function so that it returns a number for it"
                 )
         full, empty = (outcome if isinstance(outcome, Score) else None for outcome in outcomes)
-        warnings = []
+        warnings: list[str] = []
         if full is None:
             warnings.append(f"the reward does not apply to the demonstration of row {row.id!r} (it returned None)")
         elif not full.right:

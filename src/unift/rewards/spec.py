@@ -7,21 +7,23 @@ can import travels by name; any other (of a notebook, a script, a lambda, a clos
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import io
 import math
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeGuard, cast
 
-from unift.rewards.adapters import BadValue, Reward, adapt, described, load_reward
-from unift.rewards.journal import NAME_CHARS, NOTE_CHARS
+from unift.rewards.adapters import BadValue, Options, Reward, adapt, described, load_reward
+from unift.rewards.journal import NAME_CHARS, NOTE_CHARS, class_of, is_mapping
 from unift.types import RewardError, Row, Score
 
 PAYLOAD_BYTES = 64 << 20
@@ -30,6 +32,9 @@ ADVICE = (
     "Build it inside the function (a cached helper does it once a worker), or put the reward into a file and give "
     "file.py:function"
 )
+
+
+Entry = tuple[str | Callable[..., Any], float]  # a reward as it is given, and its weight
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,10 @@ def parts_of(reward: Any) -> tuple[tuple[Part, ...], bool]:
     Raises RewardError for what is none of the forms, for a callable of an unknown signature, and for one that cannot be
     sent to a worker.
     """
-    if isinstance(reward, str) or callable(reward):
-        return (_part(reward, 1.0),), False
-    if not isinstance(reward, Sequence) or not reward:
-        raise RewardError(
-            f"found {reward!r:.80} as reward; expected text, a callable or a list of these, each with a weight"
-        )
-    parts = [_part(*_weighted(entry)) for entry in reward]
+    entries, summed = entries_of(reward)
+    if not summed:
+        return (_part(*entries[0]),), False
+    parts = [_part(*entry) for entry in entries]
     taken: dict[str, int] = {}
     for i, part in enumerate(parts):
         taken[part.name] = taken.get(part.name, 0) + 1
@@ -63,7 +65,22 @@ def parts_of(reward: Any) -> tuple[tuple[Part, ...], bool]:
     return tuple(parts), True
 
 
-def load_parts(parts: Sequence[Part], summed: bool, options: Mapping[str, Any]) -> Reward:
+def entries_of(reward: Any) -> tuple[list[Entry], bool]:
+    """The rewards and their weights in whatever form they are given, and whether they are added up (a list is).
+
+    Raises RewardError for what is none of the forms.
+    """
+    if _is_one(reward):
+        return [(reward, 1.0)], False
+    if not isinstance(reward, Sequence) or not reward:
+        raise RewardError(
+            f"found {reward!r:.80} as reward; expected text, a callable or a list of these, each with a weight"
+        )
+    given: list[Any] = [*reward]
+    return [_weighted(entry) for entry in given], True
+
+
+def load_parts(parts: Sequence[Part], summed: bool, options: Options) -> Reward:
     """In the worker: the rewards themselves. Raises RewardError."""
     loaded = [_load(part, options) for part in parts]
     if not summed:
@@ -86,7 +103,9 @@ def _sum(
     The parts hold each value before its weight. ``correct`` is what the first reward says that says so; if none does,
     whether the first one that applies gives at least 1 (the sum says little: it depends on the weights).
     """
-    total, parts, notes = 0.0, {}, []
+    total = 0.0
+    parts: dict[str, float] = {}
+    notes: list[str] = []
     correct: bool | None = None
     first: bool | None = None
     applies = False
@@ -115,21 +134,33 @@ def _sum(
 # --------------------------------------------------------------------------------------------------------- one entry
 
 
-def _weighted(entry: Any) -> tuple[Any, float]:
+def _is_one(reward: object) -> TypeGuard[str | Callable[..., Any]]:
+    return isinstance(reward, str) or callable(reward)
+
+
+def _is_pair(entry: object) -> TypeGuard[tuple[Any, Any]]:
+    return isinstance(entry, tuple) and len(cast("tuple[Any, ...]", entry)) == 2
+
+
+def _weighted(entry: Any) -> Entry:
     """(reward, weight) of one entry of a list."""
-    if isinstance(entry, str) or callable(entry):
+    if _is_one(entry):
         return entry, 1.0
     reward: Any = None
     weight: Any = 1.0
     settings: Any = entry
-    if isinstance(entry, Mapping) and {"function"} <= entry.keys() <= {"function", "weight"}:
+    if is_mapping(entry) and {"function"} <= entry.keys() <= {"function", "weight"}:
         reward, weight = entry["function"], entry.get("weight", 1.0)
-    elif isinstance(entry, tuple) and len(entry) == 2:
+    elif _is_pair(entry):
         reward, weight = entry
-    elif hasattr(entry, "function") and hasattr(entry, "weight"):  # of the settings
+    elif hasattr(settings, "function") and hasattr(settings, "weight"):
         reward, weight = settings.function, settings.weight
-    known = isinstance(reward, str) or callable(reward)
-    if not known or isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+    if (
+        not _is_one(reward)
+        or isinstance(weight, bool)
+        or not isinstance(weight, (int, float))
+        or not math.isfinite(weight)
+    ):
         raise RewardError(
             f"found {entry!r:.120} in a list of rewards; expected a function, (function, weight) or "
             '{"function": ..., "weight": ...} with a finite weight'
@@ -155,7 +186,7 @@ def _part(reward: Any, weight: float) -> Part:
     return Part(short[:NAME_CHARS], name, weight, _payload(reward, name))
 
 
-def _load(part: Part, options: Mapping[str, Any]) -> Reward:
+def _load(part: Part, options: Options) -> Reward:
     if part.payload is None:
         return load_reward(part.spec, **options)
     try:
@@ -168,12 +199,16 @@ def _load(part: Part, options: Mapping[str, Any]) -> Reward:
     return adapt(function, part.spec, **options)
 
 
+def _is_partial(thing: object) -> TypeGuard[partial[Any]]:
+    return isinstance(thing, partial)
+
+
 def qualified(function: Any) -> str:
     """``module.name`` of a callable; of its class, for an instance."""
-    inner = function
-    while isinstance(inner, partial):
+    inner: Any = function
+    while _is_partial(inner):
         inner = inner.func
-    named = inner if hasattr(inner, "__qualname__") else type(inner)
+    named: Any = inner if hasattr(inner, "__qualname__") else class_of(inner)
     module = getattr(named, "__module__", None)
     return ".".join(str(text) for text in (module, named.__qualname__) if text and text != "builtins")
 
@@ -233,22 +268,26 @@ def _payload(function: Any, name: str) -> bytes:
     return payload
 
 
-def _dumps(thing: Any) -> bytes:
+def _cloudpickle() -> Any:
+    """The module, which has no types. Raises RewardError where it is missing."""
     try:
-        import cloudpickle
+        return importlib.import_module("cloudpickle")
     except ImportError:
         raise RewardError(
             "a reward that is no importable function is sent to the scoring workers by cloudpickle, which is not "
             "installed: pip install cloudpickle, or put the function into a file and give file.py:function"
         ) from None
 
-    class Pickler(cloudpickle.Pickler):
+
+def _dumps(thing: Any) -> bytes:
+    class Pickler(_cloudpickle().Pickler):
         def reducer_override(self, obj: Any) -> Any:
-            if getattr(type(obj), "__module__", "").startswith("torch") and getattr(obj, "is_cuda", False) is True:
+            if class_of(obj).__module__.startswith("torch") and getattr(obj, "is_cuda", False) is True:
                 raise pickle.PicklingError("a tensor on a GPU")
             if isinstance(obj, io.IOBase) and not isinstance(obj, (io.BytesIO, io.StringIO)):
                 raise pickle.PicklingError("an open file")  # cloudpickle would copy what is in it
-            return super().reducer_override(obj)
+            above: Any = super()
+            return above.reducer_override(obj)
 
     with io.BytesIO() as file:
         Pickler(file).dump(thing)
@@ -256,35 +295,31 @@ def _dumps(thing: Any) -> bytes:
 
 
 @contextmanager
-def _by_value(function: Any) -> Iterator[None]:
+def _by_value(function: Any) -> Generator[None]:
     """Modules that hold the callable and that a worker cannot import are sent along with it."""
-    with suppress(ImportError):
-        import cloudpickle
-
-        added: list[Any] = []
-        for module in _modules(function):
-            loaded = sys.modules.get(module)
-            if loaded is not None and module != "__main__" and not _importable(module):
-                cloudpickle.register_pickle_by_value(loaded)
-                added.append(loaded)
-        try:
-            yield
-        finally:
-            for loaded in added:
-                cloudpickle.unregister_pickle_by_value(loaded)
-        return
-    yield
+    cloudpickle, added = _cloudpickle(), list[ModuleType]()
+    for module in _modules(function):
+        loaded = sys.modules.get(module)
+        if loaded is not None and module != "__main__" and not _importable(module):
+            cloudpickle.register_pickle_by_value(loaded)
+            added.append(loaded)
+    try:
+        yield
+    finally:
+        for loaded in added:
+            cloudpickle.unregister_pickle_by_value(loaded)
 
 
 def _modules(thing: Any) -> set[str]:
     """Of the function, its class or its object, and what it wraps."""
     found: set[str] = set()
     while thing is not None:
-        for holder in (thing, type(thing), getattr(thing, "__self__", None), type(getattr(thing, "__self__", None))):
+        owner = getattr(thing, "__self__", None)
+        for holder in (thing, class_of(thing), owner, class_of(owner)):
             module = getattr(holder, "__module__", None)
             if isinstance(module, str):
                 found.add(module)
-        thing = thing.func if isinstance(thing, partial) else getattr(thing, "__wrapped__", None)
+        thing = thing.func if _is_partial(thing) else getattr(thing, "__wrapped__", None)
     return found
 
 
@@ -305,7 +340,7 @@ def _used_by(thing: Any) -> list[tuple[str, Any]]:
             return [*found, *(("a default value of its parameters", value) for value in defaults)]
         return []
     attributes = getattr(thing, "__dict__", None)
-    if isinstance(thing, type) or not isinstance(attributes, dict):
+    if isinstance(thing, type) or not is_mapping(attributes):
         return []
     return [(f"its attribute {name!r}", value) for name, value in attributes.items()]
 

@@ -1,7 +1,9 @@
 """The worker's side of scoring: load the reward, then a record for each item. Imports must stay light.
 
 A worker is a fork of the keeper (``keeper.py``), alone in its session, with its standard streams, one socket to the
-trainer and nothing else that is open. Everything that it says is checked in ``journal.py``.
+trainer and nothing else that is open. Everything that it says is checked in ``journal.py``. A nonce keeps a record from
+being taken for another item's, but not from a reward that reads the frames of this process: it finds the nonces of the
+whole batch, and can forge the records of the items that were sent with its own.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unift.rewards.adapters import BadValue, Reward, described
+from unift.rewards.adapters import BadValue, Options, Reward, described
 from unift.rewards.journal import CLEAN, LITTERED, SPOILED
 from unift.rewards.spec import Part, load_parts
 from unift.types import RewardError, Row
@@ -32,6 +34,7 @@ _NAMED = ("NOFILE", "AS", "DATA", "CPU", "NPROC", "FSIZE")
 _LIMITS = tuple(getattr(resource, f"RLIMIT_{name}") for name in _NAMED if hasattr(resource, f"RLIMIT_{name}"))
 HEAD = struct.Struct(">Q")  # length of what follows, the pickle of a Batch
 Batch = list[tuple[str, bytes]]  # nonces and pickles
+_encode = json.JSONEncoder(allow_nan=False).encode  # made once: json.dumps makes one a record
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Setup:
 
     parts: tuple[Part, ...]
     summed: bool  # the parts are weighted and added up; else there is one, as it is
-    options: dict[str, Any]
+    options: Options
     memory_mb: int | None
 
 
@@ -64,7 +67,7 @@ def serve(link: socket.socket) -> None:
                 record = _score(reward, payload, before)
                 if os.getpid() != before.pid:
                     os._exit(0)  # a copy that the reward made of this process and that came back from the reward
-            text = json.dumps([nonce, *record], allow_nan=False).encode() + b"\n"
+            text = _encode([nonce, *record]).encode() + b"\n"
             try:
                 link.sendall(text)
             except OSError:

@@ -1,4 +1,5 @@
-"""The trainer's hands on its scoring workers: start and kill them, send them items, read what they say, see how they end.
+"""The trainer's hands on its scoring workers: start and kill them, send them items, read what they say, see how they end,
+how much time they use and which variables of the environment they see.
 
 Nothing here waits for a worker: what it does not take is kept, what it says is read as it comes. Results are text that
 `journal.read_record` checks; nothing that a worker sends is unpickled.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import select
 import socket
@@ -16,21 +18,91 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from unift.rewards.journal import LINE_BYTES, BadRecord, Ready, Scored, Unloadable, read_record
 from unift.rewards.keeper import ANSWER, REQUEST
-from unift.rewards.usage import Usage, usage_of
 from unift.rewards.worker import Batch, frame
 from unift.types import RewardError
 
 STOP_SECONDS = 2.0  # for the keeper to end; it needs GRACE_SECONDS at most unless it was stopped
 _START = "import sys; sys.path[:] = {path!r}; from unift.rewards.keeper import main; main({fd})"
+_PROC = Path("/proc")
+
+# Which variables of the environment a scoring worker sees: all but those that look like secrets.
+_PARTS = r"PASSWORD|PASSWD|PASSPHRASE|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY"  # anywhere in the name
+_WORDS = r"TOKENS?|KEYS?|PASS|PWD|PW|AUTH|PAT|CREDS?|COOKIES?|JWT|BEARER|DSN|WEBHOOKS?"  # between underscores
+_SECRET = re.compile(rf"{_PARTS}|(?:^|_)(?:{_WORDS})\d*(?:_|$)|(?:TOKEN|KEY)\d*$")
+_LOGIN_IN_URL = re.compile(r"\w+://[^/\s:@]*:[^/\s@]+@")
+_PLACES = ("PWD", "OLDPWD")  # working directories
 
 
 class KeeperGone(Exception):
     """The process that starts workers died, or does not answer. Its workers die with it."""
+
+
+# ------------------------------------------------------------------------------------------------------------ used time
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Seconds so far. ``queued``: ready to run while other processes had the CPU (0 where the system does not tell)."""
+
+    clock: float
+    cpu: float
+    queued: float = 0.0
+    stopped: bool = False  # by a signal
+
+    def since(self, begin: Usage) -> Usage:
+        """What was used since ``begin``; never negative (a child that leaves takes its time along)."""
+        queued = max(0.0, self.queued - begin.queued)
+        return Usage(self.clock - begin.clock, max(0.0, self.cpu - begin.cpu), queued, self.stopped)
+
+
+def usage_of(pid: int) -> Usage:
+    """Of the process and of its living and awaited children. Where the system tells nothing, the clock counts as CPU.
+
+    A child whose own parent has left is not counted.
+    """
+    clock = time.monotonic()
+    if (_PROC / "self/stat").exists():
+        cpu, queued, stopped = _from_proc(pid)
+        return Usage(clock, cpu, queued, stopped)
+    with contextlib.suppress(Exception):
+        import psutil
+
+        process = psutil.Process(pid)
+        times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
+        cpu = sum(t.user + t.system + getattr(t, "children_user", 0) + getattr(t, "children_system", 0) for t in times)
+        return Usage(clock, cpu, stopped=process.status() == psutil.STATUS_STOPPED)
+    return Usage(clock, clock)
+
+
+def _from_proc(pid: int) -> tuple[float, float, bool]:
+    cpu, queued, stopped = 0.0, 0.0, False
+    seen: set[int] = set()
+    todo = [pid]
+    while todo:
+        one = todo.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        folder = _PROC / str(one)
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            cpu += sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+            stopped = stopped or (one == pid and fields[0] in "Tt")
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            queued += int((folder / "schedstat").read_text().split()[1]) / 1e9
+        with contextlib.suppress(OSError, ValueError):
+            for thread in (folder / "task").iterdir():
+                todo += [int(child) for child in (thread / "children").read_text().split()]
+    return cpu, queued, stopped
+
+
+# ----------------------------------------------------------------------------------------------------------- one worker
 
 
 @dataclass(eq=False)
@@ -39,7 +111,9 @@ class Worker:
 
     pid: int
     link: socket.socket
-    pending: deque[tuple[str, int]] = field(default_factory=deque)  # (nonce, index) of items that it holds, in order
+    pending: deque[tuple[str, int]] = field(
+        default_factory=deque[tuple[str, int]]
+    )  # (nonce, index) of items that it holds, in order
     setup: str = ""  # nonce of the setup
     ready: bool = False  # the reward is loaded
     begin: Usage | None = None  # at the first look after the item at work began
@@ -122,6 +196,9 @@ class Worker:
 
 def _nonce() -> str:
     return secrets.token_hex(16)
+
+
+# ---------------------------------------------------------------------------------------------------------- all of them
 
 
 class Keeper:
@@ -245,3 +322,17 @@ def _stop(owner: int, process: subprocess.Popen[bytes], control: socket.socket) 
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+# ------------------------------------------------------------------------------------------------------ the environment
+
+
+def is_secret(name: str, value: str = "") -> bool:
+    """Whether the name has the look of a token, key, password or credential, or the value is a URL with a password."""
+    return (_SECRET.search(name.upper()) is not None and name not in _PLACES) or bool(_LOGIN_IN_URL.search(value))
+
+
+def visible(environment: Mapping[str, str], named: Iterable[str] = ()) -> dict[str, str]:
+    """The environment without secrets, except those that are named."""
+    named = frozenset(named)
+    return {name: value for name, value in environment.items() if name in named or not is_secret(name, value)}

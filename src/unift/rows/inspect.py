@@ -72,7 +72,7 @@ def overlap(train: Sequence[Row], test: Sequence[Row]) -> list[str]:
 
 
 def inspect(rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts for people: steps, lengths in characters, repeated problems, one example."""
+    """Counts for people: rows that lack something, steps, lengths in characters, repeated problems, one example."""
     counts = sorted(len(r.steps) for r in rows)
     few = len(set(counts)) <= 10  # derivations have dozens of lengths, which nobody reads
     steps = dict(Counter(counts)) if few else [counts[0], counts[len(counts) // 2], counts[-1]]
@@ -80,6 +80,8 @@ def inspect(rows: Sequence[Row]) -> dict[str, Any]:
     digest = hashlib.sha256("".join(r.id for r in rows).encode()).hexdigest()[:12]
     return {
         "rows": len(rows),
+        "without answer": sum(r.answer is None for r in rows),
+        "without solution": sum(not r.steps for r in rows),
         "ids": digest,
         "tasks": dict(Counter(r.task for r in rows)),
         "steps per row" if few else "steps per row (min, median, max)": steps,

@@ -19,6 +19,7 @@ from typing import Any, TypeGuard, cast
 
 from unift.rows.files import records
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
+from unift.rows.tasks.format import own_endings
 from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
@@ -58,8 +59,10 @@ def rows_of(
     if not records:
         raise DataError(f"{name} holds no rows")
     if all(isinstance(record, Row) for record in records):
-        given = [check_steps(row, f"{name}, row {number}", need_steps) for number, row in enumerate(records, start=1)]
-        return told_apart(given, name)
+        for number, row in enumerate(records, start=1):
+            _check_text(row, f"{name}, row {number}")
+            check_steps(row, f"{name}, row {number}", need_steps)
+        return told_apart(records, name)
     layout = detect(records[0], name) if format == "auto" else format
     if layout not in _READERS:
         raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
@@ -71,6 +74,10 @@ def rows_of(
         row = _READERS[layout](record, where)
         _check_text(row, where)
         rows.append(check_steps(row, where, need_steps))
+    if layout in ("unift", "reasoning-gym"):
+        written = [k for k, record in enumerate(records) if record.get("ending") is None and rows[k].ending]
+        for k, row in zip(written, own_endings([rows[k] for k in written])):
+            rows[k] = row
     return told_apart(rows, name)
 
 
@@ -190,15 +197,31 @@ def _string(value: Any, where: str, column: str) -> str:
 
 
 def _check_text(row: Row, where: str) -> None:
-    """JSON can spell half a surrogate pair, which no tokenizer takes."""
-    texts = [row.prompt] if isinstance(row.prompt, str) else [m["content"] for m in row.prompt]
-    for column, text in (("prompt", "".join(texts)), ("steps", row.solution)):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}, column {column!r}: {text[error.start]!r} is no character (half a pair)"
-            ) from None
+    """JSON can spell half a surrogate pair, which no tokenizer takes and no file in UTF-8 holds."""
+    columns = {"prompt": row.prompt, "steps": row.solution, "id": row.id, "answer": row.answer, "task": row.task}
+    for column, value in {**columns, **row.extra}.items():
+        for text in _texts([column, value]):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{where}, column {column!r}: {text[error.start]!r} is no character (half a pair)"
+                ) from None
+
+
+def _texts(value: Any) -> list[str]:
+    """Every text inside a value of plain data, names of columns included."""
+    found: list[str] = []
+    todo: list[Any] = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, str):
+            found.append(item)
+        elif is_mapping(item):
+            todo += [*item.keys(), *item.values()]
+        elif is_list_or_tuple(item):
+            todo += item
+    return found
 
 
 def _build(
@@ -207,8 +230,10 @@ def _build(
     source = str(record.get("task") or record.get("data_source") or "")
     task = TASK_OF.get(source, "math" if "math" in source.lower() else source)
     extra = {k: v for k, v in record.items() if k not in {*used, "id", "task"}}
-    plain = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
-    return Row(_own_id(record) or content_id(plain, steps, ending, answer), prompt, steps, ending, answer, task, extra)
+    content = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
+    return Row(
+        _own_id(record) or content_id(content, steps, ending, answer), prompt, steps, ending, answer, task, extra
+    )
 
 
 def _content(row: Row) -> tuple[Any, ...]:
@@ -221,7 +246,8 @@ def _own_id(record: Mapping[str, Any]) -> str:
 
 
 def _unift(record: Mapping[str, Any], where: str) -> Row:
-    """``ending`` is what follows the steps; without one it is written from the answer in answer tags."""
+    """``ending`` is what follows the steps; without one it is written from the answer in answer tags (but see
+    `tasks.format.own_endings`)."""
     answer, column = record.get("answer"), "steps" if record.get("steps") is not None else "solution"
     steps = _steps(record.get(column) or (record.get("completion") if column == "solution" else None), where, column)
     if column == "steps" and record.get("steps") is not None and not record["steps"]:

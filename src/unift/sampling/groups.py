@@ -27,8 +27,11 @@ def completed(
     temperature: float = 1.0,
     watch: Watch = unwatched,
 ) -> list[list[Sample]]:
-    """Samples of every request, with their texts. ``watch`` is told the number of requests that are done."""
-    groups = engine.generate(requests, max_tokens, temperature, watch)
+    """Samples of every request, with their texts. ``watch`` is told the number of requests that are done.
+
+    All processes call this together where the weights are sharded, also those without a request."""
+    with engine.sampling():
+        groups = engine.generate(requests, max_tokens, temperature, watch)
     flat = [s for g in groups for s in g]
     # What ends a completion is no part of its text, also where the tokenizer does not call it special.
     spoken = [s.tokens[:-1] if s.finished else s.tokens for s in flat]
@@ -95,14 +98,15 @@ def complete(
         group.hint = []
         wanted.add(group, [], replace(draws, n=bare))
         wanted.add(group, hint, replace(draws, n=members, first=bare))
-    for wanted in (whole, short):
-        if not wanted.requests:
-            continue
-        sampled = completed(engine, tokenizer, wanted.requests, wanted.max_tokens, sample.temperature)
-        for (group, given), samples in zip(wanted.owners, sampled, strict=True):
-            if given:
-                samples = [replace(s, tokens=given + s.tokens, given=len(given)) for s in samples]
-            group.samples += samples
+    with engine.sampling():  # once, though not every process has requests of both lengths
+        for wanted in (whole, short):
+            if not wanted.requests:
+                continue
+            sampled = completed(engine, tokenizer, wanted.requests, wanted.max_tokens, sample.temperature)
+            for (group, given), samples in zip(wanted.owners, sampled, strict=True):
+                if given:
+                    samples = [replace(s, tokens=given + s.tokens, given=len(given)) for s in samples]
+                group.samples += samples
 
 
 def judge(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: Rules, tokenizer: Any) -> None:

@@ -94,22 +94,34 @@ def greedy(judge: Judge, split: Split) -> Accuracy:
     return Accuracy(right / max(n, 1), *wilson(right, n), n)
 
 
+def draws_of(row: Row, answers: Answers, max_tokens: int) -> Draws:
+    """The random numbers of a row's sampled answers in evaluations."""
+    return Draws(("eval", answers.seed, row.id), answers.samples, answers.samples, max_tokens)
+
+
 def pass_curve(judge: Judge, split: Split, answers: Answers) -> dict[str, dict[str, float]]:
     """pass@1, 2, 4, ... ``answers.samples``: mean over rows with a bootstrap interval (95 %, over rows)."""
-    samples, n = answers.samples, len(split.rows)
     requests = [
-        Request(e.prompt, Draws(("eval", answers.seed, row.id), samples, samples, judge.max_tokens))
+        Request(e.prompt, draws_of(row, answers, judge.max_tokens))
         for row, e in zip(split.rows, split.encoded, strict=True)
     ]
-    counts = [sum(v) for v in _judged(judge, split, requests, answers.temperature)]
+    return curve([sum(v) for v in _judged(judge, split, requests, answers.temperature)], answers)
+
+
+def curve(counts: Sequence[int], answers: Answers) -> dict[str, dict[str, float]]:
+    """pass@1, 2, 4, ... of rows with so many right samples each: mean with a bootstrap interval (95 %, over rows); Wilson's
+    where all rows are alike, of which a bootstrap would claim to be sure."""
+    samples, n = answers.samples, len(counts)
     ks = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
     picks = rng.generator("bootstrap", answers.seed).integers(0, n, (1000, n))
-    curve = {}
+    found = {}
     for k in ks:
         values = np.array([pass_at_k(samples, c, k) for c in counts])
         low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
-        curve[f"pass@{k}"] = {"accuracy": float(values.mean()), "low": float(low), "high": float(high)}
-    return curve
+        if np.ptp(values) == 0:
+            low, high = wilson(float(values.sum()), n)
+        found[f"pass@{k}"] = {"accuracy": float(values.mean()), "low": float(low), "high": float(high)}
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import torch
 
 from unift import processes
-from unift.config import needs
+from unift.config import launcher, needs
 from unift.config.identity import config_hash
 from unift.config.sections import Config, Rules
-from unift.config.stages import Moment, Stage, longest
+from unift.config.stages import Moment, Stage, longest, stages
 from unift.files import write_atomic, writing
 from unift.model import critic
 from unift.model.limits import check_positions, longest_context, use_threads
@@ -57,6 +57,7 @@ def train(
     """
     given = given or Given()
     check_trackers(config)
+    launcher.shards(config.model)
     use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
         tokenizer = load_tokenizer(config.model)
@@ -70,10 +71,19 @@ def train(
             with open_scorer(config.reward, data.train.rows, given.reward) as scorer, trackers(config, folder) as track:
                 check_format(data.train.rows, config.reward.function, config.reward.rule, scorer.answer)
                 scorer.check(data.train.rows[0])
-                torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
-                policy = load_policy(config.model, tokenizer, longest(config))
+                policy = load(config, tokenizer)
                 with open_engine(config.engine, policy, folder, longest_context(config, data)) as engine:
                     return run_to_end(Run(config, folder, policy, engine, scorer, data, report, track, watch), asked)
+
+
+def load(config: Config, tokenizer: Any) -> Policy:
+    """The policy that a run begins with; of several processes that share its weights, this one's part."""
+    torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
+    policy = load_policy(config.model, tokenizer, longest(config))
+    if processes.size() == 1 or not launcher.shards(config.model):
+        return policy
+    valued = any(needs.critic(stage.rules) for stage in stages(config))
+    return policy.sharded(critic.new_critic(policy) if valued else None)
 
 
 def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
@@ -153,7 +163,8 @@ def begin_stage(run: Run, stage: Stage) -> State:
     optimizer = update.make_optimizer(run.policy, rules.train)
     reference = None
     if needs.reference(rules):
-        reference = Reference(run.policy, run.folder, stage.start, rules.sample.temperature)
+        twin = None if run.policy.root is None else partial(load, run.config, run.policy.tokenizer)
+        reference = Reference(run.policy, run.folder, stage.start, rules.sample.temperature, twin)
     state = State(optimizer, reference)
     if run.done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
         within = run.done > stage.start
@@ -199,7 +210,8 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
             save_pretrained(run.policy, run.folder / "model")
         write_result(run.folder, result)
 
-    processes.lead("the final model", write)
+    with run.policy.whole():
+        processes.lead("the final model", write)
     return result
 
 
@@ -267,8 +279,8 @@ def log(run: Run, step: int, metrics: Metrics) -> Any:
 
 
 def save(run: Run, finished: int, state: State) -> None:
-    """A checkpoint, by the first process."""
-    if processes.size() > 1:
+    """A checkpoint, by the first process, or by all of them where the weights are sharded."""
+    if processes.size() > 1 and run.policy.root is None:
         processes.agree(f"weights after step {finished} (checksum)", checkpoint.fingerprint(run.policy))
     recent = processes.interleave(processes.gather("a checkpoint", run.scorer.recent))
     progress = run.progress
@@ -281,11 +293,11 @@ def save(run: Run, finished: int, state: State) -> None:
         "seed": run.config.seed,
     }
 
-    def write() -> None:
-        checkpoint.save(run.folder, finished, run.policy, state.optimizer, stored)
+    def tidy() -> None:
         if progress.best_step == finished:
             write_atomic(run.folder / "checkpoints" / "best", checkpoint.step_name(finished))
         starts = [stage.start for stage in run.stages]
         checkpoint.prune(run.folder, run.config.save.keep, [*starts, progress.best_step])
 
-    processes.lead("a checkpoint", write)
+    checkpoint.save(run.folder, finished, run.policy, state.optimizer, stored)
+    processes.lead("a checkpoint", tidy)

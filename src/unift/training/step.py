@@ -62,7 +62,9 @@ def groups_of_step(run: Run, moment: Moment, state: State, clock: Clock) -> list
     sampled = moment.rules.sample.completions > 0
     keep, weights = run.config.save.rollouts and sampled, ""
     if keep:
-        weights, stored = processes.lead("stored rollouts", lambda: _stored(run, moment.step))
+        alike = run.policy.root is None  # then the first process's weights are everyone's
+        weights = checkpoint.fingerprint(run.policy) if processes.first() or not alike else ""
+        weights, stored = processes.lead("stored rollouts", lambda: (weights, _stored(run, moment.step, weights)))
         clock.lap("save")
         if stored is not None:
             clock.lap("generate")
@@ -81,10 +83,10 @@ def groups_of_step(run: Run, moment: Moment, state: State, clock: Clock) -> list
     return groups
 
 
-def _stored(run: Run, step: int) -> tuple[str, list[Group] | None]:
-    """The fingerprint of the weights, and the groups of the step if they were sampled by these weights."""
-    weights, stored = checkpoint.fingerprint(run.policy), read_rollouts(run.folder, step)
-    return weights, stored[1] if stored is not None and stored[0] == weights else None
+def _stored(run: Run, step: int, weights: str) -> list[Group] | None:
+    """The groups of the step if they were sampled by the weights of this fingerprint."""
+    stored = read_rollouts(run.folder, step)
+    return stored[1] if stored is not None and stored[0] == weights else None
 
 
 def sampled_groups(
@@ -127,9 +129,9 @@ def refilled(run: Run, groups: list[Group], moment: Moment, state: State, clock:
             break
         others = refill_rows(moment.seed, moment.step, attempt, len(equal), len(run.data.train.rows))
         for i, fresh in zip(equal, sampled_groups(run, others, moment, state, clock, attempt), strict=True):
-            kept, dropped = (groups[i], fresh) if equal_scores(fresh) else (fresh, groups[i])
-            kept.discarded = groups[i].discarded + sum(s.sampled for s in dropped.samples)
-            groups[i] = kept
+            chosen, dropped = (groups[i], fresh) if equal_scores(fresh) else (fresh, groups[i])
+            chosen.discarded = groups[i].discarded + sum(s.sampled for s in dropped.samples)
+            groups[i] = chosen
     return groups
 
 

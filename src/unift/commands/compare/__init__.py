@@ -2,207 +2,27 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from unift.commands.compare import suites
+from unift.commands.compare.jobs import Job, RunsFailed, on_signals, run_many, train_job
+from unift.commands.compare.suites import SuitePlan, check_suite
 from unift.commands.compare.table import Result, by_method, reading, table
-from unift.processes import END_SECONDS, child_environment
-from unift.types import ConfigError, UniftError
+from unift.types import ConfigError
 
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-COMMAND = ".command.json"  # what brought the result of a folder; a dot file, since `train` minds foreign files
-
-
-class RunsFailed(UniftError):
-    """Some runs failed; ``results`` has those of the others."""
-
-    def __init__(self, text: str, results: list[Result]) -> None:
-        super().__init__(text)
-        self.results = results
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run. ``command`` leaves ``result.json`` in ``folder`` and exits with 0; on a begun folder it continues."""
-
-    method: str
-    seed: int
-    folder: Path
-    command: list[str]
-
-
-def train_job(method: str, seed: int, recipe: str | None, folder: Path, settings: Sequence[str], name: str = "") -> Job:
-    """``unift train`` of one run with one thread, in the folder's ``<method>-seed<seed>`` or ``<name>-seed<seed>``."""
-    own = folder / f"{name or method}-seed{seed}"
-    start = [
-        sys.executable,
-        "-m",
-        "unift",
-        "train",
-        "--quiet",
-        *(["--recipe", recipe] if recipe else []),
-        "--method",
-        method,
-        "--run",
-        str(own),
-    ]
-    return Job(method, seed, own, [*start, *settings, f"seed={seed}", "threads=1"])
-
-
-# ---------------------------------------------------------------------------------------------- running
-
-
-@contextmanager
-def on_signals(handler: Callable[[int, Any], Any]) -> Generator[None, None, None]:
-    """SIGTERM and SIGINT call ``handler`` instead of ending this process, which would leave its children running."""
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield
-        return
-    names = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]  # as under nohup
-    before = {n: signal.signal(n, handler) for n in names}
-    try:
-        yield
-    finally:
-        for n, old in before.items():
-            signal.signal(n, old)
-
-
-def end(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """SIGTERM, and SIGKILL for those that are still there after END_SECONDS."""
-    for child in children:
-        child.terminate()
-    until = time.monotonic() + END_SECONDS
-    for child in children:
-        try:
-            child.wait(max(until - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
-def run_many(
-    jobs: Sequence[Job],
-    workers: int,
-    say: Callable[[str], None] = lambda text: None,
-    stop: threading.Event | None = None,
-) -> list[Result]:
-    """Results in the order of the jobs, ``workers`` processes side by side; each writes ``log.txt`` in its folder.
-
-    A run that this very command finished before is read from its folder. A failure does not stop the others; when all
-    are through, RunsFailed names the failed ones with the last lines of their logs.
-    Interrupted, or once ``stop`` is set, it ends the processes and raises KeyboardInterrupt.
-    """
-    results: dict[int, Result] = {}
-    failed: list[str] = []
-    running: dict[int, tuple[subprocess.Popen[bytes], int]] = {}
-    waiting = list(range(len(jobs)))
-
-    def ended(number: int, text: str) -> None:
-        say(f"[{len(results) + len(failed)}/{len(jobs)}] {jobs[number].method} seed {jobs[number].seed}: {text}")
-
-    try:
-        while waiting or running:
-            if stop is not None and stop.is_set():
-                raise KeyboardInterrupt
-            while waiting and len(running) < max(workers, 1):
-                number = waiting.pop(0)
-                kept = _finished(jobs[number])
-                if kept is None:
-                    running[number] = _start(jobs[number])
-                else:
-                    results[number] = kept
-                    ended(number, f"{_outcome(kept)} (finished before)")
-            for number, (process, offset) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[number]
-                atexit.unregister(process.terminate)
-                result = _read(jobs[number].folder)
-                if process.returncode == 0 and result is not None:
-                    results[number] = result
-                    # Only now: a command that `train` refused must not pass for the one that brought the result.
-                    (jobs[number].folder / COMMAND).write_text(json.dumps(jobs[number].command))
-                    ended(number, _outcome(result))
-                else:
-                    failed.append(_failure(jobs[number], process.returncode, offset))
-                    ended(number, f"failed (exit code {process.returncode})")
-            time.sleep(0.05)
-    finally:
-        end([process for process, _ in running.values()])
-    if failed:
-        raise RunsFailed(
-            f"{len(failed)} of {len(jobs)} runs failed; the others are kept. Mend the cause and repeat the command: "
-            "it runs only what is missing\n  " + "\n  ".join(failed),
-            [results[number] for number in sorted(results)],
-        )
-    return [results[number] for number in range(len(jobs))]
-
-
-def _start(job: Job) -> tuple[subprocess.Popen[bytes], int]:
-    """The process, and where its part of the log begins."""
-    try:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        with open(job.folder / "log.txt", "ab") as log:
-            offset = log.tell()
-            environment = child_environment() | ONE_THREAD
-            process = subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-    except OSError as error:
-        raise UniftError(f"cannot start {job.method} seed {job.seed} in {job.folder}: {error}") from error
-    atexit.register(process.terminate)  # run_many may be in a thread that dies with the interpreter
-    return process, offset
-
-
-def _read(folder: Path) -> Result | None:
-    """result.json, with the number of training completions added from the run's settings where it lacks it."""
-    from unift.config.resolve import read_yaml, validate
-    from unift.config.stages import stages
-    from unift.training.run import read_result
-
-    try:
-        result = read_result(folder)
-    except UniftError:  # damaged is not finished: `train` says so when the run is started again
-        return None
-    if result is not None and "completions" not in result and (folder / "config.yaml").is_file():
-        found = stages(validate(read_yaml(folder / "config.yaml")))
-        result["completions"] = sum(s.total * s.rules.train.prompts * s.rules.sample.completions for s in found)
-    return result
-
-
-def _finished(job: Job) -> Result | None:
-    """The result, if this very command brought it. Otherwise ``train`` itself must judge whether the folder fits."""
-    try:
-        same = json.loads((job.folder / COMMAND).read_text()) == job.command
-    except (OSError, json.JSONDecodeError):
-        return None
-    return _read(job.folder) if same else None
-
-
-def _failure(job: Job, code: int, offset: int) -> str:
-    tail = (job.folder / "log.txt").read_bytes()[offset:].decode(errors="replace").strip().splitlines()[-5:]
-    why = f"exit code {code}" if code else "exit code 0, but no result.json"
-    lines = [f"{job.method} seed {job.seed} ({why}), {job.folder / 'log.txt'} ends with:", *(tail or ["(nothing)"])]
-    return "\n    ".join(lines)
-
-
-def _outcome(result: Result) -> str:
-    accuracy = f"{100 * result['test']['accuracy']:.1f} % held-out, " if result.get("test") else ""
-    return f"{accuracy}{result['seconds']:.0f} s"
+__all__ = ["DEFAULT", "Job", "Plan", "RunsFailed", "compare_methods", "run_many", "train_job", "write_report"]
+DEFAULT = "sft,rft,sft-rft,r3,stage,uft"  # methods, where none are named
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison. ``settings``: key=value words for every run. ``budget``: "sampled=2M", "trained=2M" or "seconds=60"."""
+    """A comparison. ``settings``: key=value words for every run. ``budget``: "sampled=2M", "trained=2M" or "seconds=60".
+    ``suite``: problem sets that the base and every run are judged on afterwards."""
 
     methods: Sequence[str]
     seeds: int
@@ -211,6 +31,7 @@ class Plan:
     settings: Sequence[str] = ()
     workers: int = 2
     budget: str | None = None
+    suite: SuitePlan | None = None
 
 
 def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
@@ -220,6 +41,7 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     With a budget, every method's steps are chosen so that one run uses it up (``budget.py``).
     """
     from unift.commands.compare import budget as budgets
+    from unift.commands.settings import of_recipes_task
     from unift.config.packaged import preset_names
     from unift.config.resolve import parse_overrides, resolve
 
@@ -235,10 +57,13 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     if limit and "steps" in over.get("train", {}):
         raise ConfigError("--budget chooses train.steps, which is also set; keep one")
     own: dict[str, list[str]] = {}  # settings of a method
-    configs = {m: resolve(m, recipe=recipe, overrides=over) for m in methods}
+    file = of_recipes_task(recipe, {}, over)
+    configs = {m: resolve(m, recipe=recipe, file=file, overrides=over) for m in methods}
     for config in configs.values():
-        if not (config.data.task or config.data.test):
-            raise ConfigError("a comparison needs held-out rows: set data.test=FILE")
+        if not (config.data.task or config.data.test or plan.suite):
+            raise ConfigError("a comparison needs held-out rows: set data.test=FILE, or name a suite (--suite uft)")
+    if plan.suite:
+        check_suite(plan.suite)
     stop = threading.Event()  # not an exception: that could fall between the birth of a child and its being known
 
     def say(text: str) -> None:
@@ -262,6 +87,7 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
             results, failure = error.results, error
             if not results:
                 raise
+        judged = suites.judge(plan.suite, folder, configs, results, workers, say, stop) if plan.suite else []
     notes = (
         [f"**Not complete: {len(jobs) - len(results)} of {len(jobs)} runs failed and are missing here.**"]
         if failure
@@ -270,7 +96,7 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     notes += [budgets.note(limit, results)] if limit else []
     plot = write_report(folder, results, notes)
     places = [f"plot: {plot}", f"folder: {folder}  (as a page: unift report {folder})"]
-    text = "\n".join([table(results), "", *notes, *reading(results), "", *places])
+    text = "\n".join([table(results), "", *notes, *reading(results), "", *judged, *places])
     if failure:
         say(text)
         raise failure

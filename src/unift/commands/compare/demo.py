@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from unift.commands.compare import END_SECONDS, on_signals, run_many, train_job, write_report
+from unift.commands.compare import write_report
+from unift.commands.compare.jobs import END_SECONDS, on_signals, run_many, train_job
 from unift.commands.compare.table import reading, table
 from unift.commands.display import Live
 from unift.config.sections import Config

@@ -53,7 +53,7 @@ def _rate(
 
 def measure(threads: int) -> Rates:
     """Rates of this machine with so many threads. Leaves torch's settings as they were."""
-    kept, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(threads)
     try:
         linear, draw = torch.nn.functional.linear, torch.Generator().manual_seed(0)
@@ -67,7 +67,7 @@ def measure(threads: int) -> Rates:
         copy = _rate(lambda: block.copy_(other), 2.0 * block.nbytes)
         return Rates(threads, default, onednn, _rate(lambda: linear(xb, wb), operations), few, copy)
     finally:
-        torch.set_num_threads(kept)
+        torch.set_num_threads(before)
         torch.set_float32_matmul_precision(precision)
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import cast
 
-from unift.rows.tasks.answer import PLACES, extract_answer
+from unift.rows.tasks.answer import OPEN, PLACES, extract_answer
 from unift.rows.tasks.base import check_rule
 from unift.types import ConfigError, DataError, Row, Score
 
@@ -36,6 +37,47 @@ def answer_rule(rows: Sequence[Row], setting: str = "auto", rule: str = "unift")
     if accepted[marked] >= ENOUGH * len(_with_solution(rows, "auto")):
         return marked
     return max(PLACES, key=lambda place: accepted[place])
+
+
+def own_endings(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose ending was written for them, with the mark of their own solutions as the ending where there is one: the steps
+    stop before it, so that no hint shows the answer.
+
+    Only if every solution marks an answer and most are right by that mark: rows of several kinds keep the written tags, which
+    are the same for all.
+    """
+    marked = [_marked(row) for row in rows]
+    if not rows or any(found is None for found in marked):
+        return list(rows)
+    kept = [found for found in marked if found is not None]
+    right = sum(_own(row, "auto", place).right for row, place in kept[:TRIED])
+    return [row for row, _ in kept] if right >= ENOUGH * len(kept[:TRIED]) else list(rows)
+
+
+_MARKS = {"tags": OPEN, "hash": "####", "boxed": "\\boxed"}
+
+
+def _marked(row: Row) -> tuple[Row, str] | None:
+    """(the row that ends with the answer as its own steps mark it, the place), or None."""
+    from unift.rows.tasks import get_task, task_names
+
+    if row.task not in task_names() or not get_task(row.task).marked:
+        return None
+    text = "".join(row.steps)
+    for place, sign in _MARKS.items():
+        start = text.rfind(sign)
+        if start < 0 or extract_answer(text[start:], place) is None:
+            continue
+        steps: list[str] = []
+        left = start
+        for step in row.steps:
+            steps += [step[:left]] if left > 0 else []
+            left -= len(step)
+        while steps and not steps[-1].strip():  # white space alone before the mark belongs to it
+            steps.pop()
+        ending = text[len("".join(steps)) :]
+        return (replace(row, steps=tuple(steps), ending=ending), place) if steps else None
+    return None
 
 
 def check_answers(rows: Sequence[Row], function: object, source: str) -> None:

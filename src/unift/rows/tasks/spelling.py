@@ -98,6 +98,8 @@ def spelled(text: str) -> str:
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"\^\s*\{\s*\\circ\s*\}", r"^\\circ ", text)
     text = re.sub(r"\\sqrt\s+(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"(?<![\w\\}])(\w+)\s+choose\s+(\w+)(?!\w)", r"\\binom{\1}{\2}", text)
     text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", r"\\times ", text)
     return text.strip()
 
@@ -111,8 +113,9 @@ def _raised(text: str) -> str:
 
 
 def _unmarked(text: str) -> str:
-    """Without markdown: bold, italics and backticks around a word or a formula, a heading sign, a bullet."""
-    text = re.sub(r"^\s*(?:#{1,6}\s+|>\s+|[-*]\s+(?=[A-Za-z]))", "", text)
+    """Without markdown: bold, italics and backticks around a word or a formula, a heading sign, a bullet. "> 5" stays what it
+    says."""
+    text = re.sub(r"^\s*(?:#{1,6}\s+|[-*]\s+(?=[A-Za-z]))", "", text)
     for _ in range(2):
         text = re.sub(r"```(?:\w+\n)?([^`]*)```|`([^`]*)`", lambda m: m[1] or m[2] or "", text)
         text = re.sub(r"(?<![\w)}\]*])\*\*(?=[^\s*])([^*]*[^\s*])\*\*(?![\w({\[*])", r"\1", text)
@@ -188,20 +191,20 @@ def unit_of(words: str) -> str | None:
     found = _compound(words)
     if found is not None:
         return found
-    plain = words.lower().replace("'", "").replace("-", " ").split()
-    if not 0 < len(plain) <= MAX_WORDS or not all(
-        re.fullmatch(r"[a-z]+", word) and len(word) > 1 or word == "a" for word in plain
+    written = words.lower().replace("'", "").replace("-", " ").split()
+    if not 0 < len(written) <= MAX_WORDS or not all(
+        re.fullmatch(r"[a-z]+", word) and len(word) > 1 or word == "a" for word in written
     ):
         return None
     if (
-        any(word in CHANGING or word in SCALES or word in _MATHEMATICS for word in plain)
-        or len(plain[0]) < 3
-        and plain[0] not in ("of", "in")
+        any(word in CHANGING or word in SCALES or word in _MATHEMATICS for word in written)
+        or len(written[0]) < 3
+        and written[0] not in ("of", "in")
     ):
         return None
-    if not any(re.search("[aeiou]" if len(word) < 4 else "[aeiouy]", word) for word in plain):
+    if not any(re.search("[aeiou]" if len(word) < 4 else "[aeiouy]", word) for word in written):
         return None
-    first = _compound(plain[0])
+    first = _compound(written[0])
     return first if first is not None else ""
 
 

@@ -7,6 +7,7 @@ process do) or seed a sampler of its own; either way the same address gives the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -77,6 +78,10 @@ class Engine(Protocol):
         """
         ...
 
+    def sampling(self) -> AbstractContextManager[None]:
+        """Around one stretch of sampling, in which weights that are sharded over the processes are whole. Collective."""
+        ...
+
     def generate(
         self, requests: Sequence[Request], max_tokens: int, temperature: float = 1.0, watch: Watch = unwatched
     ) -> list[list[Sample]]:
@@ -101,6 +106,9 @@ class InProcess:
 
     def sync(self, policy: Policy, version: Callable[[], str]) -> None:
         self.policy = policy
+
+    def sampling(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.policy is None else self.policy.whole()
 
     def generate(
         self, requests: Sequence[Request], max_tokens: int, temperature: float = 1.0, watch: Watch = unwatched

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,21 +80,25 @@ class VLLM:
 
     def sync(self, policy: Policy, version: Callable[[], str]) -> None:
         self.ends, self.barred = policy.end_ids, _barred(policy)
-        weights = served.state(policy)
-        self.version = processes.lead(
-            "the weights of the server", lambda: self._bring(weights, f"{self.own}-{version()}")
-        )
+        wanted = f"{self.own}-{version()}"
+        with policy.whole():
+            self.version = processes.lead(
+                "the weights of the server", lambda: self._bring(lambda: served.state(policy), wanted)
+            )
 
-    def _bring(self, weights: Mapping[str, Tensor], version: str) -> str:
+    def sampling(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _bring(self, state: Callable[[], Mapping[str, Tensor]], version: str) -> str:
         """The server has these weights under this version, or EngineError."""
         if self._has() == version:
             return version
         if self.transfer == "nccl":
             from unift.sampling.engines import transfer
 
-            transfer.send(self.server, weights)
+            transfer.send(self.server, state())
         else:
-            self._reload(weights, version)
+            self._reload(state(), version)
         self._forget()
         self.server.ask(Call("took the version of its weights", "/update_weight_version", {"new_version": version}))
         found = self._has()

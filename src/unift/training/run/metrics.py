@@ -67,7 +67,7 @@ def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    kept = []
+    records = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -85,12 +85,12 @@ def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
                 f"{record!r:.40}. Delete the line, or use another run folder"
             )
         if up_to is None or record["step"] <= up_to:
-            kept.append(record)
-    return kept
+            records.append(record)
+    return records
 
 
 def rewind_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     """Forget what was logged after ``step``: those steps run again."""
-    kept = read_metrics(path, step)
-    write_atomic(path, "".join(json.dumps(r) + "\n" for r in kept))
-    return kept
+    records = read_metrics(path, step)
+    write_atomic(path, "".join(json.dumps(r) + "\n" for r in records))
+    return records
