@@ -47,6 +47,7 @@ def one_step(run: Run, moment: Moment, state: State) -> Metrics:
         lr=update.learning_rate(rules.train, moment.within, moment.stage.total),
         measure=bool(run.config.log.gradients_every) and moment.step % run.config.log.gradients_every == 0,
         dump=_dump(run.folder, moment.step),
+        engine=run.config.engine,
     )
     parts = [update.apply(run.policy, state.optimizer, packs, rules, order) for packs in updates]
     clock.lap("update")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unift import processes
 from unift.config import words
-from unift.config.sections import Rules, Train
+from unift.config.sections import Engine, Rules, Train
 from unift.model import critic, precision
 from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, PackedBatch, cut, pack
@@ -22,7 +22,7 @@ from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.objectives import loss as objectives
 from unift.objectives.weights import weigh
-from unift.training import gradients
+from unift.training import gradients, sampler_gap
 from unift.types import NonFiniteError
 
 
@@ -94,12 +94,13 @@ def _with_inputs(policy: Policy, packs: Sequence[tuple[PackedBatch, list[Item]]]
 
 @dataclass(frozen=True)
 class Order:
-    """What an update is told: its learning rate, whether to take both streams' gradients apart and measure them, and the
-    file that its packs go to if something is not finite."""
+    """What an update is told: its learning rate, whether to take both streams' gradients apart and measure them, the file
+    that its packs go to if something is not finite, and what to do where sampler and trainer differ."""
 
     lr: float
     measure: bool
     dump: Path
+    engine: Engine = Engine()
 
 
 @dataclass
@@ -161,7 +162,7 @@ def apply(
     optimizer.zero_grad(set_to_none=True)
     for batch in packs:
         l_S, entropy_S, v_S = outputs_of(policy, batch, rules)
-        losses = {} if batch.filler else losses_of(l_S, entropy_S, v_S, batch, rules)
+        losses = {} if batch.filler else losses_of(l_S, entropy_S, v_S, batch, rules, order.engine)
         loss = sum(float(losses[n].detach()) for n in gradients.STREAMS if losses)
         wrong = wrong or ("" if math.isfinite(loss) else f"the loss is {loss}")
         gradients.backward(parameters, losses, [l_S] if v_S is None else [l_S, v_S], streams)
@@ -173,6 +174,7 @@ def apply(
     tally.supervised = sum(len(b.target_S) for b in real)
     _judge(processes.gather("the losses of an update", wrong), packs, order.dump)
     tally.over_processes()
+    sampler_gap.check(tally.gap / max(tally.tokens, 1.0), order.engine)
     gradients.gather(policy, streams)
     norm, wrong = gradients.clipped(policy, rules.train.clip_norm)
     if wrong:
@@ -194,12 +196,13 @@ def outputs_of(policy: Policy, batch: PackedBatch, rules: Rules) -> tuple[Tensor
 
 
 def losses_of(
-    l_S: Tensor, entropy_S: Tensor, v_S: Tensor | None, batch: PackedBatch, rules: Rules
+    l_S: Tensor, entropy_S: Tensor, v_S: Tensor | None, batch: PackedBatch, rules: Rules, engine: Engine
 ) -> dict[str, Tensor]:
     """Losses of both streams; the critic's loss is a part of the policy stream's."""
     with_entropy = entropy_S if rules.policy.entropy or rules.policy.off_policy_top < 1 else None
     kl = rules.reference
-    losses = objectives.losses(l_S, with_entropy, batch, rules.policy, kl.estimator, rules.likelihood, kl.clamp)
+    weighed = sampler_gap.corrected(batch, l_S, engine)
+    losses = objectives.losses(l_S, with_entropy, weighed, rules.policy, kl.estimator, rules.likelihood, kl.clamp)
     if v_S is not None:
         losses["value"] = rules.credit.value_weight * objectives.value_loss(v_S, batch, rules.credit.value_clip)
         losses["policy"] = losses["policy"] + losses["value"]
