@@ -143,6 +143,7 @@ def _count(run: Run, groups: Sequence[Group]) -> None:
     """Count outcomes and tokens; a sample whose scorer failed takes no further part."""
     for name, n in count_outcomes(groups).items():
         run.progress.scored[name] += n
+    run.progress.completions += sum(len(g.samples) for g in groups)
     run.progress.tokens_sampled += _sampled_tokens(groups)
     for group in groups:
         group.samples = [s for s in group.samples if s.score is not None]

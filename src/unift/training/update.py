@@ -26,7 +26,7 @@ from unift.training import gradients, sampler_gap
 from unift.types import NonFiniteError
 
 
-def learning_rate(train: Train, step: int, steps: int) -> float:
+def learning_rate(train: Train, step: float, steps: int) -> float:
     """Linear warm-up, then constant, cosine or linear decay to 0 over the phase. ``step`` counts from 0."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup

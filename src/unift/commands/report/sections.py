@@ -221,7 +221,7 @@ def _line(
 
 
 def _chart(run: RunData, title: str, lines: Sequence[Line], **options: Any) -> Html | None:
-    marks = [stage.start for stage in stages(run.config)[1:]] if run.config else []
+    marks = [stage.start for stage in stages(run.config)[1:]] if run.config and not run.config.train.budget else []
     return chart(title, lines, total=run.total, marks=marks, **options)
 
 
