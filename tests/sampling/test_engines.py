@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 
 import numpy as np
@@ -10,16 +11,24 @@ import pytest
 import torch
 from fake_vllm import Fake
 
+from unift.commands import serve
+from unift.commands.doctor import engine as doctor
 from unift.config.resolve import resolve
 from unift.config.surroundings import Engine as Settings
 from unift.config.surroundings import Model
 from unift.model.load import load_policy
+from unift.model.logprobs import logprobs
+from unift.model.packs import COMPLETION, Item, Member, pack
+from unift.objectives.weights import weigh
+from unift.rows import dataset
 from unift.rows.tasks import make_rows
 from unift.sampling.engines.base import Draws, Request
 from unift.sampling.engines.choose import open_engine
 from unift.sampling.groups import completed
 from unift.training.loop import train
 from unift.training.run.checkpoint import fingerprint
+from unift.training.sampler_gap import check
+from unift.training.update import losses_of
 from unift.types import ConfigError, EngineError
 
 TIMEOUT = 2.0
@@ -210,3 +219,86 @@ def test_a_run_goes_on_after_its_server_died(tmp_path):
     same = ("reward", "loss", "grad/norm", GAP)
     for one, other in zip(metrics(tmp_path / "run"), metrics(tmp_path / "usual"), strict=True):
         assert [one[k] for k in same] == [other[k] for k in same]
+
+
+# ---------------------------------------------------------------------------------------------- the gap
+
+
+@pytest.mark.parametrize("cap", [2.0, 0.9])
+def test_truncated_importance_weights_from_tokens_to_gradient(policy, cap):
+    """e_t = min(p / q, cap) A / Z of every sampled token, with p by the model's own forward in float64 and q as recorded; hint and
+    demonstration are as they were."""
+    base = load_policy(Model(path="embedded:lock", device="cpu", dtype="float64", forward="plain")).base
+    prompt, hint, members, scores = [5, 6, 7], [8, 9], [[10, 11, 12], [13, 14]], (1.0, -0.5)
+    apart = [[0.3, -0.2, 1.5], [-0.9, 0.8]]  # log p - log q
+    own = []
+    for tokens in members:
+        with torch.no_grad():
+            logits = base(input_ids=torch.tensor([prompt + hint + tokens])).logits[0].double()
+        own.append(torch.log_softmax(logits[4:-1], -1)[range(len(tokens)), tokens].tolist())
+    recorded = [[p - d for p, d in zip(*pair, strict=True)] for pair in zip(own, apart, strict=True)]
+    rules = resolve(recipe="lock", method="uft", overrides={"reference": {"kl": 0.0}})
+    parts = zip(members, scores, recorded, strict=True)
+    items = [Item(prompt, hint, [Member(t, COMPLETION, a, q) for t, a, q in parts])]
+    batch = pack(items, [0], weigh(items, rules), rules)
+    l_S = logprobs(policy, batch)[0].detach().requires_grad_()
+    made = losses_of(l_S, torch.zeros_like(l_S), None, batch, rules, Settings(gap="correct", cap=cap))
+    (e_S,) = torch.autograd.grad(-made["policy"], l_S)
+    expected = [min(math.exp(d), cap) * a / 5 for a, ds in zip(scores, apart, strict=True) for d in ds]
+    own_S = batch.role_S == COMPLETION
+    assert np.allclose(e_S[own_S], expected, rtol=1e-4) and not bool(e_S[~own_S].any())
+    free = losses_of(l_S, torch.zeros_like(l_S), None, batch, rules, Settings())
+    assert torch.equal(free["likelihood"], made["likelihood"]) and not torch.equal(free["policy"], made["policy"])
+
+
+def test_gap_says_or_stops(policy):
+    check(0.1, Settings(gap="fail"))
+    check(9.0, Settings(gap="correct"))
+    with pytest.warns(RuntimeWarning, match="differ by more than engine.gap_limit=0.1"):
+        check(0.11, Settings())
+    with pytest.raises(EngineError, match="differ by 0.11 nats"):
+        check(0.11, Settings(gap="fail"))
+    with pytest.raises(ConfigError, match="engine.gap=correct weighs tokens one by one"):
+        resolve(recipe="lock", method="dpo", overrides={"engine": {"gap": "correct"}})
+
+
+# ---------------------------------------------------------------------------------------------- serve, doctor
+
+
+def test_doctor_tries_the_pair(policy, tmp_path):
+    for mode, ok in (("", True), ("keeps weights", False), ("keeps head", False)):
+        with Fake(tmp_path / f"served {mode}", mode) as fake:
+            run = config(tmp_path, fake, engine={"gap_limit": 1e-3})
+            data = dataset.encode(policy.tokenizer, dataset.load(run, None), run)
+            found = doctor.check(run, policy.tokenizer, data)
+        assert found.ok is ok, found.text
+
+
+def test_the_line_of_serve(tmp_path, capsys):
+    """It is printed and nothing written; each flag that a run depends on is in it."""
+    from unift.commands.cli import app
+
+    folder = tmp_path / "served"
+    words = [
+        "serve",
+        "embedded:lock",
+        "--python",
+        "/x/python",
+        "--length",
+        "96",
+        "--cpu",
+        "--print",
+        "--folder",
+        str(folder),
+    ]
+    app(words, standalone_mode=False)
+    line = " ".join(capsys.readouterr().out.split())
+    assert line.startswith("VLLM_SERVER_DEV_MODE=1 ") and "/x/python -m vllm.entrypoints.openai.api_server" in line
+    for flag in ("--max-model-len 96", "--logprobs-mode processed_logprobs", "--enable-scale-out", "--host 127.0.0.1",
+                 "--generation-config vllm", "--no-enable-chunked-prefill --max-num-batched-tokens 96"):  # fmt: skip
+        assert flag in line
+    assert not folder.exists()
+    with pytest.raises(ConfigError, match="heads of 16 numbers"):
+        serve.make_folder(serve.Order("embedded:lock", folder, "python", 96, 8, 8000, "float32", True, False))
+    with pytest.raises(ConfigError, match="is no interpreter"):
+        serve.start(serve.Order("embedded:lock", folder, "/nowhere/python", 96, 8, 8000, "float32", False, False))

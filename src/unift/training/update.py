@@ -116,6 +116,7 @@ class Tally:
     clipped_low: float = 0.0
     clipped_high: float = 0.0
     gap: float = 0.0  # |log-prob here - log-prob when sampled|
+    importance: float = 0.0  # weights of sampled tokens, where engine.gap corrects
     forwarded: float = 0.0
     supervised: float = 0.0
     worst_gap: float = 0.0  # the largest
@@ -169,6 +170,9 @@ def apply(
         if losses:
             with torch.no_grad():
                 tally.see(losses, l_S, entropy_S, batch, rules)
+                if order.engine.gap == "correct":
+                    own_S = batch.role_S == COMPLETION
+                    tally.importance += float(sampler_gap.importance(batch, l_S, order.engine.cap)[own_S].sum())
     real = [b for b in packs if not b.filler]
     tally.forwarded = sum(policy.tokens_forwarded(b) for b in real)
     tally.supervised = sum(len(b.target_S) for b in real)
@@ -222,6 +226,8 @@ def _metrics(tally: Tally, policy: Policy, rules: Rules) -> dict[str, float]:
         metrics["entropy"] = tally.entropy / seen
         metrics["sampling/sampling_logp_difference/mean"] = tally.gap / seen
         metrics["sampling/sampling_logp_difference/max"] = tally.worst_gap
+        if tally.importance:
+            metrics["sampling/importance_sampling_ratio/mean"] = tally.importance / seen
         metrics["clip_ratio/low_mean"] = tally.clipped_low / seen
         metrics["clip_ratio/high_mean"] = tally.clipped_high / seen
         if rules.reference.kl and not words.INTOS[rules.reference.into].reward:

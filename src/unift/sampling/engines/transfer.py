@@ -1,7 +1,7 @@
 """Weights from the trainer's GPU to those of a vLLM server over NCCL, by vLLM's own weight transfer.
 
-Not tested: written against the interface of vLLM 0.32, which must be installed beside unift for it, and no GPU was at hand.
-The server is started with ``--weight-transfer-config '{"backend": "nccl"}'`` (`unift serve engine.transfer=nccl`).
+Not tested on a GPU: written against the interface of vLLM 0.32, which must be installed beside unift for it. The server is
+started with ``--weight-transfer-config '{"backend": "nccl"}'`` (`unift serve --nccl`).
 """
 
 from __future__ import annotations
