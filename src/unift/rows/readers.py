@@ -93,7 +93,13 @@ def open_rows(
         marked = all_marked(row for row, written in found() if written)
         yield from (with_own_ending(row) if written and marked else row for row, written in found())
 
-    kept = store.stored(source, [format, split, limit, path.startswith("hf:")], rows, path)
+    kept = store.stored(
+        source,
+        [format, split, limit, path.startswith("hf:")],
+        rows,
+        path,
+        source.suffix in (".jsonl", ".ndjson", ".gz"),
+    )
     if kept is None or not len(kept):
         return read_rows(path, format=format, split=split, limit=limit, need_steps=need_steps)
     if need_steps and kept.facts.without_steps is not None:

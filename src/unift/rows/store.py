@@ -108,11 +108,14 @@ def digest_row(digest: Any, row: Row) -> None:
     digest.update(json.dumps([row.id, row.prompt, row.steps, row.ending, row.answer], default=str).encode())
 
 
-def stored(source: Path, settings: Sequence[Any], rows: Callable[[], Iterable[Row]], name: str) -> StoredRows | None:
+def stored(
+    source: Path, settings: Sequence[Any], rows: Callable[[], Iterable[Row]], name: str, is_json: bool = False
+) -> StoredRows | None:
     """The rows of ``source``, from the cache, or read by ``rows`` and put there. None where JSON cannot hold them as they are
     (times, bytes, tuples in a column), so that they must be read into memory.
 
-    settings: whatever else decides what is read. name: of the source, for messages. Raises DataError as reading does.
+    settings: whatever else decides what is read. name: of the source, for messages. is_json: what the source holds
+    is JSON, so that every row survives. Raises DataError as reading does.
     """
     folder = cache() / _key(source, settings)
     if not (folder / "facts.json").is_file():
@@ -121,7 +124,7 @@ def stored(source: Path, settings: Sequence[Any], rows: Callable[[], Iterable[Ro
             temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             try:
-                if not _build(temporary, rows(), name):
+                if not _build(temporary, rows(), name, is_json):
                     return None
                 try:
                     publish_folder(temporary, folder)
@@ -165,7 +168,7 @@ def _unpacked(text: str) -> Row:
 # ---------------------------------------------------------------------------------------------- the pass
 
 
-def _build(folder: Path, rows: Iterable[Row], name: str) -> bool:
+def _build(folder: Path, rows: Iterable[Row], name: str, is_json: bool) -> bool:
     """Write the three files. False where a row does not survive being written."""
     import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
 
@@ -174,7 +177,7 @@ def _build(folder: Path, rows: Iterable[Row], name: str) -> bool:
     schema = arrow.schema([("row", arrow.large_string())])
     try:
         with arrow.OSFile(str(folder / "rows.arrow"), "wb") as sink, arrow.ipc.new_file(sink, schema) as writer:
-            for texts in _batches(seen.look(rows)):
+            for texts in _batches(seen.look(rows, is_json)):
                 writer.write_batch(arrow.record_batch([arrow.array(texts, arrow.large_string())], schema=schema))
     except _Unfit:
         return False
@@ -217,7 +220,7 @@ class _Seen:
         self.tasks, self.columns = set[str](), set[str]()
         self.longest: list[tuple[int, int]] = []  # a heap of (characters, index)
 
-    def look(self, rows: Iterable[Row]) -> Iterator[str]:
+    def look(self, rows: Iterable[Row], is_json: bool) -> Iterator[str]:
         from unift.rows.inspect import canonical
 
         for index, row in enumerate(rows):
@@ -226,7 +229,9 @@ class _Seen:
                 text = _packed(row)
             except (TypeError, ValueError):
                 raise _Unfit from None
-            if (back := _unpacked(text)) != row and repr(back) != repr(row):  # repr: NaN is unequal to itself
+            if (
+                not is_json and (back := _unpacked(text)) != row and repr(back) != repr(row)
+            ):  # repr: NaN is unequal to itself
                 raise _Unfit
             digest_row(self.digest, row)
             self.ids.append(problem_hash(row.id))
