@@ -26,7 +26,7 @@ from unift.config.stages import Moment, Stage, longest, stages
 from unift.files import write_atomic, writing
 from unift.model import critic
 from unift.model.limits import check_positions, longest_context, use_threads
-from unift.model.load import load_policy, load_tokenizer, pick_device, save_pretrained
+from unift.model.load import load_policy, load_tokenizer, pick_device, save_adapter, save_pretrained
 from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.rewards import open_scorer
@@ -228,6 +228,7 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
     def write() -> None:
         with writing("the final model", run.folder):
             save_pretrained(run.policy, run.folder / "model")
+            save_adapter(run.policy, config.model, run.folder / "adapter")
         write_result(run.folder, result)
 
     with run.policy.whole():
