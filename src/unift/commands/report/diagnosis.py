@@ -70,7 +70,10 @@ def verdict(run: RunData) -> tuple[str, str]:
     now, base = latest(run), run.base
     if now and base:
         after, step = now
-        change = f"{percent(base['accuracy'])} before, {percent(after['accuracy'])} at step {step:,}"
+        gain = 100 * (after["accuracy"] - base["accuracy"])
+        change = (
+            f"{percent(base['accuracy'])} before, {percent(after['accuracy'])} at step {step:,}, {gain:+.1f} points"
+        )
         if after["low"] > base["high"]:
             return GOOD, f"Yes: held-out accuracy without hints is beyond the base's interval ({change})."
         if after["high"] < base["low"]:
