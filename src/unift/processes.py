@@ -8,13 +8,16 @@ a process that fails tells the others why before it leaves.
 
 from __future__ import annotations
 
+import gc
 import os
+import platform
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from unift.types import ConfigError, UniftError
@@ -25,10 +28,13 @@ T = TypeVar("T")
 WAIT_SECONDS = float(os.environ.get("UNIFT_WAIT_SECONDS", "1800"))  # for the slowest of the others
 BUCKET_BYTES = 64 << 20  # gradients are summed in flat buffers of about this size
 PARENT = "UNIFT_PARENT"  # process id, in the environment of a run that ends with the process that started it
-END_SECONDS = 10.0  # for a process to end when asked
+END_SECONDS = 10.0  # for a process to end, or to answer, when asked
 FAILED = "unift/failed"  # key of the first failure in the store that all processes see
+BEAT = "unift/beat"  # keys of the signs of life there
+BEAT_SECONDS = 1.0  # between two signs of life of a process; three of them missing and it counts as gone
 
 _store: Any = None
+_doing = "starting"  # what this process does, for the others' messages
 
 
 def size() -> int:
@@ -59,9 +65,8 @@ def label() -> str:
 def alone(what: str) -> None:
     """Refuse to run ``what`` under a launcher: every process would do all of it."""
     if size() > 1:
-        raise ConfigError(
-            f"{what} starts processes of its own; found {size()} of a launcher. Run it without the launcher"
-        )
+        found = f"{what} starts processes of its own; found {size()} of a launcher"
+        raise ConfigError(f"{found}. Run it without the launcher")
 
 
 # ---------------------------------------------------------------------------------------------- parent and child
@@ -104,67 +109,180 @@ def joined(cuda: bool = False) -> Generator[None, None, None]:
         return
     import torch
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
     own = not dist.is_initialized()
     if cuda:
         torch.cuda.set_device(local_rank())
     if own:
-        deadline = timedelta(seconds=WAIT_SECONDS)
+        # Its functions have the process group as a default value if there is one when they are defined: then the group
+        # outlives its end, and a thread of it that lets go of a tensor aborts the process while Python is shut down.
+        import torch.distributed.nn.functional  # pyright: ignore[reportUnusedImport]
+
+        _meet(cuda)
+    with _signs_of_life():
         try:
-            _store, number, total = next(iter(rendezvous("env://", timeout=deadline)))
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, store=_store, rank=number, world_size=total, timeout=deadline)
-        except (RuntimeError, ValueError) as error:
-            raise UniftError(
-                f"process {rank()} did not meet the other {size() - 1} within {WAIT_SECONDS:g} s: {error}"
-            ) from error
+            yield
+        except BaseException as error:
+            _tell(error)  # and leave without farewell: the others must notice
+            if own and not cuda:  # NCCL would wait for what the others have not begun
+                _part()
+            raise
+        if own:
+            gather("the end of the run", None)
+            _part()
+
+
+def _meet(cuda: bool) -> None:
+    global _store
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
+
+    deadline = timedelta(seconds=WAIT_SECONDS)
     try:
-        yield
-    except BaseException as error:
-        _tell(error)  # and leave without farewell: the others must notice
-        raise
-    if own:
-        gather("the end of the run", None)
-        dist.destroy_process_group()
-        _store = None
+        store, number, total = next(iter(rendezvous("env://", timeout=deadline)))
+        # A launcher that starts all anew after a failure may keep its store, with the addresses of those that are gone.
+        _store = PrefixStore(f"unift/attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=_store, rank=number, world_size=total, timeout=deadline)
+    except (RuntimeError, ValueError) as error:
+        raise UniftError(
+            f"process {rank()} did not meet the other {size() - 1} in {WAIT_SECONDS:g} s: {error}"
+        ) from error
 
 
-def _tell(error: BaseException) -> None:
-    if _store is None:
-        return
-    text = str(error) if isinstance(error, UniftError) else f"{type(error).__name__}: {error}"
-    try:
-        _store.compare_set(FAILED, "", f"{label()}{text}")  # the first failure is the cause of the others
-    except RuntimeError:  # the store went with the process that kept it
-        pass
+def _part() -> None:
+    """End the process group, with its threads."""
+    global _store
+    import torch.distributed as dist
 
-
-def _told() -> str:
-    try:
-        return _store.get(FAILED).decode() if _store is not None and _store.check([FAILED]) else ""
-    except RuntimeError:
-        return ""
+    dist.destroy_process_group()
+    gc.collect()  # what lies in a circle may hold the group
+    _store = None
 
 
 @contextmanager
-def _waiting(what: str) -> Generator[None, None, None]:
-    began = time.monotonic()
+def _signs_of_life() -> Generator[None, None, None]:
+    """While the block runs, the other processes can see that this one is there, and what it does."""
+    if _store is None:
+        yield
+        return
+    store, ended = _store.clone(), threading.Event()  # a connection of its own
+
+    def beat() -> None:
+        with suppress(RuntimeError):  # the store is gone, which the next exchange says better
+            for number in count():
+                store.set(f"{BEAT}/{rank()}", f"{number}|{os.getpid()} on {platform.node()}|{_doing}")
+                if ended.wait(BEAT_SECONDS):
+                    return
+
+    thread = threading.Thread(target=beat, name="unift: sign of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(BEAT_SECONDS)
+
+
+def _beats(store: Any) -> dict[int, tuple[str, str, str]]:
+    """Of every other process that is known: number of its last sign of life, process id and machine, what it does."""
+    known = [n for n in range(size()) if n != rank() and store.check([f"{BEAT}/{n}"])]
+    signs = {n: store.get(f"{BEAT}/{n}").decode().split("|", 2) for n in known}
+    return {n: (number, where, doing) for n, (number, where, doing) in signs.items()}
+
+
+def _roll_call() -> tuple[list[str], list[str]]:
+    """(processes without a sign of life, what each of the others does), in words. Takes three beats."""
+    before = _in_time(_beats)
+    if before is not None:
+        time.sleep(3 * BEAT_SECONDS)
+    after = _in_time(_beats)
+    if before is None or after is None:
+        return (["process 0, which keeps the addresses of all,"] if rank() else []), []
+    gone = [f"process {n} ({after[n][1]})" for n in after if n in before and after[n][0] == before[n][0]]
+    gone += [f"process {n}" for n in range(size()) if n != rank() and n not in after]
+    there = [f"process {n} {after[n][2]}" for n in after if n not in before or after[n][0] != before[n][0]]
+    return gone, there
+
+
+def _in_time(ask: Callable[[Any], T]) -> T | None:
+    """The store's answer. None where it is gone, or silent because its process is stopped: it is not asked again."""
+    global _store
+    store, answers = _store, list[T]()
+
+    def asked() -> None:
+        with suppress(RuntimeError):
+            answers.append(ask(store))
+
+    if store is not None:
+        asking = threading.Thread(target=asked, name="unift: store", daemon=True)
+        asking.start()
+        asking.join(END_SECONDS)
+    if not answers:
+        _store = None
+    return answers[0] if answers else None
+
+
+def _tell(error: BaseException) -> None:
+    text = label() + (str(error) if isinstance(error, UniftError) else f"{type(error).__name__}: {error}")
+    _in_time(lambda store: store.compare_set(FAILED, "", text))  # the first failure is the cause of the others
+
+
+def _told() -> str:
+    return _in_time(lambda store: store.get(FAILED).decode() if store.check([FAILED]) else "") or ""
+
+
+@contextmanager
+def _waiting(what: str, ours: Callable[[RuntimeError], bool] = lambda error: True) -> Generator[None, None, None]:
+    """``ours``: whether an error comes from the exchange."""
+    global _doing
+    began, _doing = time.monotonic(), f"waits at {what}"
     try:
         yield
     except RuntimeError as error:
-        cause, waited = _told(), time.monotonic() - began
-        if cause:
-            raise UniftError(f"another process ended the run. {cause}") from error
-        if waited > 0.9 * WAIT_SECONDS:
-            raise UniftError(
-                f"waited {waited:.0f} s for the other processes at {what}: one of them hangs, or is that much slower. "
-                "UNIFT_WAIT_SECONDS sets the deadline. The same command continues from the last checkpoint"
-            ) from error
-        raise UniftError(
-            f"another process was gone at {what}. Its own message, if it had time for one, is above; the same command "
-            f"continues from the last checkpoint ({str(error).splitlines()[0]})"
-        ) from error
+        if not ours(error):
+            raise
+        waited = time.monotonic() - began
+        raise UniftError(_why(what, waited, str(error).splitlines()[0])) from error
+    _doing = f"works on what follows {what}"
+
+
+def _why(what: str, waited: float, said: str) -> str:
+    """One line on an exchange that failed: the cause that another process told, or who is missing."""
+    cause = _told()
+    gone, there = _roll_call() if not cause else ([], [])
+    again = "The same command continues from the last checkpoint"
+    if gone:
+        missing = f"{' and '.join(gone)} gave no sign of life: killed, stopped, or its machine is gone"
+        return f"waited {waited:.0f} s for the other processes at {what}: {missing}. {again}"
+    cause = cause or _told()  # meanwhile
+    if cause:
+        return f"another process ended the run. {cause}"
+    if waited > 0.9 * WAIT_SECONDS:
+        return (
+            f"waited {waited:.0f} s for the other processes at {what}, and one of them hangs, or is that much slower: "
+            f"{'; '.join(there)}. UNIFT_WAIT_SECONDS sets the deadline. {again}"
+        )
+    return f"the connection to another process broke at {what} ({said}). {again}"
+
+
+@contextmanager
+def exchanging(what: str) -> Generator[None, None, None]:
+    """Work in which a library exchanges tensors with the other processes: its failure gets the same words as one of ours,
+    everything else that goes wrong in the block stays what it is."""
+    if size() == 1:
+        yield
+        return
+    with _waiting(what, _of_the_network):
+        yield
+
+
+def _of_the_network(error: RuntimeError) -> bool:
+    """Is it an exchange that failed? gloo raises plain RuntimeErrors that name one of its files."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error) or "gloo::" in str(error)
 
 
 # ---------------------------------------------------------------------------------------------- exchanging
@@ -179,8 +297,7 @@ def gather(what: str, value: T) -> list[T]:
     values: list[Any] = [None] * size()
     with _waiting(what):
         dist.all_gather_object(values, value)  # pyright: ignore[reportUnknownMemberType]
-    values[rank()] = value
-    return values
+    return [*values[: rank()], value, *values[rank() + 1 :]]
 
 
 def lead(what: str, do: Callable[[], T]) -> T:

@@ -15,8 +15,9 @@ import pytest
 
 import unift
 from unift.commands import api
+from unift.rows.inspect import write_rows
 from unift.rows.tasks import make_rows
-from unift.types import ConfigError, DataError, Row
+from unift.types import ConfigError, DataError, Row, UniftError
 
 SMALL = {"train.prompts": 2, "sample.max_tokens": 16, "sample.completions": 4, "threads": 1, "eval.every": 0}
 
@@ -184,6 +185,44 @@ def test_a_recipe_with_rows_of_its_own_task(tmp_path):
     foreign = [{"prompt": "1 + 1 =", "steps": [" 2"], "answer": "2", "task": "math"}]
     with pytest.raises(ConfigError, match="pass model=FOLDER"):
         unift.train(train=foreign, run=tmp_path / "other", **settings)
+
+
+@pytest.mark.parametrize("method", ["train", "compare"])
+def test_a_file_of_a_recipes_own_task(tmp_path, method):
+    """A file is taken as rows that are handed over are, by every verb; the recipe's model is no other's."""
+    own, foreign = tmp_path / "own.jsonl", tmp_path / "foreign.jsonl"
+    write_rows([*unift.load_rows(mappings(6))], own)
+    foreign.write_text(json.dumps({"prompt": "1 + 1 =", "steps": [" 2"], "answer": "2", "task": "math"}) + "\n")
+    settings = SMALL | {"train.steps": 1, "recipe": "lock"}
+    if method == "train":
+        cli = [f"data.train={own}", "data.task=null", "--recipe", "lock", "--dry-run"]
+        shown = subprocess.run([sys.executable, "-m", "unift", "train", *cli], capture_output=True, text=True)
+        assert shown.returncode == 0 and "path: embedded:lock" in shown.stdout, shown.stderr
+        with pytest.raises(ConfigError, match="without model.path"):
+            unift.train(train=foreign, run=tmp_path / "run", **settings)
+        with pytest.raises(DataError, match="no such file"):
+            unift.train(train=tmp_path / "none.jsonl", run=tmp_path / "run", **settings)
+    else:
+        found = unift.compare(
+            "rft", train=own, test=mappings(4, "test"), seeds=1, workers=1, run=tmp_path / "runs", **settings
+        )
+        assert found.run("rft").config.model.path == "embedded:lock"
+        with pytest.raises(ConfigError, match="without model.path"):
+            unift.compare("rft", train=foreign, test=mappings(4, "test"), seeds=1, run=tmp_path / "runs", **settings)
+
+
+def test_rollouts_that_were_not_kept(tmp_path):
+    """The recipe of the demo keeps none: the error says which setting does."""
+    settings = SMALL | {"train.steps": 1, "quiet": True, "recipe": "lock", "train": mappings(6)}
+    run = unift.train("rft", run=tmp_path / "rft", **settings)
+    with pytest.raises(UniftError, match="save.rollouts=false; train into another folder with save.rollouts=true"):
+        run.rollouts(1)
+    with pytest.raises(UniftError, match="steps count from 1, and the run has made 1"):
+        run.rollouts(2)
+    settings |= {"save.rollouts": True, "sample.completions": 0}
+    kept = unift.train("sft", run=tmp_path / "sft", **settings)
+    with pytest.raises(UniftError, match="'sft' samples nothing"):
+        kept.rollouts(1)
 
 
 def test_rows_that_were_handed_over_are_asked_for_again(tmp_path):

@@ -86,6 +86,14 @@ def test_other_files(folder, monkeypatch, capsys, name, text):
         assert f"{folder / name} " in said and len(said.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("text", ["{}", '{"data": 3}'])
+def test_an_environment_without_the_fingerprint_of_the_rows(folder, monkeypatch, capsys, text):
+    """The rows are not to blame."""
+    (folder / "environment.json").write_text(text)
+    code, said = command(monkeypatch, capsys, *WORDS, "--run", folder)
+    assert code == 2 and "environment.json holds no fingerprint of the training rows: the run folder is damaged" in said
+
+
 @pytest.mark.parametrize("line", ["[1]", "3", '{"reward": 1}', '{"step": "one"}', '{"step": true}'])
 def test_metrics_that_are_none(folder, monkeypatch, capsys, line):
     path = folder / "metrics.jsonl"

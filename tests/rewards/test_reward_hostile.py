@@ -195,6 +195,16 @@ def test_honest_records_are_read() -> None:
         read_record(line, NONCE, Ready, Unloadable)
 
 
+def test_half_a_surrogate_pair_reaches_no_file():
+    """JSON can spell it, UTF-8 cannot: rollouts and logs could not be written."""
+    bad = chr(92) + "ud800"
+    line = f'["{NONCE}", "score", 0.5, true, {{"a{bad}": 1.0}}, "n{bad}", 0]'.encode()
+    assert read_record(line, NONCE, Scored) == Scored(Score(0.5, True, {"a?": 1.0}, "n?"), 0)
+    assert read_record(f'["{NONCE}", "unloadable", "{bad}"]'.encode(), NONCE, Unloadable) == Unloadable("?")
+    failed = read_record(f'["{NONCE}", "exception", "m{bad}", 0]'.encode(), NONCE, Scored)
+    assert failed == Scored(ScoreError("exception", "m?"), 0)
+
+
 @pytest.mark.parametrize(
     "rest",
     [

@@ -128,6 +128,9 @@ def test_inspect_is_short(data_folder):
     shown = inspect(read_rows(str(data_folder / "logic" / "train.parquet"), limit=300))
     assert len(shown["steps per row (min, median, max)"]) == 3
     assert inspect(make_rows("lock", 5, 0, "train"))["steps per row"] == {5: 5}
+    lacking = [{"prompt": "a"}, {"prompt": "b", "answer": "1"}, {"prompt": "c", "steps": ["2"], "answer": 0}]
+    found = inspect(rows_of(lacking, need_steps=False))
+    assert (found["without answer"], found["without solution"]) == (1, 2)  # 0 is an answer
 
 
 @pytest.mark.parametrize(
@@ -277,3 +280,37 @@ def test_rows_of_the_paper_s_evaluation_file(tmp_path, source):
     assert get_task("math").score("<answer>42.0</answer>", row).right
     with pytest.raises(DataError, match="row 1, column 'steps': no worked solution"):
         read_rows(str(path))
+
+
+@pytest.mark.parametrize("column", ["prompt", "id", "answer", "task", "extra", "deep", "x\ud800"])
+def test_half_a_surrogate_pair_is_named(column):
+    """JSON can spell it, UTF-8 cannot: hashes, rollouts and files of rows would end in a traceback."""
+    given = {"prompt": "a", "steps": ["b"], "answer": "c", "task": "math", column: "\ud800"}
+    given |= {"deep": [{"k": ("\udc00",)}]} if column == "deep" else {}
+    with pytest.raises(DataError, match="row 2, column '.*' is no character"):
+        rows_of([{"prompt": "a", "answer": "1"}, given], need_steps=False)
+    if column == "answer":
+        with pytest.raises(DataError, match="row 1, column 'answer'"):
+            rows_of([Row("r", "p", ("s",), "", "\ud800", "math", {})])
+
+
+@pytest.mark.parametrize(
+    ("place", "form"),
+    [("boxed", "So it is $\\boxed{{{}}}$."), ("hash", "#### {}"), ("tags", "It is\n<answer> {} </answer>")],
+)
+@pytest.mark.parametrize("column", ["steps", "solution"])
+def test_the_mark_of_a_solution_is_its_ending(place, form, column):
+    """Without an ending, as MATH and GSM8K have it: the text stays, and no step shows the answer."""
+    texts = [["A first thought.\n", "\n", "Another. ", "\n", form.format(n)] for n in range(1, 5)]
+    given = [
+        {"prompt": f"q{n}", column: t if column == "steps" else "".join(t), "answer": str(n), "task": "math"}
+        for n, t in enumerate(texts, start=1)
+    ]
+    rows = rows_of(given)
+    assert [row.solution for row in rows] == ["".join(t) for t in texts]
+    assert answer_rule(rows) == place and not any(str(n) in "".join(row.steps) for n, row in enumerate(rows, start=1))
+    assert all(row.steps[0].startswith("A first thought.\n") for row in rows)
+    plain = rows_of([*given, {"prompt": "q", "steps": ["It is 9."], "answer": "9", "task": "math"}])
+    assert answer_rule(plain) == "tags" and all(row.ending.endswith("</answer>") for row in plain)
+    wrong = rows_of([given[0] | {"answer": "77"}, given[1] | {"answer": "78"}])
+    assert [row.ending for row in wrong] == ["\n<answer> 77 </answer>", "\n<answer> 78 </answer>"]

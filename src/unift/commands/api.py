@@ -19,7 +19,7 @@ import yaml
 
 from unift.commands import settings as layers
 from unift.commands.settings import DEMO, OnStep
-from unift.config.packaged import preset_text, recipe_text
+from unift.config.packaged import preset_text
 from unift.config.resolve import read_yaml, resolve
 from unift.config.sections import Config
 from unift.types import ConfigError, Given, Row, UniftError
@@ -60,11 +60,20 @@ class RunFolder:
 
         stored = read_rollouts(self.folder, step - 1)
         if stored is None:
-            raise UniftError(
-                f"{self.folder} holds no rollouts of step {step}: steps count from 1, save.rollouts=true keeps them, and "
-                "methods that sample nothing have none"
-            )
+            raise UniftError(f"{self.folder} holds no rollouts of step {step}: {self._no_rollouts(step)}")
         return stored[1]
+
+    def _no_rollouts(self, step: int) -> str:
+        """Why a step has none, and what to do."""
+        config = self.config
+        done = max([m["step"] for m in self.metrics], default=0) if (self.folder / "metrics.jsonl").is_file() else 0
+        if not 1 <= step <= done:
+            return f"steps count from 1, and the run has made {done}"
+        if not config.save.rollouts:
+            return (
+                "its settings have save.rollouts=false; train into another folder with save.rollouts=true to keep them"
+            )
+        return f"method {config.method!r} samples nothing there, or save.rollouts=true was not set then"
 
     def model(self) -> tuple[Any, Any]:
         """(model, tokenizer) after the run, or of its last checkpoint while it is not finished."""
@@ -175,11 +184,9 @@ def train(
     loaded = model if hasattr(model, "save_pretrained") else None
     if train is not None:
         over.setdefault("data.task", None)  # rows of the caller's own take the place of a recipe's generated ones
-        if recipe is not None and model is None and config is None:  # a file names its model itself
-            over = _model_of(recipe, given) | over
     if model is not None:
         over["model.path"] = layers.handed(type(model).__name__) if loaded is not None else str(model)
-    found = layers.resolved(method, recipe=recipe, config=config, settings=over)
+    found = layers.resolved(method, recipe=recipe, config=config, settings=over, rows=given.rows.get("train", []))
     folder = layers.folder_of(found, run)
     if loaded is not None:
         from unift.model.load import keep_model
@@ -294,6 +301,8 @@ def compare(
     for name, source in (("train", train), ("test", test)):
         if source is not None:
             over[f"data.{name}"] = str(layers.rows_in_file(source, Path(run) / f"{name}.jsonl", load_rows))
+    if train is not None:
+        over.setdefault("data.task", None)  # as in `train`
     over |= {"model.path": str(model)} if model is not None else {}
     over |= {"reward.function": reward} if reward is not None else {}
     own = bool({"data.train", "data.task"} & over.keys())
@@ -325,14 +334,6 @@ def _handed_over(settings: Mapping[str, Any], *, train: Rows, test: Rows, reward
 
         over["reward.function"] = layers.handed(describe(reward))
     return Given(rows, None if isinstance(reward, str) else reward), over
-
-
-def _model_of(recipe: str, given: Given) -> dict[str, Any]:
-    """The recipe's model, for rows of its own task: all that it knows. Nothing for other rows, which need another model."""
-    packaged = yaml.safe_load(recipe_text(recipe))
-    rows = given.rows.get("train", [])
-    known = bool(rows) and all(row.task == packaged["data"]["task"] for row in rows)
-    return {"model.path": packaged["model"]["path"]} if known else {}
 
 
 def settings_of(model: Any, recipe: str | None, config: Any, over: Mapping[str, Any]) -> Config:

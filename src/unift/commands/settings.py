@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from unift import processes
-from unift.config.identity import config_hash
+from unift.config.identity import config_hash, flat
+from unift.config.packaged import recipe_text
 from unift.config.resolve import beside, nested, read_yaml, resolve
 from unift.config.sections import Config
 from unift.types import HANDED, Given, Row, Stopped
@@ -29,14 +32,40 @@ def resolved(
     recipe: str | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
+    rows: Sequence[Row] = (),
 ) -> Config:
     """Settings of a run from their layers: preset, recipe, file (or mapping), ``settings`` by dotted names.
 
-    Without rows, model, recipe and file, the embedded demo's.
+    Without rows, model, recipe and file, the embedded demo's. rows: training rows that were handed over from Python.
     """
     over = nested(settings or {})
     file = config if isinstance(config, Mapping) else beside(read_yaml(config), Path(config), over) if config else {}
+    file = of_recipes_task(recipe, file, over, rows)
     return resolve(method, recipe=DEMO if is_demo(config, recipe, over) else recipe, file=file, overrides=over)
+
+
+def of_recipes_task(
+    recipe: str | None, file: Mapping[str, Any], over: Mapping[str, Any], rows: Sequence[Row] = ()
+) -> Mapping[str, Any]:
+    """The file's settings, with the recipe's model where rows of one's own pose the recipe's own task: all that it knows. Rows
+    of another task need another model, and are left to `config.checks.check_model`.
+
+    rows: those that were handed over. Of a file the first row tells: one of another task has letters that the model lacks.
+    Raises DataError for a file that cannot be read.
+    """
+    user = flat(file) | flat(over)
+    source = user.get("data.train")
+    if recipe is None or not source or user.get("model.path"):
+        return file
+    if not rows and source != HANDED and not str(source).startswith("hf:"):
+        from unift.rows.readers import read_rows
+
+        rows = read_rows(str(source), format=str(user.get("data.format", "auto")), limit=1, need_steps=False)
+    packaged = yaml.safe_load(recipe_text(recipe))
+    if not rows or any(row.task != packaged["data"]["task"] for row in rows):
+        return file
+    section = file.get("model")
+    return {**file, "model": {**(section if isinstance(section, Mapping) else {}), **packaged["model"]}}
 
 
 def is_demo(config: Any, recipe: str | None, over: Mapping[str, Any]) -> bool:

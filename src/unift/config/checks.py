@@ -47,6 +47,11 @@ def check(config: Config) -> None:
                 f"nothing to learn from: sample.completions={sample.completions}, policy.loss={phase.policy.loss} and no "
                 "likelihood. Set likelihood.tokens and likelihood.weight, or sample completions"
             )
+        if config.engine.gap == "correct" and loss.sequences:
+            raise ConfigError(
+                f"engine.gap=correct weighs tokens one by one; policy.loss={phase.policy.loss} compares whole sequences. Use "
+                "warn or fail"
+            )
         _check_together(phase)
         if phase.show.low > phase.show.high:
             raise ConfigError(f"show.low={phase.show.low} is above show.high={phase.show.high}")
@@ -149,8 +154,8 @@ def _check_together(phase: Rules) -> None:
         ),
         (
             sample.rejected is not None and not (loss.sequences and demonstrated),
-            "sample.rejected names what the solution is preferred to: it needs policy.loss=dpo or una and "
-            "sample.demonstration=true",
+            "sample.rejected names what the solution is preferred to: it needs a policy.loss of sequences "
+            f"({', '.join(name for name, word in LOSSES.items() if word.sequences)}) and sample.demonstration=true",
         ),
         (
             loss.sequences and likelihood.tokens != "none",

@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from unift.config import words
-from unift.config.surroundings import Data, Eval, Log, Lora, Model, Reward, Save, Section
+from unift.config.surroundings import Data, Engine, Eval, Log, Lora, Model, Reward, Save, Section
 
 __all__ = [
     "Config",
     "Credit",
     "Data",
+    "Engine",
     "Eval",
     "Inputs",
     "Likelihood",
@@ -157,7 +158,11 @@ class PolicyStream(Section):
         default=1.0, gt=0, le=1, description="share of them, by entropy, that keep the advantage"
     )
     threshold: float = Field(default=0.1, gt=0, description="gamma of shaped: A * pi / (pi + threshold)")
-    beta: float = Field(default=0.1, gt=0, description="implicit reward beta * log(pi / reference) of dpo and una")
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="implicit reward beta * log(pi / reference) of dpo and una; weight of the odds ratio of orpo",
+    )
 
 
 class Likelihood(Section):
@@ -285,6 +290,7 @@ class Config(Rules):
     threads: int | None = Field(default=None, ge=1, description="of torch; default: all cores")
     baselines: list[str] = Field(default_factory=list, description="methods trained beside this one for comparison")
     model: Model = Model()
+    engine: Engine = Engine()
     data: Data = Data()
     reward: Reward = Reward()
     phases: list[Phase] = Field(

@@ -12,8 +12,8 @@ import torch
 
 from unift import processes
 from unift.files import publish_folder, writing
-from unift.model import attention, lora, matmul, paths
-from unift.model.folder import locate, model_settings, reading
+from unift.model import attention, lora, matmul, paths, sharding
+from unift.model.folder import adapter_folder, adapter_settings, base_name, locate, model_settings, reading
 from unift.model.policy import Policy
 from unift.rows import tokens
 from unift.types import ConfigError
@@ -118,7 +118,11 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
         _forget_gguf(model)
     policy = Policy(model, tokenizer, device, autocast=config.autocast, cuda_graphs=config.cuda_graphs)
     paths.choose(policy, config.forward, longest)
-    if config.lora is not None:
+    adapter = adapter_folder(config.path)
+    if adapter is not None:
+        policy.model = lora.proceed(model, adapter, adapter_settings(config.path) or {}, config.lora)
+        policy.lora = policy.continues = True
+    elif config.lora is not None:
         policy.model, policy.lora = lora.adapt(model, config.lora), True
     return policy
 
@@ -133,7 +137,8 @@ def _forget_gguf(model: Any) -> None:
 
 
 def save_pretrained(policy: Policy, folder: Path) -> None:
-    """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained and vLLM read."""
+    """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained and vLLM read. Sharded weights
+    are whole by then (`Policy.whole`)."""
     shutil.rmtree(folder, ignore_errors=True)
     base = policy.base
     implementation = base.config._attn_implementation
@@ -146,11 +151,23 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
     try:
         if policy.lora:
             base.save_pretrained(folder, state_dict=lora.merged_state(base))
+        elif policy.root is not None:
+            base.save_pretrained(folder, state_dict=sharding.state(base))
         else:
             base.save_pretrained(folder)
     finally:
         base.config._attn_implementation_internal = implementation
         base.config.use_cache = False
+    policy.tokenizer.save_pretrained(folder)
+
+
+def save_adapter(policy: Policy, config: ModelConfig, folder: Path) -> None:
+    """LoRA adapters alone, in peft's layout, beside a saved model: ``PeftModel.from_pretrained`` and vLLM put them on their
+    base, and ``model.path`` of the folder trains on. Nothing without adapters."""
+    if not policy.lora:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    lora.save(policy.model, folder, base_name(config.path))
     policy.tokenizer.save_pretrained(folder)
 
 

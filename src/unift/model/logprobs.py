@@ -91,7 +91,10 @@ def chunked_logprobs(
 def logprobs(policy: Policy, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(l_S, entropy_S) of a pack. Completions use logits / temperature as the sampler did; hints and demonstrations
     are scored under the untempered policy (docs/traps.md 8)."""
-    scale_S = scale_of(batch, temperature)
+    return policy.run(lambda: _logprobs(policy, batch, scale_of(batch, temperature)))
+
+
+def _logprobs(policy: Policy, batch: PackedBatch, scale_S: Tensor) -> tuple[Tensor, Tensor]:
     if not policy.shared:
         with policy.precision(sampling=False):
             return plain.logprobs(policy.base, batch, scale_S)

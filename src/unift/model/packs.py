@@ -92,6 +92,7 @@ class PackedBatch:
     ref_S: Tensor | None = None
     delta_TD: Tensor | None = None  # added to the input embeddings
     inputs_fixed: bool = False  # no gradient through the input embeddings
+    filler: bool = False  # keeps other processes company: no loss, and no part of any count
 
     def to(self, device: Any) -> PackedBatch:
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}

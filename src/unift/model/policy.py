@@ -7,20 +7,22 @@ the plain path (``plain.py``); ``paths.py`` decides when the model is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from unift.model import attention, matmul, plain
+from unift.model import attention, matmul, plain, sharding
 from unift.model.attention.decode import DecodeLayout
 from unift.model.attention.packed import PackedLayout
 from unift.model.packs import PackedBatch
 from unift.rows import chat, tokens
+from unift.types import ConfigError
 
+T = TypeVar("T")
 PACK_STEPS = 8  # sampled tokens from which it pays to rearrange the weights for decoding
 
 
@@ -32,11 +34,36 @@ class Policy:
     tokenizer: Any
     device: torch.device
     lora: bool = False
+    continues: bool = False  # its adapters come from an earlier run: switched off, it is not the policy that began
     autocast: str = "none"  # bfloat16 products: none, sample, all
     why_plain: str = ""  # why the model takes the plain path; empty on the shared-prefix path
     cuda_graphs: bool = True  # the sampler may record its steps on a GPU
     cached: bool = False  # the plain sampler may use the model's own cache
     critic: nn.Linear | None = None  # value head, while a phase with a critic runs
+    root: sharding.Root | None = None  # model and critic where their weights are sharded
+
+    def run(self, do: Callable[[], T]) -> T:
+        """``do()``, which may read the weights. Everything that does, beside a sampler, runs through here: where the weights
+        are sharded, they are gathered for it, and all processes call this together."""
+        return do() if self.root is None else sharding.run(self.root, do)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Context in which every process holds all weights, for work without gradient that the others do not share."""
+        return sharding.whole(self.root)
+
+    def sharded(self, critic: nn.Linear | None) -> Policy:
+        """The policy with this process's part of its weights; this one is used up. ``critic``: the value head of any phase.
+
+        Raises ConfigError where the model or this torch does not allow it.
+        """
+        if not self.shared:
+            raise ConfigError(
+                f"model.shard=full needs the shared-prefix path, and this model takes the plain one: {self.why_plain}. "
+                "Use model.shard=none, where every process holds all weights"
+            )
+        root = sharding.shard(self.model, self.base, self.device, critic)
+        # A recorded step would hold addresses of weights that are gathered anew for each batch.
+        return replace(self, root=root, cuda_graphs=False)
 
     @property
     def shared(self) -> bool:
@@ -116,7 +143,8 @@ class Policy:
 
     @contextmanager
     def sampling(self, steps: int) -> Iterator[None]:
-        """Context of a sampler that makes ``steps`` tokens a row: its precision, and weights laid out for few rows."""
+        """Context of a sampler that makes ``steps`` tokens a row: its precision, and weights laid out for few rows.
+        Sharded weights are whole by then (`whole`)."""
         pays = self.device.type == "cpu" and steps >= PACK_STEPS
         packed = matmul.packed(self.model, bfloat16=self.autocast != "none") if pays else nullcontext()
         with self.precision(sampling=True), packed:

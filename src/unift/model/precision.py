@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unift.model.folder import reading
+from unift.model.sharding import local
 
 LOST = 0.1  # share of the weights that may stay where they are before a person is told
 TYPICAL = 0.02  # size of a weight where none can be looked at: how most models are initialised
@@ -36,7 +37,8 @@ def lost_share(weights: Iterable[tuple[Tensor, int]], lr: float) -> float:
 
 def of_model(parameters: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
     """Those of the trained weights that are in bfloat16."""
-    return [(p.detach().flatten()[:LOOK], p.numel()) for p in parameters if p.dtype == torch.bfloat16 and p.numel()]
+    found = [local(p.detach()) for p in parameters if p.dtype == torch.bfloat16]
+    return [(p.flatten()[:LOOK], p.numel()) for p in found if p.numel()]
 
 
 def of_folder(folder: Path) -> list[tuple[Tensor, int]]:

@@ -64,11 +64,11 @@ def noise(policy: Policy, batch: PackedBatch, items: Sequence[Item], inputs: Inp
     """uniform: alpha / sqrt(L d) * U(-1, 1) (NEFTune, arXiv 2310.05914). gaussian: N(0, mean(e^2) / SNR) (the channel
     of R-SFLLM, arXiv 2407.11654). L: tokens of the item that are forwarded; numbers are addressed by the item."""
     owner, delta_TD = owner_T(batch), no_delta(policy, batch)
+    with torch.no_grad():  # by the module: it may scale its rows, or hold an adapter
+        embedded_TD = policy.run(lambda: policy.embeddings(batch.tokens_T))
     for b, item in enumerate(items):
         at = torch.nonzero(owner == b)[:, 0]
-        with torch.no_grad():  # by the module: it may scale its rows, or hold an adapter
-            embedded = policy.embeddings(batch.tokens_T[at])
-        values = NOISES[inputs.noise](rng.generator("noise", *item.address), embedded, inputs.scale)
+        values = NOISES[inputs.noise](rng.generator("noise", *item.address), embedded_TD[at], inputs.scale)
         delta_TD[at] = torch.from_numpy(values).to(delta_TD)
     return delta_TD
 
@@ -111,6 +111,10 @@ def worst_case(policy: Policy, batch: PackedBatch, rules: Rules) -> Tensor:
 def own_guesses(policy: Policy, batch: PackedBatch, share: float) -> Tensor:
     """share * (E[g_i] - E[y_i]) at every supervised token that is forwarded, g_i the greedy prediction in its place
     (IFT's temporal residual connection, arXiv 2405.11870 eq. 17). One extra forward pass."""
+    return policy.run(lambda: _own_guesses(policy, batch, share))
+
+
+def _own_guesses(policy: Policy, batch: PackedBatch, share: float) -> Tensor:
     with policy.precision(sampling=False):
         hidden = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
     delta_TD = no_delta(policy, batch)

@@ -95,13 +95,13 @@ def _read(line: bytes, nonce: str) -> Ready | Unloadable | Scored:
         case ["ready", str(kind)] if len(kind) <= NAME_CHARS:
             return Ready(kind)
         case ["unloadable", str(message)]:
-            return Unloadable(message[:MESSAGE_CHARS])
+            return Unloadable(_whole(message[:MESSAGE_CHARS]))
         case ["skipped", state] if _is_state(state):
             return Scored(None, state)
         case ["score", value, correct, parts, str(note), state] if is_mapping(parts) and _is_state(state):
             return Scored(_score(value, correct, parts, note), state)
         case [("exception" | "bad value" | "crash") as kind, str(message), state] if _is_state(state):
-            return Scored(ScoreError(kind, message[:MESSAGE_CHARS]), state)
+            return Scored(ScoreError(kind, _whole(message[:MESSAGE_CHARS])), state)
         case _:
             raise BadRecord("a record of no known form")
 
@@ -111,7 +111,12 @@ def _score(value: Any, correct: Any, parts: Mapping[str, Any], note: str) -> Sco
         raise BadRecord("a score of no known form")
     if any(len(name) > NAME_CHARS for name in parts):
         raise BadRecord("a score of no known form")
-    return Score(_finite(value), correct, {name: _finite(part) for name, part in parts.items()}, note)
+    return Score(_finite(value), correct, {_whole(name): _finite(part) for name, part in parts.items()}, _whole(note))
+
+
+def _whole(text: str) -> str:
+    """With a question mark for each half of a surrogate pair, which JSON can spell and no file in UTF-8 holds."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _finite(number: Any) -> float:

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
+from unift.rows.store import StoredRows, problem_hash
 from unift.types import Row, UniftError
 
 
@@ -67,12 +70,16 @@ def overlap(train: Sequence[Row], test: Sequence[Row]) -> list[str]:
     """Ids of test rows that pose a problem of the training rows."""
     if not test:
         return []
+    if isinstance(train, StoredRows):
+        problems = [problem_hash(canonical(row)) for row in test]
+        shared = np.isin(np.array(problems, dtype=np.uint64), train.problems_N)
+        return [row.id for row, known in zip(test, shared, strict=True) if known]
     seen = {canonical(row) for row in train}
     return [row.id for row in test if canonical(row) in seen]
 
 
 def inspect(rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts for people: steps, lengths in characters, repeated problems, one example."""
+    """Counts for people: rows that lack something, steps, lengths in characters, repeated problems, one example."""
     counts = sorted(len(r.steps) for r in rows)
     few = len(set(counts)) <= 10  # derivations have dozens of lengths, which nobody reads
     steps = dict(Counter(counts)) if few else [counts[0], counts[len(counts) // 2], counts[-1]]
@@ -80,6 +87,8 @@ def inspect(rows: Sequence[Row]) -> dict[str, Any]:
     digest = hashlib.sha256("".join(r.id for r in rows).encode()).hexdigest()[:12]
     return {
         "rows": len(rows),
+        "without answer": sum(r.answer is None for r in rows),
+        "without solution": sum(not r.steps for r in rows),
         "ids": digest,
         "tasks": dict(Counter(r.task for r in rows)),
         "steps per row" if few else "steps per row (min, median, max)": steps,

@@ -19,21 +19,22 @@ from typing import Any, TypeVar
 import torch
 
 from unift import processes
-from unift.config import needs
+from unift.config import launcher, needs
 from unift.config.identity import config_hash
 from unift.config.sections import Config, Rules
-from unift.config.stages import Moment, Stage, longest
+from unift.config.stages import Moment, Stage, longest, stages
 from unift.files import write_atomic, writing
 from unift.model import critic
-from unift.model.limits import check_positions, use_threads
-from unift.model.load import load_policy, load_tokenizer, pick_device, save_pretrained
+from unift.model.limits import check_positions, longest_context, use_threads
+from unift.model.load import load_policy, load_tokenizer, pick_device, save_adapter, save_pretrained
 from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.rewards import open_scorer
 from unift.rows import dataset
 from unift.rows.tasks.format import check_format
+from unift.sampling.engines.choose import open_engine
 from unift.training import evaluate, update
-from unift.training.evaluate import Draws, Judge
+from unift.training.evaluate import Answers, Judge
 from unift.training.progress import Metrics, Report, Run, State, Watch, silent, unwatched
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
@@ -56,6 +57,7 @@ def train(
     """
     given = given or Given()
     check_trackers(config)
+    launcher.shards(config.model)
     use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
         tokenizer = load_tokenizer(config.model)
@@ -69,9 +71,19 @@ def train(
             with open_scorer(config.reward, data.train.rows, given.reward) as scorer, trackers(config, folder) as track:
                 check_format(data.train.rows, config.reward.function, config.reward.rule, scorer.answer)
                 scorer.check(data.train.rows[0])
-                torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
-                policy = load_policy(config.model, tokenizer, longest(config))
-                return run_to_end(Run(config, folder, policy, scorer, data, report, track, watch), asked)
+                policy = load(config, tokenizer)
+                with open_engine(config.engine, policy, folder, longest_context(config, data)) as engine:
+                    return run_to_end(Run(config, folder, policy, engine, scorer, data, report, track, watch), asked)
+
+
+def load(config: Config, tokenizer: Any) -> Policy:
+    """The policy that a run begins with; of several processes that share its weights, this one's part."""
+    torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
+    policy = load_policy(config.model, tokenizer, longest(config))
+    if processes.size() == 1 or not launcher.shards(config.model):
+        return policy
+    valued = any(needs.critic(stage.rules) for stage in stages(config))
+    return policy.sharded(critic.new_critic(policy) if valued else None)
 
 
 def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
@@ -167,7 +179,8 @@ def begin_stage(run: Run, stage: Stage) -> State:
     optimizer = update.make_optimizer(run.policy, rules.train)
     reference = None
     if needs.reference(rules):
-        reference = Reference(run.policy, run.folder, run.start_of(stage), rules.sample.temperature)
+        twin = None if run.policy.root is None else partial(load, run.config, run.policy.tokenizer)
+        reference = Reference(run.policy, run.folder, run.start_of(stage), rules.sample.temperature, twin)
     state = State(optimizer, reference)
     if run.done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
         within = run.done > run.start_of(stage)
@@ -199,9 +212,9 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
     if run.data.test.rows:
         result["test"] = asdict(announced(run, "held-out rows", run.data.test))
         if config.eval.samples:
-            draws = Draws(config.eval.samples, config.seed)
+            answers = Answers(config.eval.samples, config.seed)
             curve = judged(
-                run, "samples of held-out rows", lambda judge: evaluate.pass_curve(judge, run.data.test, draws)
+                run, "samples of held-out rows", lambda judge: evaluate.pass_curve(judge, run.data.test, answers)
             )
             result["test"]["pass@k"] = curve
     if config.eval.train_rows != 0:
@@ -215,9 +228,11 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
     def write() -> None:
         with writing("the final model", run.folder):
             save_pretrained(run.policy, run.folder / "model")
+            save_adapter(run.policy, config.model, run.folder / "adapter")
         write_result(run.folder, result)
 
-    processes.lead("the final model", write)
+    with run.policy.whole():
+        processes.lead("the final model", write)
     return result
 
 
@@ -258,7 +273,7 @@ def judged(run: Run, what: str, evaluation: Callable[[Judge], T]) -> T:
     """The evaluation's result; what became of its completions, in all processes, is added to ``progress.judged``."""
     before = list(run.scorer.counts.values())
     watch = partial(run.watch, what)
-    result = evaluation(Judge(run.policy, run.scorer, run.eval_tokens, watch))
+    result = evaluation(Judge(run.policy, run.engine, run.scorer, run.eval_tokens, watch))
     new = [n - old for n, old in zip(run.scorer.counts.values(), before, strict=True)]
     for name, n in zip(run.scorer.counts, processes.sums("an evaluation", new), strict=True):
         run.progress.judged[name] += int(n)
@@ -285,8 +300,8 @@ def log(run: Run, step: int, metrics: Metrics) -> Any:
 
 
 def save(run: Run, finished: int, state: State) -> None:
-    """A checkpoint, by the first process."""
-    if processes.size() > 1:
+    """A checkpoint, by the first process, or by all of them where the weights are sharded."""
+    if processes.size() > 1 and run.policy.root is None:
         processes.agree(f"weights after step {finished} (checksum)", checkpoint.fingerprint(run.policy))
     recent = processes.interleave(processes.gather("a checkpoint", run.scorer.recent))
     progress = run.progress
@@ -299,11 +314,11 @@ def save(run: Run, finished: int, state: State) -> None:
         "seed": run.config.seed,
     }
 
-    def write() -> None:
-        checkpoint.save(run.folder, finished, run.policy, state.optimizer, stored)
+    def tidy() -> None:
         if progress.best_step == finished:
             write_atomic(run.folder / "checkpoints" / "best", checkpoint.step_name(finished))
         starts = [run.start_of(stage) for stage in run.stages]
         checkpoint.prune(run.folder, run.config.save.keep, [*starts, progress.best_step])
 
-    processes.lead("a checkpoint", write)
+    checkpoint.save(run.folder, finished, run.policy, state.optimizer, stored)
+    processes.lead("a checkpoint", tidy)

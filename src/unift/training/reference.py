@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +17,25 @@ from unift.training.run import checkpoint
 
 
 class Reference:
-    """With LoRA and at the start of a run: the adapters switched off. Otherwise a frozen copy of the weights."""
+    """With new LoRA adapters and at the start of a run: these switched off. Otherwise a frozen copy of the weights.
 
-    def __init__(self, policy: Policy, folder: Path, start: int, temperature: float) -> None:
+    ``twin`` loads the policy anew, for weights in shards: those cannot be copied.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        folder: Path,
+        start: int,
+        temperature: float,
+        twin: Callable[[], Policy] | None = None,
+    ) -> None:
         self.temperature = temperature
-        self.live = policy if policy.lora and start == 0 else None
+        self.live = policy if policy.lora and start == 0 and not policy.continues else None
         if self.live is None:
-            self.frozen = replace(policy, model=copy.deepcopy(policy.model), critic=None)
+            self.frozen = (
+                twin() if twin is not None else replace(policy, model=copy.deepcopy(policy.model), critic=None)
+            )
             if start > 0:
                 checkpoint.restore(folder, start, self.frozen, None)
             self.frozen.model.requires_grad_(False)

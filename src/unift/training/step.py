@@ -7,6 +7,7 @@ the row memory and the counts, in this order and at its end, so a step that is k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from unift import processes
@@ -46,6 +47,7 @@ def one_step(run: Run, moment: Moment, state: State) -> Metrics:
         lr=update.learning_rate(rules.train, moment.within, moment.stage.total),
         measure=bool(run.config.log.gradients_every) and moment.step % run.config.log.gradients_every == 0,
         dump=_dump(run.folder, moment.step),
+        engine=run.config.engine,
     )
     parts = [update.apply(run.policy, state.optimizer, packs, rules, order) for packs in updates]
     clock.lap("update")
@@ -61,7 +63,9 @@ def groups_of_step(run: Run, moment: Moment, state: State, clock: Clock) -> list
     sampled = moment.rules.sample.completions > 0
     keep, weights = run.config.save.rollouts and sampled, ""
     if keep:
-        weights, stored = processes.lead("stored rollouts", lambda: _stored(run, moment.step))
+        alike = run.policy.root is None  # then the first process's weights are everyone's
+        weights = checkpoint.fingerprint(run.policy) if processes.first() or not alike else ""
+        weights, stored = processes.lead("stored rollouts", lambda: (weights, _stored(run, moment.step, weights)))
         clock.lap("save")
         if stored is not None:
             clock.lap("generate")
@@ -80,10 +84,10 @@ def groups_of_step(run: Run, moment: Moment, state: State, clock: Clock) -> list
     return groups
 
 
-def _stored(run: Run, step: int) -> tuple[str, list[Group] | None]:
-    """The fingerprint of the weights, and the groups of the step if they were sampled by these weights."""
-    weights, stored = checkpoint.fingerprint(run.policy), read_rollouts(run.folder, step)
-    return weights, stored[1] if stored is not None and stored[0] == weights else None
+def _stored(run: Run, step: int, weights: str) -> list[Group] | None:
+    """The groups of the step if they were sampled by the weights of this fingerprint."""
+    stored = read_rollouts(run.folder, step)
+    return stored[1] if stored is not None and stored[0] == weights else None
 
 
 def sampled_groups(
@@ -100,9 +104,11 @@ def sampled_groups(
     own = [groups[i] for i in places]
     if SOURCES[moment.rules.sample.source].reference and state.reference is not None:
         with state.reference.policy() as frozen:
-            complete(frozen, own, places, moment, attempt)
+            run.engine.sync(frozen, lambda: f"reference-{moment.stage.start}")
+            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
     else:
-        complete(run.policy, own, places, moment, attempt)
+        run.engine.sync(run.policy, partial(checkpoint.fingerprint, run.policy))
+        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
     clock.lap("generate")
     judge(run.scorer, run.data.train.rows, own, moment.rules, run.policy.tokenizer)
     clock.lap("score")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unift import processes
 from unift.config import words
-from unift.config.sections import Rules, Train
+from unift.config.sections import Engine, Rules, Train
 from unift.model import critic, precision
 from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, PackedBatch, cut, pack
@@ -22,6 +22,7 @@ from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.objectives import loss as objectives
 from unift.objectives.weights import weigh
+from unift.training import gradients, sampler_gap
 from unift.types import NonFiniteError
 
 
@@ -63,37 +64,43 @@ def prepare(
     the reference and, from the second update on, under the policy at the start of the step are attached here, without
     gradient and only where they are used."""
     size = len(items) // rules.train.updates
-    updates: list[list[PackedBatch]] = []
+    updates: list[list[tuple[PackedBatch, list[Item]]]] = []
     for first in range(0, len(items), size):
         part = items[first : first + size]
         weights = weigh(part, rules)
         own = processes.balanced_share([i.tokens_forwarded for i in part])
-        packs = []
-        for which in cut([part[i] for i in own], rules.train.token_budget):
-            items_of_pack = [own[i] for i in which]
-            packed = pack(part, items_of_pack, weights, rules)
-            if packed is not None:
-                packs.append(packed.to(policy.device))
-                if input_noise.active(rules):
-                    packs[-1:] = input_noise.perturbed(policy, packs[-1], [part[i] for i in items_of_pack], rules)
-        updates.append(packs)
-    for number, packs in enumerate(updates):
+        whiches = [[own[i] for i in which] for which in cut([part[i] for i in own], rules.train.token_budget)]
+        packed = [(pack(part, which, weights, rules), [part[i] for i in which]) for which in whiches]
+        updates.append([(p, of) for p, of in packed if p is not None])
+    for packs, n in zip(updates, gradients.missing(policy, [len(packs) for packs in updates]), strict=True):
+        packs += [gradients.filler(items[0], rules)] * n
+    ready = [_with_inputs(policy, packs, rules) for packs in updates]
+    for number, packs in enumerate(ready):
         with torch.no_grad():
             if number > 0 or rules.train.epochs > 1:
                 packs[:] = [replace(p, old_S=logprobs(policy, p, rules.sample.temperature)[0].double()) for p in packs]
             if reference is not None:
                 packs[:] = reference_logprobs(reference, packs)
-    return updates * rules.train.epochs
+    return ready * rules.train.epochs
+
+
+def _with_inputs(policy: Policy, packs: Sequence[tuple[PackedBatch, list[Item]]], rules: Rules) -> list[PackedBatch]:
+    """The packs on the policy's device, with what is done to their input embeddings."""
+    moved = [(p.to(policy.device), items) for p, items in packs]
+    if not input_noise.active(rules):
+        return [p for p, _ in moved]
+    return [made for p, items in moved for made in input_noise.perturbed(policy, p, items, rules)]
 
 
 @dataclass(frozen=True)
 class Order:
-    """What an update is told: its learning rate, whether to take both streams' gradients apart and measure them, and the
-    file that its packs go to if something is not finite."""
+    """What an update is told: its learning rate, whether to take both streams' gradients apart and measure them, the file
+    that its packs go to if something is not finite, and what to do where sampler and trainer differ."""
 
     lr: float
     measure: bool
     dump: Path
+    engine: Engine = Engine()
 
 
 @dataclass
@@ -109,6 +116,7 @@ class Tally:
     clipped_low: float = 0.0
     clipped_high: float = 0.0
     gap: float = 0.0  # |log-prob here - log-prob when sampled|
+    importance: float = 0.0  # weights of sampled tokens, where engine.gap corrects
     forwarded: float = 0.0
     supervised: float = 0.0
     worst_gap: float = 0.0  # the largest
@@ -150,94 +158,59 @@ def apply(
 
     Raises NonFiniteError, with the packs saved under ``order.dump``, before anything non-finite reaches the weights.
     """
-    tally, streams = Tally(), {}
-    if order.measure:
-        streams = {name: [torch.zeros_like(p) for p in policy.parameters()] for name in ("policy", "likelihood")}
+    tally, wrong, parameters = Tally(), "", policy.parameters()
+    streams = gradients.buffers(parameters) if order.measure else {}
     optimizer.zero_grad(set_to_none=True)
     for batch in packs:
-        losses, l_S, entropy_S = losses_of(policy, batch, rules)
-        loss = losses["policy"] + losses["likelihood"]
-        if not torch.isfinite(loss):
-            _stop(f"the loss is {loss.item()}", packs, order.dump)
-        if order.measure:
-            _backward_apart(losses, streams, policy.parameters())
-        else:
-            loss.backward()
-        with torch.no_grad():
-            tally.see(losses, l_S, entropy_S, batch, rules)
-    tally.forwarded = sum(policy.tokens_forwarded(b) for b in packs)
-    tally.supervised = sum(len(b.target_S) for b in packs)
+        l_S, entropy_S, v_S = outputs_of(policy, batch, rules)
+        losses = {} if batch.filler else losses_of(l_S, entropy_S, v_S, batch, rules, order.engine)
+        loss = sum(float(losses[n].detach()) for n in gradients.STREAMS if losses)
+        wrong = wrong or ("" if math.isfinite(loss) else f"the loss is {loss}")
+        gradients.backward(parameters, losses, [l_S] if v_S is None else [l_S, v_S], streams)
+        if losses:
+            with torch.no_grad():
+                tally.see(losses, l_S, entropy_S, batch, rules)
+                if order.engine.gap == "correct":
+                    own_S = batch.role_S == COMPLETION
+                    tally.importance += float(sampler_gap.importance(batch, l_S, order.engine.cap)[own_S].sum())
+    real = [b for b in packs if not b.filler]
+    tally.forwarded = sum(policy.tokens_forwarded(b) for b in real)
+    tally.supervised = sum(len(b.target_S) for b in real)
+    _judge(processes.gather("the losses of an update", wrong), packs, order.dump)
     tally.over_processes()
-    _gather_gradients(policy.parameters(), streams)
-    norm = _clipped(policy, rules.train.clip_norm, packs, order.dump)
+    sampler_gap.check(tally.gap / max(tally.tokens, 1.0), order.engine)
+    gradients.gather(policy, streams)
+    norm, wrong = gradients.clipped(policy, rules.train.clip_norm)
+    if wrong:
+        _stop(wrong, packs, order.dump)
     for group in optimizer.param_groups:
         group["lr"] = order.lr
     skipped = rules.train.skip_norm is not None and norm > rules.train.skip_norm
     if not skipped:
         optimizer.step()
     told = {"grad/norm": norm, "lr": order.lr} | ({"grad/skipped": float(skipped)} if rules.train.skip_norm else {})
-    return _metrics(tally, policy, rules) | told | _angle(streams)
+    return _metrics(tally, policy, rules) | told | gradients.angle(policy, streams)
 
 
-def losses_of(policy: Policy, batch: PackedBatch, rules: Rules) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """(losses of both streams, log-probs [S], entropies [S]); the critic's loss is a part of the policy stream's."""
-    v_S = None
+def outputs_of(policy: Policy, batch: PackedBatch, rules: Rules) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probs, entropies and, with a critic, values [S] of a pack, from one forward pass."""
     if policy.critic is None:
-        l_S, entropy_S = logprobs(policy, batch, rules.sample.temperature)
-    else:
-        l_S, entropy_S, v_S = critic.logprobs_and_values(policy, batch, rules.sample.temperature)
+        return *logprobs(policy, batch, rules.sample.temperature), None
+    return critic.logprobs_and_values(policy, batch, rules.sample.temperature)
+
+
+def losses_of(
+    l_S: Tensor, entropy_S: Tensor, v_S: Tensor | None, batch: PackedBatch, rules: Rules, engine: Engine
+) -> dict[str, Tensor]:
+    """Losses of both streams; the critic's loss is a part of the policy stream's."""
     with_entropy = entropy_S if rules.policy.entropy or rules.policy.off_policy_top < 1 else None
     kl = rules.reference
-    losses = objectives.losses(l_S, with_entropy, batch, rules.policy, kl.estimator, rules.likelihood, kl.clamp)
+    weighed = sampler_gap.corrected(batch, l_S, engine)
+    losses = objectives.losses(l_S, with_entropy, weighed, rules.policy, kl.estimator, rules.likelihood, kl.clamp)
     if v_S is not None:
         losses["value"] = rules.credit.value_weight * objectives.value_loss(v_S, batch, rules.credit.value_clip)
         losses["policy"] = losses["policy"] + losses["value"]
-    return losses, l_S, entropy_S
-
-
-def _backward_apart(
-    losses: Mapping[str, Tensor], streams: Mapping[str, list[Tensor]], parameters: Sequence[Tensor]
-) -> None:
-    """Add each stream's gradient to its own buffers."""
-    for name, buffers in streams.items():
-        parts = torch.autograd.grad(losses[name], parameters, retain_graph=name == "policy", allow_unused=True)
-        for buffer, part in zip(buffers, parts, strict=True):
-            if part is not None:
-                buffer += part
-
-
-def _gather_gradients(parameters: Sequence[nn.Parameter], streams: Mapping[str, list[Tensor]]) -> None:
-    """Every parameter's gradient, summed over the processes. An update without any loss is still an optimizer step."""
-    for name, buffers in streams.items():
-        processes.add_up(f"the gradients of the {name} stream", buffers)
-    if streams:
-        for p, a, b in zip(parameters, streams["policy"], streams["likelihood"], strict=True):
-            p.grad = a + b
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    if not streams:
-        processes.add_up("the gradients", [p.grad for p in parameters if p.grad is not None])
-
-
-def _clipped(policy: Policy, limit: float | None, packs: Sequence[PackedBatch], dump: Path) -> float:
-    """Norm of the whole gradient, which is scaled down to ``limit`` where it is larger."""
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), limit or math.inf))
-    if not math.isfinite(norm):
-        bad = [n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        what = f"the gradient of {bad[0]} is not finite" if bad else _overflow(policy, norm)
-        _stop(what, packs, dump)
-    return norm
-
-
-def _overflow(policy: Policy, norm: float) -> str:
-    """Every entry is finite, and the sum of their squares is not."""
-    largest = {n: float(p.grad.abs().max()) for n, p in policy.named_parameters() if p.grad is not None and p.numel()}
-    name = max(largest, key=lambda n: largest[n])
-    return (
-        f"the norm of the gradient is {norm}, though every entry is finite (the largest, {largest[name]:.3g}, is of {name}): "
-        "a weight of the loss, or a reward, is far too large"
-    )
+    return losses
 
 
 def _metrics(tally: Tally, policy: Policy, rules: Rules) -> dict[str, float]:
@@ -253,6 +226,8 @@ def _metrics(tally: Tally, policy: Policy, rules: Rules) -> dict[str, float]:
         metrics["entropy"] = tally.entropy / seen
         metrics["sampling/sampling_logp_difference/mean"] = tally.gap / seen
         metrics["sampling/sampling_logp_difference/max"] = tally.worst_gap
+        if tally.importance:
+            metrics["sampling/importance_sampling_ratio/mean"] = tally.importance / seen
         metrics["clip_ratio/low_mean"] = tally.clipped_low / seen
         metrics["clip_ratio/high_mean"] = tally.clipped_high / seen
         if rules.reference.kl and not words.INTOS[rules.reference.into].reward:
@@ -262,14 +237,12 @@ def _metrics(tally: Tally, policy: Policy, rules: Rules) -> dict[str, float]:
     return metrics
 
 
-def _angle(streams: Mapping[str, list[Tensor]]) -> dict[str, float]:
-    """Norms of both streams' gradients and the cosine between them."""
-    if not streams:
-        return {}
-    a, b = (torch.cat([x.flatten() for x in streams[n]]).double() for n in ("policy", "likelihood"))
-    product = float(a.norm() * b.norm())
-    cosine = float(a @ b) / product if product else 0.0
-    return {"grad/policy_norm": float(a.norm()), "grad/hint_norm": float(b.norm()), "grad/cosine": cosine}
+def _judge(wrong: Sequence[str], packs: Sequence[PackedBatch], dump: Path) -> None:
+    """Stop every process once one of them says that its loss is not finite. ``wrong``: what each says, or nothing."""
+    own = wrong[processes.rank()]
+    for number, what in enumerate(wrong):
+        if what:
+            _stop(own or f"{what} in process {number}", packs, dump)
 
 
 def _stop(what: str, packs: Sequence[PackedBatch], dump: Path) -> NoReturn:

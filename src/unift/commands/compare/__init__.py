@@ -41,6 +41,7 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     With a budget, every run goes on until it has used it (``train.budget``).
     """
     from unift.commands.compare import budget as budgets
+    from unift.commands.settings import of_recipes_task
     from unift.config.budget import parse
     from unift.config.packaged import preset_names
     from unift.config.resolve import parse_overrides, resolve
@@ -56,7 +57,8 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     over = parse_overrides(settings)
     if limit and "steps" in over.get("train", {}):
         raise ConfigError("--budget chooses train.steps, which is also set; keep one")
-    configs = {m: resolve(m, recipe=recipe, overrides=over) for m in methods}
+    file = of_recipes_task(recipe, {}, over)
+    configs = {m: resolve(m, recipe=recipe, file=file, overrides=over) for m in methods}
     for config in configs.values():
         if not (config.data.task or config.data.test or plan.suite):
             raise ConfigError("a comparison needs held-out rows: set data.test=FILE, or name a suite (--suite uft)")

@@ -17,6 +17,7 @@ from unift.rows.tasks.kinds import (
     Approximate,
     Based,
     Bracketed,
+    Choice,
     Matrix,
     Members,
     Named,
@@ -51,6 +52,12 @@ def _same(target: Any, answer: Any) -> bool:
         return consistent and (_same(target, answer.exact) or _same(target, answer.rounded))
     if isinstance(target, Approximate):
         return _same(target.exact, answer) or _same(target.rounded, answer)
+    if isinstance(target, Choice) or isinstance(answer, Choice):
+        return _same_choice(target, answer)
+    if isinstance(target, Quantity) and isinstance(answer, Relation) and answer.value is not None:
+        return _same_quantity(target, answer.value)
+    if isinstance(target, Quantity) and isinstance(answer, Ratio):
+        return _same(answer, target)
     if isinstance(target, Ratio) and isinstance(answer, Quantity) and len(target.parts) == 2:
         return equal_trees(("div", *target.parts), answer.tree) and not symbols(answer.tree)
     if isinstance(target, (Members, Several)) and isinstance(answer, (Members, Several)):
@@ -105,6 +112,16 @@ def _same_named(target: Named, answer: Any) -> bool:
         open_form = isinstance(target.value, Quantity) and symbols(target.value.tree) and target.equation is not None
         return bool(open_form) and answer.sign == "=" and proportional(target.equation, answer.tree)  # type: ignore[arg-type]
     return _same(target.value, answer)
+
+
+def _same_choice(target: Any, answer: Any) -> bool:
+    """(C) 12 is C, and 12; of two choices with values both must agree."""
+    if isinstance(target, Choice) and isinstance(answer, Choice):
+        return target.letter == answer.letter and same(target.values, answer.values)
+    choice, other = (target, answer) if isinstance(target, Choice) else (answer, target)
+    if isinstance(other, Words):
+        return other.text == choice.letter
+    return same(choice.values, (other,)) if choice is target else same((other,), choice.values)
 
 
 def _same_members(target: Members | Several, answer: Members | Several) -> bool:

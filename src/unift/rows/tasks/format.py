@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import cast
 
-from unift.rows.tasks.answer import PLACES, extract_answer
+from unift.rows.store import StoredRows
+from unift.rows.tasks.answer import OPEN, PLACES, extract_answer
 from unift.rows.tasks.base import check_rule
 from unift.types import ConfigError, DataError, Row, Score
 
@@ -38,6 +40,60 @@ def answer_rule(rows: Sequence[Row], setting: str = "auto", rule: str = "unift")
     return max(PLACES, key=lambda place: accepted[place])
 
 
+def own_endings(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose ending was written for them, with the mark of their own solutions as the ending where there is one: the steps
+    stop before it, so that no hint shows the answer.
+
+    Only if every solution marks an answer and most are right by that mark: rows of several kinds keep the written tags, which
+    are the same for all.
+    """
+    return [with_own_ending(row) for row in rows] if all_marked(rows) else list(rows)
+
+
+def all_marked(rows: Iterable[Row]) -> bool:
+    """Does the rule of `own_endings` hold for these rows? It ends at the first solution that marks no answer."""
+    tried = right = 0
+    for row in rows:
+        found = _marked(row)
+        if found is None:
+            return False
+        if tried < TRIED:
+            tried, right = tried + 1, right + _own(found[0], "auto", found[1]).right
+    return tried > 0 and right >= ENOUGH * tried
+
+
+def with_own_ending(row: Row) -> Row:
+    """The row with the mark of its solution as its ending; as it is where there is no mark."""
+    found = _marked(row)
+    return row if found is None else found[0]
+
+
+_MARKS = {"tags": OPEN, "hash": "####", "boxed": "\\boxed"}
+
+
+def _marked(row: Row) -> tuple[Row, str] | None:
+    """(the row that ends with the answer as its own steps mark it, the place), or None."""
+    from unift.rows.tasks import get_task, task_names
+
+    if row.task not in task_names() or not get_task(row.task).marked:
+        return None
+    text = "".join(row.steps)
+    for place, sign in _MARKS.items():
+        start = text.rfind(sign)
+        if start < 0 or extract_answer(text[start:], place) is None:
+            continue
+        steps: list[str] = []
+        left = start
+        for step in row.steps:
+            steps += [step[:left]] if left > 0 else []
+            left -= len(step)
+        while steps and not steps[-1].strip():  # white space alone before the mark belongs to it
+            steps.pop()
+        ending = text[len("".join(steps)) :]
+        return (replace(row, steps=tuple(steps), ending=ending), place) if steps else None
+    return None
+
+
 def check_answers(rows: Sequence[Row], function: object, source: str) -> None:
     """DataError for the first row without an answer, if a built-in verifier judges the rows: it has nothing to compare with.
 
@@ -48,7 +104,10 @@ def check_answers(rows: Sequence[Row], function: object, source: str) -> None:
     several = cast("Iterable[object]", function) if isinstance(function, (list, tuple)) else ()
     parts = [function] if isinstance(function, str) else list(several)
     named = {part if isinstance(part, str) else getattr(part, "function", None) for part in parts}
-    bare = next((number for number, row in enumerate(rows, start=1) if row.answer is None), None)
+    if isinstance(rows, StoredRows):
+        bare = rows.facts.without_answer
+    else:
+        bare = next((number for number, row in enumerate(rows, start=1) if row.answer is None), None)
     if bare is not None and named & {"auto", *task_names()}:
         raise DataError(
             f"{source} {bare}, column 'answer': missing; the verifier needs it (TRL rows may name it 'solution'; it is "
@@ -95,8 +154,10 @@ def places(rows: Sequence[Row], function: object = "auto") -> Counter[str]:
 def _with_solution(rows: Sequence[Row], function: object) -> list[Row]:
     from unift.rows.tasks import get_task, task_names
 
-    answered = (row for row in rows if row.answer is not None)
     marked = {name for name in task_names() if get_task(name).marked}
+    if isinstance(rows, StoredRows) and function == "auto" and not marked & set(rows.facts.tasks):
+        return []  # as reading every row from disk would find
+    answered = (row for row in rows if row.answer is not None)
     some = (
         row for row in answered if row.solution.strip() and (row.task if function == "auto" else function) in marked
     )

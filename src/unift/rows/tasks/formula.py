@@ -137,14 +137,16 @@ class _Reader:
                 right = self.power()
                 right = ("neg", right) if minus else right
                 tree = _node("mul" if word in TIMES else "div", tree, right)
-            elif self.starts_factor():
+            elif self.starts_factor(tree):
                 tree = _node("mul", tree, self.power())
             else:
                 break
         return ("neg", tree) if negative else tree
 
-    def starts_factor(self) -> bool:
-        kind, word, _ = self.peek()
+    def starts_factor(self, before: Tree) -> bool:
+        kind, word, spaced = self.peek()
+        if kind == "num" and not spaced and (before[2] if before[0] == "mul" else before)[0] == "fact":  # 3!7!
+            return True
         if kind == "num":
             raise FormulaError(f"the number {word[:20]!r} follows another term without a sign")
         return kind == "name" or word in (
@@ -295,13 +297,8 @@ class _Reader:
         self.expect("{")
         kind, digits, _ = self.take()
         self.expect("}")
-        if (
-            kind != "num"
-            or not digits.isdecimal()
-            or "." not in word
-            or len(digits) > MAX_DIGITS
-            or "e" in word.lower()
-        ):
+        odd = kind != "num" or not digits.isdecimal() or len(digits) > MAX_DIGITS
+        if odd or "." not in word or "e" in word.lower():
             raise FormulaError("a repeating decimal that cannot be read")
         start = number(word)
         scale = 10 ** len(word.partition(".")[2])
@@ -388,7 +385,7 @@ class _Reader:
         negative = self.signs()
         tree = self.power()
         while (
-            self.starts_factor()
+            self.starts_factor(tree)
             and not (self.peek()[0] == "name" and self.peek()[1] in FUNCTIONS)
             and (self.peek()[1] not in OPENERS)
         ):

@@ -63,10 +63,14 @@ class Named:
 
 @dataclass(frozen=True)
 class Relation:
-    """An equation ("="), an inequality (">", ">=") or "!=" between left minus right and 0."""
+    """An equation ("="), an inequality (">", ">=") or "!=" between left minus right and 0.
+
+    ``value``: the right side of m + n = 5 or f(2) = 5, which says what the left side is worth and asks nobody to solve it.
+    """
 
     sign: str
     tree: Tree
+    value: Any = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,14 @@ class Based:
 @dataclass(frozen=True)
 class Words:
     text: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A letter of a multiple choice with what stands there; ``values``: every reading of that."""
+
+    letter: str
+    values: tuple[Any, ...]
 
 
 Reading = Any  # one of the classes above

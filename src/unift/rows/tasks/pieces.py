@@ -86,6 +86,7 @@ MAX_INTRODUCTION = 12  # words
 
 def without_introduction(text: str) -> str:
     """Without words such as "The answer is" or "Answer:" in front: none of them changes what follows."""
+    text = re.sub(r"^a total of\s+", "", text, flags=re.IGNORECASE)
     words = text.split(" ")
     count = 0
     while count < len(words) - 1 and words[count].strip(",:").lower() in _INTRODUCTION:

@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 
 from unift.rows.tasks.formula import FormulaError, parse_formula, symbols
-from unift.rows.tasks.kinds import Based, Quantity, Ratio, Read, Reading, Time, Unreadable, Words
+from unift.rows.tasks.kinds import Based, Choice, Quantity, Ratio, Read, Reading, Time, Unreadable, Words
 from unift.rows.tasks.pieces import split, without_introduction
 from unift.rows.tasks.spelling import SCALES, unit_of
 
@@ -60,7 +60,7 @@ def _measured(text: str, unit: str) -> Quantity:
 
 def _with_words(text: str) -> list[tuple[str, int, str]]:
     """(formula, scale, unit) for each place at which words or units may begin; "" is a noun that is no unit."""
-    attached = re.search(r"(?<=\d)(?:[a-z]{2,})(?:\^\{?\d\}?)?$", text)
+    attached = re.search(r"(?<=\d)(?:[a-z]{2,}(?:/[a-z]+)?|[mgshL])(?:\^\{?\d\}?)?$", text)
     places = [match.span() for match in re.finditer(r"\s+", text)][:MAX_PLACES]
     found: list[tuple[str, int, str]] = []
     for start, end in [*places, *([(attached.start(), attached.start())] if attached else [])]:
@@ -87,8 +87,8 @@ def words(text: str, again: Read) -> list[Reading]:
         words = words[1:]
     if re.search(r"\d", text) and not any(re.fullmatch(r"[^\W\d_]{2,}", word) for word in words):
         return []
-    if all(len(word) == 1 for word in words):
-        return [Words(" ".join(words))] if len(words) == 1 else []
+    if all(len(word) == 1 for word in words):  # n! is a factorial, and "A?" a doubt
+        return [Words(" ".join(words))] if len(words) == 1 and not re.search("[!?]", text) else []
     return [Words(" ".join(words).casefold())]
 
 
@@ -101,10 +101,29 @@ _COUNTS = {word: n for n, word in enumerate(_SMALL.split())} | {word: 10 * n for
 
 
 def count_word(text: str, again: Read) -> list[Reading]:
-    first, _, rest = text.partition(" ")
-    if first.lower() not in _COUNTS or unit_of(rest) is None:
+    """Sixteen, twenty-five people, one hundred."""
+    pairs = re.sub(rf"^({_TENS.replace(' ', '|')}|twenty)[- ](?=({_SMALL.replace(' ', '|')})\b)", r"\1-", text.lower())
+    first, _, rest = pairs.partition(" ")
+    tens, _, ones = first.partition("-")
+    if tens not in _COUNTS or ones and (_COUNTS[tens] < 20 or not 0 < _COUNTS.get(ones, 0) < 10):
         return []
-    return [Quantity(("num", Fraction(_COUNTS[first.lower()]), None), unit_of(rest) or "")]
+    count, scale = _COUNTS[tens] + _COUNTS.get(ones, 0), rest.partition(" ")
+    if scale[0] in SCALES:
+        count, rest = count * SCALES[scale[0]], scale[2]
+    unit = unit_of(text[len(text) - len(rest) :])
+    return [] if unit is None else [Quantity(("num", Fraction(count), None), unit)]
+
+
+_CHOICE = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])\s*[.):])\s*([^A-J]*\d[^A-J]*)")
+
+
+def choice(text: str, again: Read) -> list[Reading]:
+    """(C) 12: a letter of a multiple choice with its one value. A second letter, or words, would be a second candidate."""
+    match = _CHOICE.fullmatch(text)
+    if match is None:
+        return []
+    values = again(match[3])
+    return [Choice(match[1] or match[2], values)] if all(isinstance(value, Quantity) for value in values) else []
 
 
 _TIME = re.compile(r"(\d{1,2}):([0-5]\d(?::[0-5]\d)?)\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)

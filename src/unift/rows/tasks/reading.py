@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import Any
 
 from unift.rows.tasks.formula import FormulaError, Tree, nested, parse_formula
 from unift.rows.tasks.kinds import (
@@ -26,7 +27,7 @@ from unift.rows.tasks.kinds import (
     one,
 )
 from unift.rows.tasks.pieces import MAX_ITEMS, NAME, SEPARATOR, closing, one_formula, split, without_introduction
-from unift.rows.tasks.quantities import based, clock, count_word, quantity, ratio, words
+from unift.rows.tasks.quantities import based, choice, clock, count_word, quantity, ratio, words
 from unift.rows.tasks.relations import relation
 from unift.rows.tasks.spelling import ROW_END, spelled
 
@@ -75,6 +76,7 @@ def _read(text: str, depth: int) -> tuple[Reading, ...]:
         raise Unreadable("lists inside lists")
     text = re.sub(rf"[.,;:\s\\{ROW_END}]+$", "", text.strip()).strip()
     text = text[1:].strip() if text.startswith(("=", ":")) else text
+    text = re.sub(r"^(?:negative|minus)\s+(?=[\d.\\$])", "-", text, flags=re.IGNORECASE)
     if not text:
         raise Unreadable("nothing to read")
     found: list[Reading] = []
@@ -121,14 +123,15 @@ def _list(text: str, again: Read) -> list[Reading]:
         raise Unreadable("a list with an empty place")
     if re.fullmatch(r"\d{1,3}(,\d{3})+", text) and any(piece.startswith("0") for piece in pieces):
         return []
-    items = [one(piece, again) for piece in pieces]
+    items: list[Any] = [one(piece, again) for piece in pieces]
     if len({isinstance(item, Words) for item in items}) > 1:
         raise Unreadable("a list of formulas and words")
     first = items[0]
     if isinstance(first, Named) and not any(isinstance(item, (Named, Relation)) for item in items[1:]):
         items = [Named(first.name, item if k else first.value) for k, item in enumerate([first, *items[1:]])]
-    if all(isinstance(item, Bracketed) and _is_interval_of_inequality(piece) for item, piece in zip(items, pieces)):
-        return [Union(tuple(items))]
+    if all(isinstance(item, Named) and _is_interval_of_inequality(piece) for item, piece in zip(items, pieces)):
+        if len({item.name for item in items}) == 1:
+            return [Named(items[0].name, Union(tuple(item.value for item in items)))]
     return [Several(tuple(items))]
 
 
@@ -224,5 +227,5 @@ def _matrix(text: str, again: Read) -> list[Reading]:
 
 
 _KINDS = (
-    based, clock, _thousands, _matrix, _plus_minus, relation, _union, _brackets, _list, ratio, quantity, count_word, words
+    based, clock, _thousands, _matrix, _plus_minus, relation, _union, _brackets, _list, choice, ratio, quantity, count_word, words
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from unift.rows.tasks.formula import FormulaError, Tree, parse_formula, symbols
 from unift.rows.tasks.kinds import Approximate, Bracketed, Named, Quantity, Read, Reading, Relation, Unreadable, one
@@ -44,6 +45,8 @@ def _name_of(side: str) -> str | None:
         if head in FUNCTIONS or head.lower() in CHANGING | SMALL_WORDS:
             return None
         return "" if re.fullmatch(r"[A-Za-z]{4,}", tight) else tight
+    if re.fullmatch(r"m?\s*\\(?:angle|triangle|overline|widehat|overarc)\s*\{?\s*[A-Z]{1,4}'*\s*\}?", side):
+        return re.sub(r"[\s{}]", "", side)
     words = side.split()
     no_symbols = all(re.fullmatch(r"[A-Za-z]{2,}|a", word) and word.lower() not in CHANGING for word in words)
     return "" if words and no_symbols and len(words) <= MAX_WORDS else None
@@ -77,9 +80,22 @@ def _equality(sides: list[str], again: Read) -> list[Reading]:
         raise Unreadable("an equation with a side that is no formula")
     if all(equal_trees(tree, trees[-1]) for tree in trees[:-1]):  # type: ignore[arg-type]
         return list(again(last))
+    if value := _value_of(trees, again(last)):
+        return [Relation("=", _difference(trees[0], trees[-1]), value)]  # type: ignore[arg-type]
     if len(trees) != 2 or not symbols(trees[0]) | symbols(trees[1]):  # type: ignore[arg-type]
         raise Unreadable("an equation that is false")
     return [Relation("=", _difference(trees[0], trees[1]))]  # type: ignore[arg-type]
+
+
+def _value_of(trees: list[Any], readings: tuple[Reading, ...]) -> Quantity | None:
+    """What m + n = 2 + 3 = 5 or f(2) = 5 says that its left side is worth. One variable is yet to be solved for."""
+    left, *rest = trees
+    constant = left[0] == "apply" and not any(symbols(part) for part in left[2:])
+    if not (constant or len(symbols(left)) > 1) or any(symbols(tree) for tree in rest):
+        return None
+    if not all(equal_trees(tree, rest[-1]) for tree in rest[:-1]):
+        return None
+    return next((reading for reading in readings if isinstance(reading, Quantity)), None)
 
 
 def _tree(text: str) -> Tree | None:
@@ -132,7 +148,8 @@ def _inequality(sides: list[str], signs: list[str]) -> list[Reading]:
                 ends = ("(" if signs[0] == "<" else "[", trees[0], infinity, ")")
         else:
             raise Unreadable("a chain of inequalities")
-        return [Bracketed(ends[0], (Quantity(ends[1]), Quantity(ends[2])), ends[3])]
+        interval = Bracketed(ends[0], (Quantity(ends[1]), Quantity(ends[2])), ends[3])
+        return [Named(trees[k][1], interval)]
     if len(trees) != 2:
         raise Unreadable("a chain of inequalities")
     return [Relation(">" if signs[0] == "<" else ">=", _difference(trees[1], trees[0]))]

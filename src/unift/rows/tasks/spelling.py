@@ -98,6 +98,8 @@ def spelled(text: str) -> str:
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"\^\s*\{\s*\\circ\s*\}", r"^\\circ ", text)
     text = re.sub(r"\\sqrt\s+(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"(?<![\w\\}])(\w+)\s+choose\s+(\w+)(?!\w)", r"\\binom{\1}{\2}", text)
     text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", r"\\times ", text)
     return text.strip()
 
@@ -111,8 +113,9 @@ def _raised(text: str) -> str:
 
 
 def _unmarked(text: str) -> str:
-    """Without markdown: bold, italics and backticks around a word or a formula, a heading sign, a bullet."""
-    text = re.sub(r"^\s*(?:#{1,6}\s+|>\s+|[-*]\s+(?=[A-Za-z]))", "", text)
+    """Without markdown: bold, italics and backticks around a word or a formula, a heading sign, a bullet. "> 5" stays what it
+    says."""
+    text = re.sub(r"^\s*(?:#{1,6}\s+|[-*]\s+(?=[A-Za-z]))", "", text)
     for _ in range(2):
         text = re.sub(r"```(?:\w+\n)?([^`]*)```|`([^`]*)`", lambda m: m[1] or m[2] or "", text)
         text = re.sub(r"(?<![\w)}\]*])\*\*(?=[^\s*])([^*]*[^\s*])\*\*(?![\w({\[*])", r"\1", text)

@@ -117,6 +117,11 @@ def open_run(folder: Path, config: Config, data: str) -> dict[str, Any] | None:
                 "Use another run folder (run=...), or the settings it began with"
             )
         known = read_object(folder / "environment.json").get("data")
+        if not isinstance(known, str):
+            raise UniftError(
+                f"{folder / 'environment.json'} holds no fingerprint of the training rows: the run folder is damaged. Use "
+                "another one (--run)"
+            )
         if known != data:
             raise DataError(
                 f"the training rows are not those that {folder} began with (fingerprint {data}, expected {known}). "

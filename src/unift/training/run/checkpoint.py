@@ -3,7 +3,8 @@
     run/
       config.yaml  environment.json  metrics.jsonl  result.json
       rollouts/step_000012.jsonl.gz       the groups of a step with tokens, log-probs and scores
-      checkpoints/step_000012/            model/ (a plain Hugging Face folder), weights, optimizer, trainer.json
+      checkpoints/step_000012/            model/ (a plain Hugging Face folder), trainer.json, weights and optimizer in
+                                          state.pt, or in shards/ where each process holds a part of them
       checkpoints/latest  checkpoints/best   names of folders
       nonfinite/                          the batch of a step that went NaN
 
@@ -16,10 +17,12 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unift import processes
 from unift.files import publish_folder, write_atomic, writing
 from unift.types import UniftError
 
@@ -37,26 +40,49 @@ def step_name(step: int) -> str:
 
 
 def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Checkpoint after ``step`` finished steps. ``state`` is JSON: data fingerprint, config hash, counters, versions."""
+    """Checkpoint after ``step`` finished steps. ``state`` is JSON: data fingerprint, config hash, counters, versions.
+
+    All processes call this together. The first one writes, and each its own part where the weights are sharded.
+    """
+    from unift.training.run import shards
+
+    root = folder / "checkpoints"
+    temporary = processes.lead("a checkpoint", lambda: _begun(root, step))
+    try:
+        if policy.root is not None:
+            shards.write(temporary / shards.FOLDER, policy, optimizer)
+        with policy.whole():
+            return processes.lead("a checkpoint", lambda: _completed(temporary, root, step, policy, optimizer, state))
+    except UniftError:
+        if processes.first():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _begun(root: Path, step: int) -> Path:
+    temporary = root / f".{step_name(step)}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(f"the checkpoint of step {step}", root):
+        temporary.mkdir(parents=True)
+    return temporary
+
+
+def _completed(
+    temporary: Path, root: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> Path:
+    """The rest of a checkpoint, and its name. The weights are whole."""
     import torch
 
     from unift.model.load import save_pretrained
 
-    root = folder / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    final, temporary = root / step_name(step), root / f".{step_name(step)}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with writing(f"the checkpoint of step {step}", root):
-            temporary.mkdir()
-            save_pretrained(policy, temporary / "model")
+    final = root / step_name(step)
+    with writing(f"the checkpoint of step {step}", root):
+        save_pretrained(policy, temporary / "model")
+        if policy.root is None:
             weights = {n: p.detach() for n, p in policy.named_parameters()}
             torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, temporary / "state.pt")
-            (temporary / "trainer.json").write_text(json.dumps(state | {"step": step}, indent=1))
-            publish_folder(temporary, final)
-    except UniftError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        (temporary / "trainer.json").write_text(json.dumps(state | {"step": step}, indent=1))
+        publish_folder(temporary, final)
     write_atomic(root / "latest", final.name)
     return final
 
@@ -76,33 +102,55 @@ def counters(folder: Path, step: int) -> dict[str, Any]:
 
 
 def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Load weights (and optimizer) of a checkpoint in place; returns its ``trainer.json``."""
-    import torch
+    """Load weights (and optimizer) of a checkpoint in place; returns its ``trainer.json``. Sharded or not, it may be continued
+    either way. All processes call this together."""
+    from unift.training.run import shards
 
     where = folder / "checkpoints" / step_name(step)
-    if not (where / "state.pt").is_file():
-        raise UniftError(f"{where}/state.pt is missing. Several machines need a run folder that all of them see")
-    try:
-        stored = torch.load(where / "state.pt", map_location=policy.device, weights_only=True)
+    parts = where / shards.FOLDER
+    if not (where / "state.pt").is_file() and not parts.is_dir():
+        raise UniftError(f"{where} holds no weights. Several machines need a run folder that all of them see")
+    with _readable(where):
         trainer = json.loads((where / "trainer.json").read_text(encoding="utf-8"))
-        known = {"counters", "scorer"} <= trainer.keys() and {"weights", "optimizer"} <= stored.keys()
-    except Exception as error:  # torch and pickle raise many kinds; all mean that the file is damaged
-        raise UniftError(f"{where} cannot be read ({str(error) or repr(error):.100}): {_DAMAGED}") from None
-    if not known:
+        stored = _loaded(where / "state.pt", policy) if not parts.is_dir() else {}
+        names = shards.names(parts) if parts.is_dir() else set(stored.get("weights", ()))
+    if not {"counters", "scorer"} <= trainer.keys() or (stored and not {"weights", "optimizer"} <= stored.keys()):
         raise UniftError(f"{where} holds no checkpoint of this version: {_DAMAGED}")
     own = dict(policy.named_parameters())
     if optimizer is None or policy.critic is None:  # a critic belongs to the phase that trained it
-        own, stored["weights"] = (
-            {n: p for n, p in some.items() if not n.startswith("critic.")} for some in (own, stored["weights"])
-        )
-    if own.keys() != stored["weights"].keys():
+        own = {n: p for n, p in own.items() if not n.startswith("critic.")}
+        names = {n for n in names if not n.startswith("critic.")}
+    if own.keys() != names:
         raise UniftError(f"{where} was saved from another model: its parameters have other names")
-    with torch.no_grad():
-        for name, value in stored["weights"].items():
-            own[name].copy_(value)
-    if optimizer is not None:
+    if not stored:
+        with _readable(where):
+            shards.read(parts, optimizer, own)
+        return trainer
+    from unift.model.sharding import assign
+
+    for name, p in own.items():
+        assign(p, stored["weights"][name])
+    if optimizer is not None and policy.root is not None:
+        shards.spread(policy, optimizer, stored["optimizer"])
+    elif optimizer is not None:
         optimizer.load_state_dict(stored["optimizer"])
     return trainer
+
+
+def _loaded(path: Path, policy: Policy) -> dict[str, Any]:
+    import torch
+
+    return torch.load(path, map_location=policy.device, weights_only=True)
+
+
+@contextmanager
+def _readable(where: Path) -> Generator[None, None, None]:
+    try:
+        yield
+    except UniftError:
+        raise
+    except Exception as error:  # torch and pickle raise many kinds; all mean that the file is damaged
+        raise UniftError(f"{where} cannot be read ({str(error) or repr(error):.100}): {_DAMAGED}") from None
 
 
 def prune(folder: Path, keep: int, also: Iterable[int]) -> None:
@@ -118,10 +166,15 @@ def prune(folder: Path, keep: int, also: Iterable[int]) -> None:
 
 
 def fingerprint(policy: Policy) -> str:
-    """Checksum of the trainable weights: which policy sampled a rollout."""
+    """Checksum of the trainable weights: which policy sampled a rollout. It does not depend on how they are sharded; where
+    they are, all processes call this together, and the first one knows the answer."""
     import torch
+
+    from unift.model.sharding import full
 
     value = 0
     for p in policy.parameters():
-        value = zlib.crc32(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, value)
+        whole = full(p.detach())
+        if policy.root is None or processes.first():
+            value = zlib.crc32(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
