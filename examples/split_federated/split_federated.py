@@ -30,11 +30,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from link import JAMMERS, SCENARIOS, Link, make_link  # noqa: E402
+from link import JAMMERS, SCENARIOS, Link, make_link
 
-from unift import rng  # noqa: E402
-from unift.rows.tasks import make_rows  # noqa: E402
-from unift.rows.tokens import encode_row  # noqa: E402
+from unift import rng
+from unift.rows.tasks import make_rows
+from unift.rows.tokens import encode_row
 
 BASE = resources.files("unift") / "model" / "embedded" / "lock"
 CLIENTS, ROWS, TEST, ROUNDS, STEPS, BATCH, RATE = 3, 80, 150, 6, 15, 32, 3e-3
