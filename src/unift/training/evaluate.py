@@ -20,8 +20,10 @@ from unift.rewards import open_scorer
 from unift.rewards.pool import Scorer
 from unift.rows import dataset
 from unift.rows.dataset import Split
+from unift.rows.tasks.format import answer_rule
 from unift.sampling.engines.native import Request
 from unift.sampling.groups import completed
+from unift.training.vote import Judged, chosen
 from unift.types import ConfigError, Given, Row, Sample
 
 
@@ -70,18 +72,22 @@ def verdicts(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Sequence[Samp
     return [[next(right) for _ in group] for group in groups]
 
 
-def _judged(judge: Judge, split: Split, requests: Sequence[Request], temperature: float = 1.0) -> list[list[bool]]:
-    """Sample and judge: right or not, per row and sample. Each process takes its share of the rows; all get the whole."""
+def _judged(judge: Judge, split: Split, requests: Sequence[Request], temperature: float = 1.0) -> list[list[Judged]]:
+    """Sample and judge every row. Each process takes its share of the rows; all get the whole."""
     own = processes.share(len(split.rows))
     asked = [requests[i] for i in own]
     groups = completed(judge.policy, asked, judge.max_tokens, temperature, lambda done: judge.watch(done, len(own)))
     right = verdicts(judge.scorer, [split.rows[i] for i in own], groups)
-    return processes.interleave(processes.gather("an evaluation", right))
+    judged = [
+        [Judged(v, s.text, float(np.mean(s.logps)) if s.logps else -np.inf) for v, s in zip(of, group, strict=True)]
+        for of, group in zip(right, groups, strict=True)
+    ]
+    return processes.interleave(processes.gather("an evaluation", judged))
 
 
 def greedy(judge: Judge, split: Split) -> Accuracy:
     """Greedy accuracy without a hint."""
-    right = sum(v[0] for v in _judged(judge, split, [Request(e.prompt, None) for e in split.encoded]))
+    right = sum(v[0].right for v in _judged(judge, split, [Request(e.prompt, None) for e in split.encoded]))
     n = len(split.rows)
     return Accuracy(right / max(n, 1), *wilson(right, n), n)
 
@@ -91,13 +97,17 @@ def uniforms_of(row: Row, draws: Draws, max_tokens: int) -> np.ndarray:
     return rng.uniforms("eval", draws.seed, row.id, shape=(draws.samples, max_tokens))
 
 
-def pass_curve(judge: Judge, split: Split, draws: Draws) -> dict[str, dict[str, float]]:
-    """pass@1, 2, 4, ... ``draws.samples``: mean over rows with a bootstrap interval (95 %, over rows)."""
+def pass_curve(judge: Judge, split: Split, draws: Draws, place: str | None = None) -> dict[str, dict[str, float]]:
+    """pass@1, 2, 4, ... ``draws.samples``: mean over rows with a bootstrap interval (95 %, over rows).
+
+    ``place``: of the answer; then also what the same samples reach as a vote and by their likelihood."""
     requests = [
         Request(e.prompt, uniforms_of(row, draws, judge.max_tokens))
         for row, e in zip(split.rows, split.encoded, strict=True)
     ]
-    return curve([sum(v) for v in _judged(judge, split, requests, draws.temperature)], draws)
+    groups = _judged(judge, split, requests, draws.temperature)
+    found = curve([sum(s.right for s in group) for group in groups], draws)
+    return found | (chosen(split.rows, groups, place) if place is not None else {})
 
 
 def curve(counts: Sequence[int], draws: Draws) -> dict[str, dict[str, float]]:
@@ -106,7 +116,7 @@ def curve(counts: Sequence[int], draws: Draws) -> dict[str, dict[str, float]]:
     samples, n = draws.samples, len(counts)
     ks = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
     picks = rng.generator("bootstrap", draws.seed).integers(0, n, (1000, n))
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for k in ks:
         values = np.array([pass_at_k(samples, c, k) for c in counts])
         low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
@@ -118,7 +128,8 @@ def curve(counts: Sequence[int], draws: Draws) -> dict[str, dict[str, float]]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy of a model on a split, without hints. ``pass_at``: "pass@k" -> accuracy, low, high. ``forward``: which path."""
+    """Accuracy of a model on a split, without hints. ``pass_at``: "pass@k", "vote@k" or "rerank@k" -> accuracy, low, high.
+    ``forward``: which path."""
 
     split: str
     greedy: Accuracy
@@ -132,16 +143,23 @@ class Evaluation:
         return "\n".join([*lines, *(f"{name}: {_percent(v)}" for name, v in self.pass_at.items())])
 
 
-def evaluate_split(config: Config, split: str, samples: int, given: Given | None = None) -> Evaluation:
-    """Greedy accuracy, and pass@k from ``samples`` completions a row. Nothing is written."""
+def evaluate_split(
+    config: Config, split: str, samples: int, given: Given | None = None, vote: bool = False
+) -> Evaluation:
+    """Greedy accuracy, and pass@k from ``samples`` completions a row; ``vote``: one answer chosen of them, too. Nothing is
+    written."""
+    if vote and samples < 2:
+        raise ConfigError(
+            f"a vote needs several samples a row: found samples={samples}; use --samples K with K of 2 or more"
+        )
     if split not in ("train", "test"):
         raise ConfigError(f"split: found {split!r}, expected train or test")
     use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"):
-        return _evaluate(config, split, samples, given or Given())
+        return _evaluate(config, split, samples, given or Given(), vote)
 
 
-def _evaluate(config: Config, split: str, samples: int, given: Given) -> Evaluation:
+def _evaluate(config: Config, split: str, samples: int, given: Given, vote: bool) -> Evaluation:
     tokenizer = load_tokenizer(config.model)
     data = dataset.encode(tokenizer, dataset.load(config, given.rows, only=split), config)
     check_positions(config, data)
@@ -152,7 +170,8 @@ def _evaluate(config: Config, split: str, samples: int, given: Given) -> Evaluat
         policy = load_policy(config.model, tokenizer, longest(config))
         judge = Judge(policy, scorer, evaluation_tokens(config))
         accuracy = greedy(judge, asked)
-        curve = pass_curve(judge, asked, Draws(samples, config.seed)) if samples else {}
+        place = answer_rule(data.train.rows, config.reward.answer, config.reward.rule) if vote else None
+        curve = pass_curve(judge, asked, Draws(samples, config.seed), place) if samples else {}
     return Evaluation(split, accuracy, curve, policy.path)
 
 
