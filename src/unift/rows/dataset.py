@@ -101,9 +101,10 @@ class Split:
     rows: list[Row]
     encoded: list[Encoded]
     rejected: list[list[int] | None] = field(default_factory=list[list[int] | None])
+    labels: list[float | None] = field(default_factory=list[float | None])
 
     def first(self, n: int) -> Split:
-        return Split(self.rows[:n], self.encoded[:n], self.rejected[:n])
+        return Split(self.rows[:n], self.encoded[:n], self.rejected[:n], self.labels[:n])
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
     test = encode_rows(tokenizer, dataset.test, limit, source=named(config.data.test))
     columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
     rejected = encode_column(tokenizer, dataset.train, columns, limit)
-    return Data(Split(dataset.train, train, rejected), Split(dataset.test, test), dataset.fingerprint)
+    labels = label_column(dataset.train, {name for stage in stages(config) if (name := stage.rules.sample.label)})
+    return Data(Split(dataset.train, train, rejected, labels), Split(dataset.test, test), dataset.fingerprint)
 
 
 def encode_column(tokenizer: Any, rows: Sequence[Row], columns: Iterable[str], limit: int) -> list[list[int] | None]:
@@ -156,6 +158,28 @@ def encode_column(tokenizer: Any, rows: Sequence[Row], columns: Iterable[str], l
     if all(tokens is None for tokens in out):
         known = sorted({name for row in rows for name in row.extra})
         raise DataError(f"no row has a column {names[0]!r} (sample.rejected). Columns: {', '.join(known) or 'none'}")
+    return out
+
+
+def label_column(rows: Sequence[Row], columns: Iterable[str]) -> list[float | None]:
+    """The score of each row's solution, from a column of its own; true is 1 and false 0, None where the row has none."""
+    names = list(columns)
+    if not names:
+        return [None] * len(rows)
+    if len(names) > 1:
+        raise DataError(f"sample.label names several columns over the phases: {', '.join(sorted(names))}; use one")
+    out: list[float | None] = []
+    for number, row in enumerate(rows, start=1):
+        value = row.extra.get(names[0])
+        if value is not None and (not isinstance(value, (bool, int, float)) or not 0 <= value <= 1):
+            raise DataError(
+                f"row {number} (id {row.id}), column {names[0]!r}: expected a score from 0 to 1, true, false or nothing, "
+                f"found {value!r}"
+            )
+        out.append(None if value is None else float(value))
+    if all(value is None for value in out):
+        known = sorted({name for row in rows for name in row.extra})
+        raise DataError(f"no row has a column {names[0]!r} (sample.label). Columns: {', '.join(known) or 'none'}")
     return out
 
 
