@@ -47,6 +47,11 @@ def check(config: Config) -> None:
                 f"nothing to learn from: sample.completions={sample.completions}, policy.loss={phase.policy.loss} and no "
                 "likelihood. Set likelihood.tokens and likelihood.weight, or sample completions"
             )
+        if config.engine.gap == "correct" and loss.sequences:
+            raise ConfigError(
+                f"engine.gap=correct weighs tokens one by one; policy.loss={phase.policy.loss} compares whole sequences. Use "
+                "warn or fail"
+            )
         _check_together(phase)
         if phase.show.low > phase.show.high:
             raise ConfigError(f"show.low={phase.show.low} is above show.high={phase.show.high}")

@@ -7,6 +7,7 @@ What results is written to the run folder as ``config.yaml`` and is itself a val
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,8 @@ from unift.config.sections import METHOD_SECTIONS, Config
 from unift.types import HANDED, ConfigError
 
 PATHS = ("model.path", "data.train", "data.test", "reward.function")  # settings that name a file or a folder
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name of a model on the Hub
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,6 +110,8 @@ def beside(tree: Mapping[str, Any], file: Path, over: Mapping[str, Any]) -> dict
         if path.is_absolute() or path.exists():
             return value
         if not (file.parent / path).exists():
+            if key == "model.path" and HUB_NAME.fullmatch(value):
+                return value
             raise ConfigError(
                 f"{key}={value!r} of {file} does not exist: looked in {Path.cwd()} and, beside the file, in "
                 f"{file.parent.absolute()}"

@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from unift.config import words
-from unift.config.surroundings import Data, Eval, Log, Lora, Model, Reward, Save, Section
+from unift.config.surroundings import Data, Engine, Eval, Log, Lora, Model, Reward, Save, Section
 
 __all__ = [
     "Config",
     "Credit",
     "Data",
+    "Engine",
     "Eval",
     "Inputs",
     "Likelihood",
@@ -293,6 +294,7 @@ class Config(Rules):
     threads: int | None = Field(default=None, ge=1, description="of torch; default: all cores")
     baselines: list[str] = Field(default_factory=list, description="methods trained beside this one for comparison")
     model: Model = Model()
+    engine: Engine = Engine()
     data: Data = Data()
     reward: Reward = Reward()
     phases: list[Phase] = Field(

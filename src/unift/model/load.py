@@ -13,7 +13,7 @@ import torch
 from unift import processes
 from unift.files import publish_folder, writing
 from unift.model import attention, lora, matmul, paths, sharding
-from unift.model.folder import locate, model_settings, reading
+from unift.model.folder import adapter_folder, adapter_settings, base_name, locate, model_settings, reading
 from unift.model.policy import Policy
 from unift.rows import tokens
 from unift.types import ConfigError
@@ -118,7 +118,11 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
         _forget_gguf(model)
     policy = Policy(model, tokenizer, device, autocast=config.autocast, cuda_graphs=config.cuda_graphs)
     paths.choose(policy, config.forward, longest)
-    if config.lora is not None:
+    adapter = adapter_folder(config.path)
+    if adapter is not None:
+        policy.model = lora.proceed(model, adapter, adapter_settings(config.path) or {}, config.lora)
+        policy.lora = policy.continues = True
+    elif config.lora is not None:
         policy.model, policy.lora = lora.adapt(model, config.lora), True
     return policy
 
@@ -154,6 +158,16 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
     finally:
         base.config._attn_implementation_internal = implementation
         base.config.use_cache = False
+    policy.tokenizer.save_pretrained(folder)
+
+
+def save_adapter(policy: Policy, config: ModelConfig, folder: Path) -> None:
+    """LoRA adapters alone, in peft's layout, beside a saved model: ``PeftModel.from_pretrained`` and vLLM put them on their
+    base, and ``model.path`` of the folder trains on. Nothing without adapters."""
+    if not policy.lora:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    lora.save(policy.model, folder, base_name(config.path))
     policy.tokenizer.save_pretrained(folder)
 
 

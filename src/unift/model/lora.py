@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +46,65 @@ def adapt(model: Any, lora: Lora) -> nn.Module:
         raise ConfigError(f"{what}: {error} Name other model.lora.targets") from error
     _untie(model, what)
     return wrapped
+
+
+def proceed(model: Any, folder: Path, settings: Mapping[str, Any], lora: Lora | None) -> nn.Module:
+    """``model`` with the adapter in ``folder``, which trains on. ``settings``: its adapter_config.json. ``lora``: what the
+    user's settings say of adapters.
+
+    Raises ConfigError where these contradict the adapter, or where it is of a kind that does not train here.
+    """
+    from peft import PeftModel
+
+    _agree(folder, settings, lora)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=True, local_files_only=True)
+    except Exception as error:  # peft, safetensors and torch have errors of their own
+        said = " ".join(str(error).split())[:300] or repr(error)
+        raise ConfigError(f"the adapter in {folder} does not fit {type(model).__name__}: {said}") from error
+    _untie(model, f"the adapter in {folder}")
+    return wrapped
+
+
+def _agree(folder: Path, settings: Mapping[str, Any], lora: Lora | None) -> None:
+    """ConfigError where an adapter is not plain LoRA, or model.lora sets a value that is not its own."""
+    odd = [
+        key
+        for key in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "use_rslora")
+        if settings.get(key)
+    ]
+    odd += [f"bias={settings['bias']}"] if settings.get("bias", "none") != "none" else []
+    if settings.get("peft_type") != "LORA" or odd:
+        kind = ", ".join(odd) or f"peft_type={settings.get('peft_type')}"
+        raise ConfigError(
+            f"the adapter in {folder} has {kind}: only plain LoRA is continued. Merge it into its model first (merge_and_unload)"
+        )
+    found = settings.get("target_modules")
+    own = {"rank": settings.get("r"), "alpha": settings.get("lora_alpha"), "targets": found}
+    for key in sorted(lora.model_fields_set) if lora is not None else ():
+        wanted = getattr(lora, key)
+        same = set(wanted) == set(found or []) if key == "targets" and isinstance(wanted, list) else wanted == own[key]
+        if key == "targets" and wanted == "all-linear":
+            continue  # peft writes the layers' names instead
+        if not same:
+            raise ConfigError(
+                f"model.lora.{key}={wanted!r} contradicts the adapter in {folder}, which has {own[key]!r}. Leave model.lora "
+                "out: the adapter brings its own"
+            )
+
+
+def save(model: Any, folder: Path, base: str) -> None:
+    """The adapters alone, as peft writes them. ``base``: the model that they belong to, as its loader shall name it."""
+    from unift.model import sharding
+
+    model.peft_config["default"].base_model_name_or_path = base
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Could not find a config file in"
+        )  # peft asks for the vocabulary's size
+        model.save_pretrained(folder, state_dict=sharding.state(model), save_embedding_layers=False)
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:

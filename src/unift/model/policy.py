@@ -34,6 +34,7 @@ class Policy:
     tokenizer: Any
     device: torch.device
     lora: bool = False
+    continues: bool = False  # its adapters come from an earlier run: switched off, it is not the policy that began
     autocast: str = "none"  # bfloat16 products: none, sample, all
     why_plain: str = ""  # why the model takes the plain path; empty on the shared-prefix path
     cuda_graphs: bool = True  # the sampler may record its steps on a GPU

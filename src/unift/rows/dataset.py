@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,21 +12,26 @@ from unift.config import needs
 from unift.config.sections import Config
 from unift.config.stages import stages
 from unift.config.words import SCHEDULES
-from unift.rows.tokens import Encoded, encode_row, encode_rows
+from unift.rows.store import Lazy, StoredRows, digest_row, lazily
+from unift.rows.tokens import Encoded, check_tokenizer, encode_row, encode_rows, encode_with
 from unift.types import HANDED, ConfigError, DataError, Row
 
 
 @dataclass(frozen=True)
 class Dataset:
-    train: list[Row]
-    test: list[Row]
+    """Rows of both splits: in memory, or `store.StoredRows` where they come from a large file."""
+
+    train: Sequence[Row]
+    test: Sequence[Row]
 
     @property
     def fingerprint(self) -> str:
         """Content of the training rows; a checkpoint refuses another one."""
+        if isinstance(self.train, StoredRows):
+            return self.train.facts.fingerprint
         digest = hashlib.sha256()
         for row in self.train:
-            digest.update(json.dumps([row.id, row.prompt, row.steps, row.ending, row.answer], default=str).encode())
+            digest_row(digest, row)
         return digest.hexdigest()[:16]
 
 
@@ -70,9 +74,11 @@ def load(config: Config, handed: Mapping[str, list[Row]] | None = None, only: st
     return Dataset(train, test[: config.eval.rows] if config.eval.rows else test)
 
 
-def _split(config: Config, split: Literal["train", "test"], handed: Mapping[str, list[Row]], steps: bool) -> list[Row]:
+def _split(
+    config: Config, split: Literal["train", "test"], handed: Mapping[str, list[Row]], steps: bool
+) -> Sequence[Row]:
     """Rows of data.train or data.test: handed over, or read."""
-    from unift.rows.readers import check_steps, read_rows
+    from unift.rows.readers import check_steps, open_rows
     from unift.rows.tasks.format import check_answers
 
     data, reward = config.data, config.reward.function
@@ -81,7 +87,7 @@ def _split(config: Config, split: Literal["train", "test"], handed: Mapping[str,
         raise ConfigError(f"no rows: set data.{split}=FILE")
     if path != HANDED:
         hub_split = None if split == "train" else "test"
-        rows = read_rows(path, format=data.format, split=hub_split, limit=limit, need_steps=steps)
+        rows = open_rows(path, format=data.format, split=hub_split, limit=limit, need_steps=steps)
         check_answers(rows, reward, f"{path}, row")
         return rows
     if split not in handed:
@@ -96,15 +102,40 @@ def _split(config: Config, split: Literal["train", "test"], handed: Mapping[str,
 
 @dataclass(frozen=True)
 class Split:
-    """Rows with their tokens. ``rejected``: tokens of the answer that each row's solution is preferred to, where it has one."""
+    """Rows with their tokens. ``rejected``: tokens of the answer that each row's solution is preferred to, where it has one.
 
-    rows: list[Row]
-    encoded: list[Encoded]
-    rejected: list[list[int] | None] = field(default_factory=list[list[int] | None])
-    labels: list[float | None] = field(default_factory=list[float | None])
+    ``looked_at``: indices of the rows that are checked before a run starts. All of them in memory; of rows on disk the
+    longest, and every other row at its first use (`Encodings`). ``labels``: the score of each row's solution, where it has one.
+    """
+
+    rows: Sequence[Row]
+    encoded: Sequence[Encoded]
+    rejected: Sequence[list[int] | None] = field(default_factory=list[list[int] | None])
+    labels: Sequence[float | None] = field(default_factory=list[float | None])
 
     def first(self, n: int) -> Split:
         return Split(self.rows[:n], self.encoded[:n], self.rejected[:n], self.labels[:n])
+
+    @property
+    def looked_at(self) -> Sequence[int]:
+        return self.rows.facts.longest if isinstance(self.rows, StoredRows) else range(len(self.rows))
+
+
+class Encodings(Lazy[Encoded]):
+    """Tokens of rows on disk, made at their first use. ``checks`` see the index and the tokens of each then: what a start
+    asks of every row in memory."""
+
+    def __init__(self, encode: Callable[[int], Encoded], n: int) -> None:
+        self.checks: list[Callable[[int, Encoded], None]] = []
+
+        def checked(index: int) -> Encoded:
+            made = encode(index)
+            for check in self.checks:
+                check(index, made)
+            return made
+
+        recent = lazily(checked, n)
+        super().__init__(recent.__getitem__, range(n))
 
 
 @dataclass(frozen=True)
@@ -128,44 +159,65 @@ def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
         raise ConfigError(
             f"sample.instruction has {len(texts)} values over the phases: {sorted(map(str, texts))}; use one"
         )
-    train = encode_rows(tokenizer, dataset.train, limit, next(iter(texts), None), named(config.data.train))
-    test = encode_rows(tokenizer, dataset.test, limit, source=named(config.data.test))
+    train = _encoded(tokenizer, dataset.train, limit, next(iter(texts), None), named(config.data.train))
+    test = _encoded(tokenizer, dataset.test, limit, None, named(config.data.test))
     columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
     rejected = encode_column(tokenizer, dataset.train, columns, limit)
     labels = label_column(dataset.train, {name for stage in stages(config) if (name := stage.rules.sample.label)})
     return Data(Split(dataset.train, train, rejected, labels), Split(dataset.test, test), dataset.fingerprint)
 
 
-def encode_column(tokenizer: Any, rows: Sequence[Row], columns: Iterable[str], limit: int) -> list[list[int] | None]:
+def _encoded(
+    tokenizer: Any, rows: Sequence[Row], limit: int, instruction: str | None, source: str
+) -> Sequence[Encoded]:
+    """Tokens of all rows; of rows on disk, at first use. Then the longest by characters are tried at once: a row that does
+    not fit ``limit`` is, but for unusual texts, among them."""
+    if not isinstance(rows, StoredRows):
+        return encode_rows(tokenizer, rows, limit, instruction, source)
+    check_tokenizer(tokenizer)
+    made = Encodings(lambda i: encode_with(tokenizer, rows[i], limit, instruction, i + 1, source), len(rows))
+    for index in rows.facts.longest:
+        made[index]
+    return made
+
+
+def encode_column(
+    tokenizer: Any, rows: Sequence[Row], columns: Iterable[str], limit: int
+) -> Sequence[list[int] | None]:
     """Tokens of an answer that stands in a column of its own (+ EOS), per row; None where the row has none.
 
-    It is tokenised with the prompt, as the solution is. DataError for anything but a text.
+    It is tokenised with the prompt, as the solution is. DataError for anything but a text; of rows on disk at first use.
     """
     names = list(columns)
-    if not names:
-        return [None] * len(rows)
     if len(names) > 1:
         raise DataError(f"sample.rejected names several columns over the phases: {', '.join(sorted(names))}; use one")
-    out: list[list[int] | None] = []
-    for number, row in enumerate(rows, start=1):
-        text = row.extra.get(names[0])
+
+    def encode(index: int) -> list[int] | None:
+        row, number = rows[index], index + 1
+        text = row.extra.get(names[0]) if names else None
         if text is not None and (not isinstance(text, str) or not text):
             raise DataError(
                 f"row {number} (id {row.id}), column {names[0]!r}: expected a text or nothing, found {text!r}"
             )
         other = None if text is None else replace(row, steps=(), ending=text)
-        out.append(None if other is None else encode_row(tokenizer, other, limit, number).solution)
-    if all(tokens is None for tokens in out):
-        known = sorted({name for row in rows for name in row.extra})
+        return None if other is None else encode_row(tokenizer, other, limit, number).solution
+
+    on_disk = isinstance(rows, StoredRows)
+    out = lazily(encode if names else lambda index: None, len(rows)) if on_disk else list(map(encode, range(len(rows))))
+    if not names:
+        return out
+    if names[0] not in rows.facts.columns if on_disk else all(tokens is None for tokens in out):
+        known = rows.facts.columns if on_disk else sorted({name for row in rows for name in row.extra})
         raise DataError(f"no row has a column {names[0]!r} (sample.rejected). Columns: {', '.join(known) or 'none'}")
     return out
 
 
 def label_column(rows: Sequence[Row], columns: Iterable[str]) -> list[float | None]:
-    """The score of each row's solution, from a column of its own; true is 1 and false 0, None where the row has none."""
+    """The score of each row's solution, from a column of its own; true is 1 and false 0, None where the row has none. Nothing
+    without a column. Of rows on disk every score is read at once, and kept."""
     names = list(columns)
     if not names:
-        return [None] * len(rows)
+        return []
     if len(names) > 1:
         raise DataError(f"sample.label names several columns over the phases: {', '.join(sorted(names))}; use one")
     out: list[float | None] = []

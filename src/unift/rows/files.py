@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +46,51 @@ def records(path: str) -> list[Any]:
             "on the Hub or in a folder that datasets saved (hf:NAME) and writes .jsonl or .parquet"
         )
     return _TEXTS[kind](_content(file, path).removeprefix(b"\xef\xbb\xbf"), path)
+
+
+def streams(file: Path) -> bool:
+    """Can `streamed` read it? The other kinds are read whole."""
+    return Path(file.name.removesuffix(".gz")).suffix in (".jsonl", ".ndjson") or file.suffix == ".parquet"
+
+
+def streamed(path: str) -> Iterator[Any]:
+    """As `records` of a file of JSON Lines or Parquet, one by one. A .jsonl file that is one list is read whole."""
+    file = Path(path).expanduser()
+    if file.suffix == ".parquet":
+        yield from _parquet_rows(file, path)
+        return
+    try:
+        with file.open("rb") as raw, gzip.open(raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw as lines:
+            for number, line in enumerate(lines, start=1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if number == 1 and line.lstrip().startswith(b"["):
+                    break
+                if line.strip():
+                    yield _json_line(line.removesuffix(b"\n"), path, number)
+            else:
+                return
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    yield from records(path)
+
+
+def _json_line(line: bytes, path: str, number: int) -> Any:
+    try:
+        return json.loads(_utf8(line, path, number))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}, line {number}: cannot be read as JSON ({error})") from None
+
+
+def _parquet_rows(file: Path, path: str) -> Iterator[Any]:
+    import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
+
+    try:
+        for batch in cast(Any, pq).ParquetFile(file).iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {error}") from error
 
 
 def _content(file: Path, path: str) -> bytes:

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
+from unift.rows.store import StoredRows, problem_hash
 from unift.types import Row, UniftError
 
 
@@ -67,6 +70,10 @@ def overlap(train: Sequence[Row], test: Sequence[Row]) -> list[str]:
     """Ids of test rows that pose a problem of the training rows."""
     if not test:
         return []
+    if isinstance(train, StoredRows):
+        problems = [problem_hash(canonical(row)) for row in test]
+        shared = np.isin(np.array(problems, dtype=np.uint64), train.problems_N)
+        return [row.id for row, known in zip(test, shared, strict=True) if known]
     seen = {canonical(row) for row in train}
     return [row.id for row in test if canonical(row) in seen]
 

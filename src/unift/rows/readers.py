@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
-from unift.rows.files import records
+from unift.rows import store
+from unift.rows.files import records, streamed, streams
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
-from unift.rows.tasks.format import own_endings
+from unift.rows.tasks.format import all_marked, own_endings, with_own_ending
 from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
@@ -63,43 +65,120 @@ def rows_of(
             _check_text(row, f"{name}, row {number}")
             check_steps(row, f"{name}, row {number}", need_steps)
         return told_apart(records, name)
-    layout = detect(records[0], name) if format == "auto" else format
-    if layout not in _READERS:
-        raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
-    rows: list[Row] = []
+    found = [
+        (check_steps(row, f"{name}, row {number}", need_steps), written)
+        for number, (row, written) in enumerate(_read(records, name, format), start=1)
+    ]
+    own = iter(own_endings([row for row, written in found if written]))
+    rows = [next(own) if written else row for row, written in found]
+    return told_apart(rows, name)
+
+
+def open_rows(
+    path: str, *, format: str = "auto", split: str | None = None, limit: int | None = None, need_steps: bool = True
+) -> Sequence[Row]:
+    """As `read_rows`, but rows of a large source (`rows.store.LARGE`) stay on disk, in the cache of `rows.store`: JSON Lines,
+    Parquet and what ``datasets`` saved (``hf:FOLDER``)."""
+    source = Path(path.removeprefix("hf:")).expanduser()
+    if path.startswith("hf:") and (source / "dataset_dict.json").is_file():
+        source /= split or "train"
+    if not large(source, hub=path.startswith("hf:")) or (limit is not None and limit < 1):
+        return read_rows(path, format=format, split=split, limit=limit, need_steps=need_steps)
+
+    def found() -> Iterator[tuple[Row, bool]]:
+        records = _saved(source, split or "train") if path.startswith("hf:") else streamed(path)
+        return _read(islice(records, limit), path, format)
+
+    def rows() -> Iterator[Row]:
+        marked = all_marked(row for row, written in found() if written)
+        yield from (with_own_ending(row) if written and marked else row for row, written in found())
+
+    kept = store.stored(
+        source,
+        [format, split, limit, path.startswith("hf:")],
+        rows,
+        path,
+        source.suffix in (".jsonl", ".ndjson", ".gz"),
+    )
+    if kept is None or not len(kept):
+        return read_rows(path, format=format, split=split, limit=limit, need_steps=need_steps)
+    if need_steps and kept.facts.without_steps is not None:
+        number = kept.facts.without_steps
+        check_steps(kept[number - 1], f"{path}, row {number}", need_steps)
+    return kept
+
+
+def large(source: Path, hub: bool = False) -> bool:
+    """Is it a source of rows that can be read row by row, and too large to be kept in memory?"""
+    if hub:
+        return (source / "state.json").is_file() and sum(f.stat().st_size for f in source.iterdir()) > store.LARGE
+    return source.is_file() and streams(source) and source.stat().st_size > store.LARGE
+
+
+def _saved(folder: Path, split: str) -> Iterator[Any]:
+    """Rows of a folder that datasets saved, from its Arrow files."""
+    import datasets  # pyright: ignore[reportMissingTypeStubs]
+
+    try:
+        found = cast(Any, datasets).load_from_disk(str(folder))
+    except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
+        raise DataError(
+            f"hf:{folder} (split {split!r}) could not be loaded: {type(error).__name__}: {error}"
+        ) from error
+    for batch in found.iter(batch_size=1000):
+        names = list(batch)
+        yield from (dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+def _read(records: Iterable[Any], name: str, format: str) -> Iterator[tuple[Row, bool]]:
+    """(row, was its ending written for it?) of records of one layout, one by one."""
+    layout = format
     for number, record in enumerate(records, start=1):
+        if number == 1:
+            layout = detect(record, name) if format == "auto" else format
+            if layout not in _READERS:
+                raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
         where = f"{name}, row {number}"
         if not is_mapping(record):
             raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
         row = _READERS[layout](record, where)
         _check_text(row, where)
-        rows.append(check_steps(row, where, need_steps))
-    if layout in ("unift", "reasoning-gym"):
-        written = [k for k, record in enumerate(records) if record.get("ending") is None and rows[k].ending]
-        for k, row in zip(written, own_endings([rows[k] for k in written])):
-            rows[k] = row
-    return told_apart(rows, name)
+        yield row, layout in ("unift", "reasoning-gym") and record.get("ending") is None and bool(row.ending)
+
+
+class Names:
+    """Ids given out so far, and the rule for a row whose id was there before."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.first: dict[str, int] = {}  # id: number of the row that has it
+        self.copies: Counter[str] = Counter()
+
+    def own(self, row: Row, number: int, rows: Callable[[int], Row]) -> str:
+        """The id of row ``number``: its own, or ``<id>-2`` of a further copy. ``rows``: the row of a number.
+
+        DataError where two different rows share an id.
+        """
+        name = row.id
+        if name in self.first and _content(row) == _content(rows(self.first[name])):
+            self.copies[name] += 1
+            name = f"{name}-{self.copies[name] + 1}"
+        if name in self.first:
+            raise DataError(
+                f"{self.source}, row {number}, column 'id': {name!r} is the id of row {self.first[name]}, too. Draws and what "
+                "a run remembers of a row (its hint length) go by the id: give every row its own, or drop the column, and the "
+                "content names them"
+            )
+        self.first[name] = number
+        return name
 
 
 def told_apart(rows: Sequence[Row], name: str = "rows") -> list[Row]:
     """Rows with an id of their own each: draws and what a run remembers of a row (its hint length) go by it. Further copies of
     the very same row are numbered, ``<id>-2``; DataError where two different rows share an id."""
-    out: list[Row] = []
-    first: dict[str, int] = {}  # id: number of the row that has it
-    copies: Counter[str] = Counter()
-    for number, row in enumerate(rows, start=1):
-        if row.id in first and _content(row) == _content(rows[first[row.id] - 1]):
-            copies[row.id] += 1
-            row = replace(row, id=f"{row.id}-{copies[row.id] + 1}")
-        if row.id in first:
-            raise DataError(
-                f"{name}, row {number}, column 'id': {row.id!r} is the id of row {first[row.id]}, too. Draws and what a run "
-                "remembers of a row (its hint length) go by the id: give every row its own, or drop the column, and the content "
-                "names them"
-            )
-        first[row.id] = number
-        out.append(row)
-    return out
+    names = Names(name)
+    own = [names.own(row, number, lambda n: rows[n - 1]) for number, row in enumerate(rows, start=1)]
+    return [row if row.id == name else replace(row, id=name) for row, name in zip(rows, own, strict=True)]
 
 
 def check_steps(row: Row, where: str, need_steps: bool) -> Row:

@@ -181,12 +181,18 @@ def encode_rows(
     """``source``: the file, for messages. ``instruction``: text that a second version of every prompt has at its end, or in
     chat, of its last user message."""
     check_tokenizer(tokenizer)
-    encoded = [encode_row(tokenizer, row, max_tokens, number, source) for number, row in enumerate(rows, start=1)]
+    return [encode_with(tokenizer, row, max_tokens, instruction, n, source) for n, row in enumerate(rows, start=1)]
+
+
+def encode_with(
+    tokenizer: Any, row: Row, max_tokens: int, instruction: str | None, number: int, source: str = ""
+) -> Encoded:
+    """`encode_row`, and the prompt with the instruction where there is one."""
+    encoded = encode_row(tokenizer, row, max_tokens, number, source)
     if instruction is None:
         return encoded
-    bare = [replace(row, prompt=_with(row.prompt, instruction), steps=(), ending="") for row in rows]
-    asked = [encode_row(tokenizer, row, max_tokens, number, source).prompt for number, row in enumerate(bare, start=1)]
-    return [replace(e, instructed=prompt) for e, prompt in zip(encoded, asked, strict=True)]
+    bare = replace(row, prompt=_with(row.prompt, instruction), steps=(), ending="")
+    return replace(encoded, instructed=encode_row(tokenizer, bare, max_tokens, number, source).prompt)
 
 
 def _with(prompt: Prompt, instruction: str) -> Prompt:

@@ -25,15 +25,16 @@ from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest, stages
 from unift.files import write_atomic, writing
 from unift.model import critic
-from unift.model.limits import check_positions, use_threads
-from unift.model.load import load_policy, load_tokenizer, pick_device, save_pretrained
+from unift.model.limits import check_positions, longest_context, use_threads
+from unift.model.load import load_policy, load_tokenizer, pick_device, save_adapter, save_pretrained
 from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.rewards import open_scorer
 from unift.rows import dataset
 from unift.rows.tasks.format import check_format
+from unift.sampling.engines.choose import open_engine
 from unift.training import evaluate, update
-from unift.training.evaluate import Draws, Judge
+from unift.training.evaluate import Answers, Judge
 from unift.training.progress import Metrics, Report, Run, State, Watch, silent, unwatched
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
@@ -71,7 +72,8 @@ def train(
                 check_format(data.train.rows, config.reward.function, config.reward.rule, scorer.answer)
                 scorer.check(data.train.rows[0])
                 policy = load(config, tokenizer)
-                return run_to_end(Run(config, folder, policy, scorer, data, report, track, watch), asked)
+                with open_engine(config.engine, policy, folder, longest_context(config, data)) as engine:
+                    return run_to_end(Run(config, folder, policy, engine, scorer, data, report, track, watch), asked)
 
 
 def load(config: Config, tokenizer: Any) -> Policy:
@@ -210,9 +212,9 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
     if run.data.test.rows:
         result["test"] = asdict(announced(run, "held-out rows", run.data.test))
         if config.eval.samples:
-            draws = Draws(config.eval.samples, config.seed)
+            answers = Answers(config.eval.samples, config.seed)
             curve = judged(
-                run, "samples of held-out rows", lambda judge: evaluate.pass_curve(judge, run.data.test, draws)
+                run, "samples of held-out rows", lambda judge: evaluate.pass_curve(judge, run.data.test, answers)
             )
             result["test"]["pass@k"] = curve
     if config.eval.train_rows != 0:
@@ -226,6 +228,7 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
     def write() -> None:
         with writing("the final model", run.folder):
             save_pretrained(run.policy, run.folder / "model")
+            save_adapter(run.policy, config.model, run.folder / "adapter")
         write_result(run.folder, result)
 
     with run.policy.whole():
@@ -270,7 +273,7 @@ def judged(run: Run, what: str, evaluation: Callable[[Judge], T]) -> T:
     """The evaluation's result; what became of its completions, in all processes, is added to ``progress.judged``."""
     before = list(run.scorer.counts.values())
     watch = partial(run.watch, what)
-    result = evaluation(Judge(run.policy, run.scorer, run.eval_tokens, watch))
+    result = evaluation(Judge(run.policy, run.engine, run.scorer, run.eval_tokens, watch))
     new = [n - old for n, old in zip(run.scorer.counts.values(), before, strict=True)]
     for name, n in zip(run.scorer.counts, processes.sums("an evaluation", new), strict=True):
         run.progress.judged[name] += int(n)

@@ -17,6 +17,7 @@ from unift.model.policy import Policy
 from unift.rewards.journal import COUNTS
 from unift.rewards.pool import Scorer
 from unift.rows.dataset import Data
+from unift.sampling.engines.base import Engine
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
 
@@ -68,6 +69,7 @@ class Run:
     config: Config
     folder: Path
     policy: Policy
+    engine: Engine
     scorer: Scorer
     data: Data
     report: Report

@@ -17,7 +17,7 @@ from unift.training.run import checkpoint
 
 
 class Reference:
-    """With LoRA and at the start of a run: the adapters switched off. Otherwise a frozen copy of the weights.
+    """With new LoRA adapters and at the start of a run: these switched off. Otherwise a frozen copy of the weights.
 
     ``twin`` loads the policy anew, for weights in shards: those cannot be copied.
     """
@@ -31,7 +31,7 @@ class Reference:
         twin: Callable[[], Policy] | None = None,
     ) -> None:
         self.temperature = temperature
-        self.live = policy if policy.lora and start == 0 else None
+        self.live = policy if policy.lora and start == 0 and not policy.continues else None
         if self.live is None:
             self.frozen = (
                 twin() if twin is not None else replace(policy, model=copy.deepcopy(policy.model), critic=None)

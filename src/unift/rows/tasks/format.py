@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import cast
 
+from unift.rows.store import StoredRows
 from unift.rows.tasks.answer import OPEN, PLACES, extract_answer
 from unift.rows.tasks.base import check_rule
 from unift.types import ConfigError, DataError, Row, Score
@@ -46,12 +47,25 @@ def own_endings(rows: Sequence[Row]) -> list[Row]:
     Only if every solution marks an answer and most are right by that mark: rows of several kinds keep the written tags, which
     are the same for all.
     """
-    marked = [_marked(row) for row in rows]
-    if not rows or any(found is None for found in marked):
-        return list(rows)
-    kept = [found for found in marked if found is not None]
-    right = sum(_own(row, "auto", place).right for row, place in kept[:TRIED])
-    return [row for row, _ in kept] if right >= ENOUGH * len(kept[:TRIED]) else list(rows)
+    return [with_own_ending(row) for row in rows] if all_marked(rows) else list(rows)
+
+
+def all_marked(rows: Iterable[Row]) -> bool:
+    """Does the rule of `own_endings` hold for these rows? It ends at the first solution that marks no answer."""
+    tried = right = 0
+    for row in rows:
+        found = _marked(row)
+        if found is None:
+            return False
+        if tried < TRIED:
+            tried, right = tried + 1, right + _own(found[0], "auto", found[1]).right
+    return tried > 0 and right >= ENOUGH * tried
+
+
+def with_own_ending(row: Row) -> Row:
+    """The row with the mark of its solution as its ending; as it is where there is no mark."""
+    found = _marked(row)
+    return row if found is None else found[0]
 
 
 _MARKS = {"tags": OPEN, "hash": "####", "boxed": "\\boxed"}
@@ -90,7 +104,10 @@ def check_answers(rows: Sequence[Row], function: object, source: str) -> None:
     several = cast("Iterable[object]", function) if isinstance(function, (list, tuple)) else ()
     parts = [function] if isinstance(function, str) else list(several)
     named = {part if isinstance(part, str) else getattr(part, "function", None) for part in parts}
-    bare = next((number for number, row in enumerate(rows, start=1) if row.answer is None), None)
+    if isinstance(rows, StoredRows):
+        bare = rows.facts.without_answer
+    else:
+        bare = next((number for number, row in enumerate(rows, start=1) if row.answer is None), None)
     if bare is not None and named & {"auto", *task_names()}:
         raise DataError(
             f"{source} {bare}, column 'answer': missing; the verifier needs it (TRL rows may name it 'solution'; it is "
@@ -137,8 +154,10 @@ def places(rows: Sequence[Row], function: object = "auto") -> Counter[str]:
 def _with_solution(rows: Sequence[Row], function: object) -> list[Row]:
     from unift.rows.tasks import get_task, task_names
 
-    answered = (row for row in rows if row.answer is not None)
     marked = {name for name in task_names() if get_task(name).marked}
+    if isinstance(rows, StoredRows) and function == "auto" and not marked & set(rows.facts.tasks):
+        return []  # as reading every row from disk would find
+    answered = (row for row in rows if row.answer is not None)
     some = (
         row for row in answered if row.solution.strip() and (row.task if function == "auto" else function) in marked
     )

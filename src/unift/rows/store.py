@@ -1,0 +1,282 @@
+"""Rows that outgrow memory: read once, kept in an Arrow file, taken from it one by one.
+
+The first start reads the source in one pass, row by row, checks every row as rows in memory are checked, and writes two
+files into a cache folder: ``rows.arrow``, and ``facts.json``, which holds what a start asks of all rows at once (their
+number, their fingerprint, the first row without a solution or an answer, the longest rows). The folder's name is a hash of
+the source's bytes, of the settings that change what is read and of the code that reads, so that nothing stale is found.
+Later starts read the facts alone. Rows, ids and the fingerprint are those of the same source read into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast, overload
+
+import numpy as np
+
+from unift.files import publish_folder, writing
+from unift.types import DataError, Row
+
+LARGE = 32 * 2**20  # bytes of a source above which its rows stay on disk: about 20,000 rows of 1.5 KB
+BATCH = 64  # rows that are read from disk together
+LONGEST = 1000  # rows, the longest by characters, that are tokenised before a run starts
+RECENT = 1024  # items that are kept once they were made: what a step asks for more than once
+
+T = TypeVar("T")
+
+
+class Lazy(Sequence[T], Generic[T]):
+    """Items that are made when they are asked for; the most recent are kept. Slices are lazy, too."""
+
+    def __init__(self, make: Callable[[int], T], indices: range) -> None:
+        self._make, self._indices = make, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Lazy[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Lazy[T]:
+        if isinstance(index, slice):
+            return Lazy(self._make, self._indices[index])
+        return self._make(self._indices[index])
+
+
+def lazily(make: Callable[[int], T], n: int) -> Lazy[T]:
+    """``[make(0), ..., make(n - 1)]``, each made at its first use and again once it was forgotten."""
+    return Lazy(lru_cache(maxsize=RECENT)(make), range(n))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one pass over all rows finds. Row numbers count from 1; None where there is no such row."""
+
+    rows: int
+    fingerprint: str
+    without_steps: int | None
+    without_answer: int | None
+    tasks: list[str]
+    columns: list[str]  # of Row.extra, with a value in at least one row
+    longest: list[int]  # indices of the longest rows by characters, ascending
+    renamed: dict[str, str] = field(default_factory=dict[str, str])  # index: id of a further copy of a row
+
+
+class StoredRows(Lazy[Row]):
+    """Rows of an Arrow file. ``problems_N``: a 64-bit hash of every row's problem (`rows.inspect.canonical`), on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
+
+        self.facts = Facts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
+        # Read, not mapped: pages of a mapped file count as memory of the process once they were touched.
+        reader = cast(Any, pa).ipc.open_file(cast(Any, pa).OSFile(str(folder / "rows.arrow")))
+        self._problems = folder / "problems.npy"
+        renamed = {int(index): name for index, name in self.facts.renamed.items()}
+
+        @lru_cache(maxsize=8)
+        def batch(number: int) -> Any:
+            return reader.get_batch(number).column(0)
+
+        def make(index: int) -> Row:
+            row = _unpacked(batch(index // BATCH)[index % BATCH].as_py())
+            return replace(row, id=renamed[index]) if index in renamed else row
+
+        super().__init__(lru_cache(maxsize=RECENT)(make), range(self.facts.rows))
+
+    @property
+    def problems_N(self) -> np.ndarray:
+        return np.load(self._problems, mmap_mode="r")
+
+
+def problem_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def digest_row(digest: Any, row: Row) -> None:
+    """Feed a row's content to the fingerprint of its data set."""
+    digest.update(json.dumps([row.id, row.prompt, row.steps, row.ending, row.answer], default=str).encode())
+
+
+def stored(
+    source: Path, settings: Sequence[Any], rows: Callable[[], Iterable[Row]], name: str, is_json: bool = False
+) -> StoredRows | None:
+    """The rows of ``source``, from the cache, or read by ``rows`` and put there. None where JSON cannot hold them as they are
+    (times, bytes, tuples in a column), so that they must be read into memory.
+
+    settings: whatever else decides what is read. name: of the source, for messages. is_json: what the source holds
+    is JSON, so that every row survives. Raises DataError as reading does.
+    """
+    folder = cache() / _key(source, settings)
+    if not (folder / "facts.json").is_file():
+        with writing("the cache of rows (UNIFT_CACHE=FOLDER moves it)", cache()):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                if not _build(temporary, rows(), name, is_json):
+                    return None
+                try:
+                    publish_folder(temporary, folder)
+                except OSError:  # another process was faster, and its folder holds the same
+                    if not (folder / "facts.json").is_file():
+                        raise
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return StoredRows(folder)
+
+
+def cache() -> Path:
+    """The folder of stored rows; the environment's UNIFT_CACHE, or the user's cache folder."""
+    own, general = os.environ.get("UNIFT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own).expanduser() if own else Path(general or Path.home() / ".cache") / "unift" / "rows"
+
+
+def _key(source: Path, settings: Sequence[Any]) -> str:
+    """Content of the source (a file, or all files of a folder), the settings, and the code that reads."""
+    digest = hashlib.sha256(json.dumps(list(settings)).encode())
+    files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+    for path in (*sorted(Path(__file__).parent.rglob("*.py")), *files):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------------------------- one row
+
+
+def _packed(row: Row) -> str:
+    prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
+    return json.dumps([row.id, prompt, row.steps, row.ending, row.answer, row.task, row.extra])
+
+
+def _unpacked(text: str) -> Row:
+    name, prompt, steps, ending, answer, task, extra = json.loads(text)
+    return Row(name, prompt if isinstance(prompt, str) else tuple(prompt), tuple(steps), ending, answer, task, extra)
+
+
+# ---------------------------------------------------------------------------------------------- the pass
+
+
+def _build(folder: Path, rows: Iterable[Row], name: str, is_json: bool) -> bool:
+    """Write the three files. False where a row does not survive being written."""
+    import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
+
+    arrow, seen = cast(Any, pa), _Seen()
+    folder.mkdir()
+    schema = arrow.schema([("row", arrow.large_string())])
+    try:
+        with arrow.OSFile(str(folder / "rows.arrow"), "wb") as sink, arrow.ipc.new_file(sink, schema) as writer:
+            for texts in _batches(seen.look(rows, is_json)):
+                writer.write_batch(arrow.record_batch([arrow.array(texts, arrow.large_string())], schema=schema))
+    except _Unfit:
+        return False
+    np.save(folder / "problems.npy", np.frombuffer(seen.problems, dtype=np.uint64))
+    _write(folder, seen.facts())
+    renamed = told_apart_on_disk(StoredRows(folder), np.frombuffer(seen.ids, dtype=np.uint64), name)
+    if renamed:
+        _write(folder, replace(seen.facts(), renamed=renamed))
+        digest = hashlib.sha256()
+        for row in StoredRows(folder):
+            digest_row(digest, row)
+        _write(folder, replace(seen.facts(), renamed=renamed, fingerprint=digest.hexdigest()[:16]))
+    return True
+
+
+def _write(folder: Path, facts: Facts) -> None:
+    (folder / "facts.json").write_text(json.dumps(asdict(facts)), encoding="utf-8")
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    from itertools import islice
+
+    while batch := list(islice(texts, BATCH)):
+        yield batch
+
+
+class _Unfit(Exception):
+    """A row that JSON changes or cannot hold."""
+
+
+class _Seen:
+    """Facts while the rows go by: 16 bytes a row."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.ids, self.problems = array("Q"), array("Q")
+        self.digest = hashlib.sha256()
+        self.without_steps: int | None = None
+        self.without_answer: int | None = None
+        self.tasks, self.columns = set[str](), set[str]()
+        self.longest: list[tuple[int, int]] = []  # a heap of (characters, index)
+
+    def look(self, rows: Iterable[Row], is_json: bool) -> Iterator[str]:
+        from unift.rows.inspect import canonical
+
+        for index, row in enumerate(rows):
+            self.n = index + 1
+            try:
+                text = _packed(row)
+            except (TypeError, ValueError):
+                raise _Unfit from None
+            if (
+                not is_json and (back := _unpacked(text)) != row and repr(back) != repr(row)
+            ):  # repr: NaN is unequal to itself
+                raise _Unfit
+            digest_row(self.digest, row)
+            self.ids.append(problem_hash(row.id))
+            self.problems.append(problem_hash(canonical(row)))
+            if not row.steps and self.without_steps is None:
+                self.without_steps = self.n
+            if row.answer is None and self.without_answer is None:
+                self.without_answer = self.n
+            self.tasks.add(row.task)
+            self.columns |= {column for column, value in row.extra.items() if value is not None}
+            self._weigh(len(row.solution) + _characters(row), index)
+            yield text
+
+    def _weigh(self, characters: int, index: int) -> None:
+        if len(self.longest) < LONGEST:
+            heapq.heappush(self.longest, (characters, index))
+        elif characters > self.longest[0][0]:
+            heapq.heapreplace(self.longest, (characters, index))
+
+    def facts(self) -> Facts:
+        found = self.digest.hexdigest()[:16], self.without_steps, self.without_answer
+        return Facts(
+            self.n, *found, sorted(self.tasks), sorted(self.columns), sorted(index for _, index in self.longest)
+        )
+
+
+def _characters(row: Row) -> int:
+    return len(row.prompt) if isinstance(row.prompt, str) else sum(len(m["content"]) for m in row.prompt)
+
+
+def told_apart_on_disk(rows: Sequence[Row], hashes_N: np.ndarray, name: str) -> dict[str, str]:
+    """The rule of `readers.told_apart` for rows on disk: index -> new id of every further copy. Only rows whose ids have the
+    same hash are read."""
+    from unift.rows.readers import Names
+
+    values, counts = np.unique(hashes_N, return_counts=True)
+    twice = values[counts > 1]
+    if not len(twice):
+        return {}
+    names, renamed = Names(name), dict[str, str]()
+    for index in np.flatnonzero(np.isin(hashes_N, twice)).tolist():
+        row = rows[index]
+        own = names.own(row, index + 1, lambda number: rows[number - 1])
+        if own != row.id:
+            if np.isin(np.uint64(problem_hash(own)), hashes_N):
+                raise DataError(f"{name}, row {index + 1}, column 'id': {own!r} names a copy and another row, too")
+            renamed[str(index)] = own
+    return renamed

@@ -1,0 +1,191 @@
+"""Hub names and adapters: a name is found in the Hub's cache without a network, and an adapter that was saved trains on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import char_tokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from unift.config.resolve import HUB_NAME, parse_overrides, resolve
+from unift.config.sections import Lora, Model
+from unift.model import lora
+from unift.model.folder import locate
+from unift.model.load import load_policy, load_tokenizer, save_adapter, save_pretrained
+from unift.training.loop import train
+from unift.training.reference import Reference
+from unift.types import ConfigError
+
+SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZE, vocab_size=100, eos_token_id=2, pad_token_id=0, bos_token_id=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    char_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def model(path: Path | str, **lora: object) -> Model:
+    return Model(path=str(path), device="cpu", lora=Lora(**lora) if lora else None)
+
+
+def trained(base: Path, folder: Path) -> Path:
+    """An adapter of rank 3 whose numbers are as large as if it were trained."""
+    config = model(base, rank=3, alpha=5, targets=["q_proj", "down_proj"])
+    policy = load_policy(config)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, p in policy.named_parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=draw))
+    save_adapter(policy, config, folder / "adapter")
+    save_pretrained(policy, folder / "merged")
+    return folder / "adapter"
+
+
+def logits(found) -> torch.Tensor:
+    with torch.no_grad():
+        return found(torch.arange(3, 23)[None]).logits.log_softmax(-1)
+
+
+def test_a_saved_adapter_is_the_trained_one(base: Path, tmp_path: Path) -> None:
+    """On its base through peft, merged, and continued by unift: the same log-probs to 1e-6 relative to their size."""
+    adapter = trained(base, tmp_path)
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    peft = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
+    again = load_policy(model(adapter))
+    untouched = logits(AutoModelForCausalLM.from_pretrained(base))
+    assert (peft - untouched).abs().max() > 0.01
+    assert torch.allclose(peft, merged, rtol=1e-6, atol=1e-6)
+    save_pretrained(again, tmp_path / "again")
+    assert torch.allclose(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), merged, rtol=1e-6, atol=1e-6
+    )
+    assert again.lora and len(again.named_parameters()) == 2 * 2 * 2  # 2 layers, 2 targets, A and B
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"rank": 8}, r"model.lora.rank=8 contradicts the adapter in .*, which has 3"),
+        ({"alpha": 7}, r"model.lora.alpha=7.* contradicts"),
+        ({"targets": ["v_proj"]}, r"model.lora.targets=\['v_proj'\] contradicts"),
+    ],
+)
+def test_settings_that_contradict_an_adapter_are_refused(base: Path, tmp_path: Path, lora: dict, said: str) -> None:
+    adapter = trained(base, tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        load_policy(model(adapter, **lora))
+    load_policy(model(adapter, rank=3, alpha=5, targets=["down_proj", "q_proj"]))  # what agrees is no contradiction
+
+
+def test_the_reference_of_a_continued_adapter_is_the_policy_that_began(base: Path, tmp_path: Path) -> None:
+    policy = load_policy(model(trained(base, tmp_path)))
+    with Reference(policy, tmp_path, 0, 1.0).policy() as reference:
+        assert reference.model is not policy.model and reference.base is not policy.base
+        begun = lora.merged_state(policy.base)
+        assert all(torch.equal(begun[name], tensor) for name, tensor in lora.merged_state(reference.base).items())
+        assert all(
+            layer.active_adapters and not layer.disable_adapters for layer in lora.adapted(reference.base).values()
+        )
+
+
+def test_an_adapter_without_its_base_is_one_clear_line(base: Path, tmp_path: Path) -> None:
+    adapter = trained(base, tmp_path)
+    shutil.rmtree(base)
+    with pytest.raises(ConfigError, match="the base of this adapter cannot be had: model.path="):
+        load_policy(model(adapter))
+
+
+def test_a_run_saves_its_adapter_and_another_run_continues_it(base: Path, tmp_path: Path) -> None:
+    def run(path: Path, name: str, *more: str) -> Path:
+        own = [f"model.path={path}", "train.steps=2", "train.prompts=2", "sample.completions=2", "data.train_rows=6",
+               "data.test_rows=2", "eval.every=0", "threads=1", "train.lr=0.01", *more]  # fmt: skip
+        train(resolve("sft", recipe="lock", overrides=parse_overrides(own)), tmp_path / name)
+        return tmp_path / name / "adapter"
+
+    first = run(base, "first", "model.lora={rank: 2}")
+    second = run(first, "second")
+    found = []
+    for name, adapter in (("first", first), ("second", second)):
+        peft = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
+        merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / name / "model"))
+        assert torch.allclose(peft, merged, rtol=1e-6, atol=1e-6)
+        found.append(merged)
+    assert (found[0] - found[1]).abs().max() > 1e-4  # the second trained on
+
+
+# ---------------------------------------------------------------------------------------------- the Hub
+
+
+def cached(base: Path, home: Path, name: str) -> None:
+    """``base`` as the Hub's own cache holds a model."""
+    folder = home / "hub" / f"models--{name.replace('/', '--')}"
+    shutil.copytree(base, folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+
+
+LOAD = """
+import socket, sys
+def refused(*a, **k): raise AssertionError("a connection was tried")
+socket.socket.connect = refused
+from unift.config.sections import Model
+from unift.model.load import load_policy
+from unift.types import UniftError
+try:
+    policy = load_policy(Model(path=sys.argv[1], device="cpu"))
+    print("loaded", sum(p.numel() for p in policy.model.parameters()))
+except UniftError as error:
+    print(error)
+"""
+
+
+def test_a_name_is_found_in_the_hubs_cache(base: Path, tmp_path: Path) -> None:
+    """In processes of their own, since huggingface_hub reads HF_HOME once."""
+    cached(base, tmp_path / "home", "own/tiny")
+    cached(base, tmp_path / "home", "own/partial")
+    next((tmp_path / "home" / "hub").glob("*partial/snapshots/*/model.safetensors")).unlink()
+    said = {}
+    for name, offline in (("own/tiny", "0"), ("own/partial", "1"), ("own/missing", "1")):
+        env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": offline}
+        env.pop("HF_HUB_CACHE", None)
+        done = subprocess.run([sys.executable, "-c", LOAD, name], env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout.strip()
+    expected = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
+    assert said["own/tiny"] == f"loaded {expected}"
+    for name in ("own/partial", "own/missing"):
+        assert said[name].startswith(f"model.path={name!r} is no folder, is not whole in the Hub's cache")
+        assert "\n" not in said[name] and f"hf download {name}" in said[name]
+
+
+def test_a_local_folder_asks_no_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = trained(base, tmp_path)
+
+    def refused(*_: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.chdir(tmp_path)
+    for path in (base, "base", adapter):
+        load_policy(model(path), load_tokenizer(model(path)))
+
+
+def test_names(tmp_path: Path) -> None:
+    assert HUB_NAME.fullmatch("Qwen/Qwen2.5-0.5B") and not HUB_NAME.fullmatch("./models/own")
+    for path in ("/no/where/at/all", "nowhere", "../own/model"):
+        with pytest.raises(ConfigError, match="neither a folder, embedded:NAME, nor the name of a model on the Hub"):
+            locate(path)

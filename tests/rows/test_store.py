@@ -1,0 +1,142 @@
+"""Rows on disk are the rows in memory: same rows, ids, fingerprint, errors; and a run on them is the same run."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from unift.rows import store
+from unift.rows.dataset import Dataset
+from unift.rows.inspect import overlap
+from unift.rows.readers import open_rows, read_rows
+from unift.rows.tasks import make_rows
+from unift.types import DataError
+
+PLAIN = [
+    {"prompt": f"How much is {n} + 1?", "steps": [f"{n} + 1 ", f"is {n + 1}. "], "answer": n + 1, "level": n % 3}
+    for n in range(300)
+]
+
+
+@pytest.fixture(autouse=True)
+def on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every file is a large one here, and the cache is the test's own."""
+    monkeypatch.setattr(store, "LARGE", 0)
+    monkeypatch.setenv("UNIFT_CACHE", str(tmp_path / "cache"))
+
+
+def write(path: Path, records: list, zipped: bool = False) -> Path:
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    return path
+
+
+def parquet(path: Path, records: list) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(records), path)
+    return path
+
+
+def test_rows_on_disk_are_the_rows_in_memory(tmp_path: Path) -> None:
+    boxed = [
+        {"prompt": f"Find {n}.", "steps": ["So. ", f"It is $\\boxed{{{n}}}$."], "answer": str(n), "task": "math"}
+        for n in range(90)
+    ]
+    twice = [*PLAIN, PLAIN[3], PLAIN[250], PLAIN[3]]
+    odd = [{"prompt": "é \U0001f600 \x85 x", "answer": float("nan"), "steps": ["a"], "id": 0}, *PLAIN]
+    files = [
+        write(tmp_path / "plain.jsonl", PLAIN),
+        write(tmp_path / "zipped.jsonl.gz", PLAIN, zipped=True),
+        write(tmp_path / "twice.jsonl", twice),
+        write(tmp_path / "boxed.jsonl", boxed),
+        write(tmp_path / "odd.jsonl", odd),
+        parquet(tmp_path / "plain.parquet", PLAIN),
+    ]
+    (tmp_path / "list.jsonl").write_text(json.dumps(PLAIN, indent=1))
+    for file in (*files, tmp_path / "list.jsonl"):
+        for limit in (None, 70):
+            here, there = read_rows(str(file), limit=limit), open_rows(str(file), limit=limit)
+            assert isinstance(there, store.StoredRows), file
+            assert repr(list(there)) == repr(here), file
+            assert Dataset(there, []).fingerprint == Dataset(here, []).fingerprint
+            assert repr(there[-1]) == repr(here[-1]) and repr(list(there[5:9])) == repr(here[5:9])
+            with pytest.raises(IndexError):
+                there[len(here)]
+
+
+def test_a_saved_data_set_is_read_from_its_folder(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(PLAIN)}).save_to_disk(str(tmp_path / "saved"))
+    there = open_rows(f"hf:{tmp_path / 'saved'}")
+    assert isinstance(there, store.StoredRows) and list(there) == read_rows(f"hf:{tmp_path / 'saved'}")
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [*PLAIN, {"prompt": "x", "steps": "no list"[0:0] or ["a", 3], "answer": 1}],
+        [*PLAIN, {"prompt": "", "steps": ["a"], "answer": 1}],
+        [*PLAIN, {"prompt": "x", "answer": 1}],
+        [*PLAIN, ["no mapping"]],
+        [
+            {"prompt": "a", "steps": ["x"], "answer": 1, "id": "q"},
+            {"prompt": "b", "steps": ["x"], "answer": 1, "id": "q"},
+        ],
+        [{"prompt": "\ud800", "steps": ["x"], "answer": 1}],
+    ],
+)
+def test_errors_are_those_of_rows_in_memory(tmp_path: Path, records: list) -> None:
+    file = str(write(tmp_path / "rows.jsonl", records))
+    with pytest.raises(DataError) as here:
+        read_rows(file)
+    with pytest.raises(DataError) as there:
+        open_rows(file)
+    assert str(there.value) == str(here.value)
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", PLAIN)
+    file.write_bytes(file.read_bytes() + b'{"prompt": \n')
+    with pytest.raises(DataError, match=r"rows.jsonl, line 301: not valid JSON"):
+        open_rows(str(file))
+
+
+def test_a_second_start_reads_the_cache_and_a_changed_file_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "rows.jsonl", PLAIN)
+    first = list(open_rows(str(file)))
+    made: list[int] = []
+    build = store._build
+    monkeypatch.setattr(store, "_build", lambda *a: made.append(1) or build(*a))
+    assert list(open_rows(str(file))) == first and not made
+    write(file, PLAIN[:-1])
+    assert len(open_rows(str(file))) == 299 and made == [1]
+    with pytest.raises(DataError, match="row 2"):
+        open_rows(str(write(file, [PLAIN[0], {"prompt": "b", "answer": 3}])))
+    assert not [p for p in store.cache().iterdir() if p.name.startswith(".")]  # nothing half written stays
+
+
+def test_what_json_cannot_hold_is_read_into_memory(tmp_path: Path) -> None:
+    from datetime import date
+
+    file = parquet(tmp_path / "dates.parquet", [record | {"day": date(2026, 1, 1)} for record in PLAIN])
+    rows = open_rows(str(file))
+    assert isinstance(rows, list) and rows == read_rows(str(file))
+    assert not list(store.cache().iterdir())
+
+
+def test_held_out_problems_among_rows_on_disk_are_found(tmp_path: Path) -> None:
+    from unift.rows.inspect import write_rows
+
+    rows = make_rows("countdown", 40, 0, "train")
+    write_rows(rows, tmp_path / "rows.jsonl")
+    train = open_rows(str(tmp_path / "rows.jsonl"))
+    test = [*make_rows("countdown", 5, 0, "test"), rows[7], rows[3]]
+    assert overlap(train, test) == overlap(list(train), test) == [rows[7].id, rows[3].id]
