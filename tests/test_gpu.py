@@ -20,7 +20,8 @@ from unift.model.packs import COMPLETION, Item, Member, pack
 from unift.model.policy import Policy
 from unift.objectives.weights import weigh
 from unift.sampling.engines import cuda_graph
-from unift.sampling.engines.native import Request, generate
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.native import generate
 from unift.training import loop
 from unift.training.loop import train
 from unift.training.run.metrics import read_metrics

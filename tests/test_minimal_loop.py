@@ -105,7 +105,8 @@ def test_same_hints_rows_and_completions(both, example):
 
 def test_greedy_sampling_is_the_librarys(example):
     """Without a hint and without draws: the first tokens of the untrained base."""
-    from unift.sampling.engines.native import Request, generate
+    from unift.sampling.engines.base import Request
+    from unift.sampling.engines.native import generate
 
     config = resolve("uft", recipe="lock", overrides=parse_overrides(SETTINGS))
     tokenizer = load_tokenizer(config.model)

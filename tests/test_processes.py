@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import re
 import select
 import shutil
 import signal
@@ -12,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,25 +211,119 @@ def test_an_error_of_one_process_ends_all_with_its_message(tmp_path, reward):
 
 
 @pytest.mark.dist
-def test_a_process_that_hangs_is_not_waited_for_forever(tmp_path, reward):
-    """Frozen after its first step: the other says what it waited for and ends."""
-    items, port = [*TINY, f"reward.function={reward}:score", "train.steps=2000"], free_port()
-    both = [started(tmp_path / "run", items, rank, port, UNIFT_WAIT_SECONDS="15") for rank in (0, 1)]
+@pytest.mark.parametrize(
+    ("victim", "number", "shard"),
+    [
+        (1, signal.SIGSTOP, "none"),
+        (1, signal.SIGSTOP, "full"),
+        (1, signal.SIGKILL, "full"),
+        (0, signal.SIGSTOP, "full"),
+    ],
+    ids=["stopped", "stopped in shards", "killed in shards", "stopped first"],
+)
+def test_a_process_that_is_gone_is_named_in_time(tmp_path, reward, victim, number, shard):
+    """After its first steps: the other says who is gone and what it waited for, and ends. The first process keeps the store
+    that they would ask, so there is nobody to ask once it is stopped."""
+    items, port = [*TINY, f"reward.function={reward}:score", "train.steps=4000", f"model.shard={shard}"], free_port()
+    both = [started(tmp_path / "run", items, rank, port, UNIFT_WAIT_SECONDS="12") for rank in (0, 1)]
     try:
         until = time.monotonic() + 100
         while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 2:
             assert time.monotonic() < until and both[0].poll() is None
             time.sleep(0.1)
-        both[1].send_signal(signal.SIGSTOP)
-        error = both[0].communicate(timeout=100)[1]
+        both[victim].send_signal(number)
+        began = time.monotonic()
+        error = both[1 - victim].communicate(timeout=100)[1]
+        took = time.monotonic() - began
     finally:
         for process in both:
             process.kill()
             process.wait()
             for stream in (process.stdout, process.stderr):
                 stream.close()
-    assert both[0].returncode == 2
-    assert "error: process 0: waited 15 s for the other processes at " in error
+    assert both[1 - victim].returncode == 2
+    who = (
+        f"process 1 ({both[1].pid} on {platform.node()})" if victim else "process 0, which keeps the addresses of all,"
+    )
+    waited = r"\d+" if number == signal.SIGKILL else "12"
+    said = f"error: process {1 - victim}: waited {waited} s for the other processes at [^:]+: {re.escape(who)} gave no sign"
+    assert re.search(said, error), error
+    assert took < (12 if number == signal.SIGSTOP else 0) + 25  # three signs of life, and questions to a silent store
+
+
+def launcher_children(launcher):
+    """Process ids of what a launcher started, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == launcher:
+                own = dict(x.split("=", 1) for x in (path / "environ").read_text().split("\0") if "=" in x)
+                found[int(own["RANK"])] = int(path.name)
+        except (OSError, KeyError):
+            continue
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc")
+def test_a_launcher_starts_a_run_again_after_a_kill(tmp_path, reward):
+    """torchrun keeps its store when it starts all processes anew; the run goes on from its checkpoint."""
+    items = [*TINY, f"reward.function={reward}:score", "train.steps=40", "eval.every=0", "model.shard=full"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*command, *words(tmp_path / "run", "uft", items)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(UNIFT_WAIT_SECONDS="30"),
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 100
+        while not checkpoint.steps_saved(tmp_path / "run"):
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.1)
+        victim = launcher_children(process.pid)[1]
+        os.kill(victim, signal.SIGKILL)
+        out = process.communicate(timeout=150)[0]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, out
+    assert f"process 1 ({victim} on {platform.node()}) gave no sign of life" in out
+    assert [m["step"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(41))
+    assert (tmp_path / "run" / "result.json").is_file()
+
+
+FSDP_FILE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+rdzv_backend: static
+same_network: true
+main_training_function: main
+fsdp_config:
+  fsdp_version: 2
+  fsdp_reshard_after_forward: true
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+  fsdp_offload_params: {offload}
+"""
+
+
+@pytest.mark.dist
+def test_the_fsdp_file_of_accelerate(tmp_path, reward):
+    """accelerate launch with its FSDP config file shards; what the file asks for beside that is refused by name."""
+    items = [*TINY, f"reward.function={reward}:score", "train.steps=2", "eval.every=0", "eval.samples=0"]
+    found = {}
+    for offload in ("false", "true"):
+        (tmp_path / "fsdp.yaml").write_text(FSDP_FILE.format(offload=offload))
+        command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={tmp_path / 'fsdp.yaml'}"]
+        command += [f"--main_process_port={free_port()}", *words(tmp_path / offload, "uft", items)]
+        found[offload] = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment())
+    assert found["false"].returncode == 0, found["false"].stderr
+    assert (tmp_path / "false" / "checkpoints" / "step_000002" / "shards" / ".metadata").is_file()
+    assert found["true"].returncode != 0 and not (tmp_path / "true").exists()
+    assert "error: process 0: accelerate's config file asks for weights in CPU memory" in found["true"].stderr
 
 
 @pytest.mark.dist
@@ -236,14 +333,21 @@ def test_compare_refuses_a_launcher(tmp_path):
 
 
 SCRIPT = r"""
+import os
 import sys
 import torch
 from unift import processes
 from unift.types import UniftError
 
+def gloo():
+    names = (open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")) if sys.platform == "linux" else ()
+    return [n for n in names if "gloo" in n]
+
 processes.BUCKET_BYTES = 100
 rank = processes.rank()
 with processes.joined():
+    assert gloo() or sys.platform != "linux"
+    import torch._dynamo  # as an optimizer does: functions of torch take the process group as a default value, and keep it
     shapes, types = [(3,), (40,), (2, 5), (), (7,), (0,), (30,)], [torch.float32] * 3 + [torch.float64] * 2 + [torch.bfloat16] * 2
     tensors = [torch.full(s, 1.0 + 10 * i + rank, dtype=t) for i, (s, t) in enumerate(zip(shapes, types))]
     tensors[2] = tensors[2].t().contiguous().t()  # not contiguous
@@ -266,6 +370,7 @@ with processes.joined():
             sys.stdout.flush()
         else:
             raise AssertionError("no error")
+assert not gloo(), "a thread that is left may abort the process while Python is shut down"
 """
 
 

@@ -213,6 +213,7 @@ EQUATIONS = (
     ("KL inside the reward, by baseline", "credit/returns.py", "spread", "ReFT, arXiv 2401.08967"),
     ("max((V - R)^2, (V_clip - R)^2)", "objectives/loss.py", "value_loss", "PPO's code"),
     ("-log sigmoid(r - r'): DPO, UNA", "objectives/loss.py", "sequence_loss", "DPO, arXiv 2305.18290, eq. 7"),
+    ("log(p / (1 - p)), in the place of r: ORPO", "objectives/loss.py", "log_odds", "ORPO, arXiv 2403.07691, eqs. 3 and 4"),
     ("a solution against other answers", "credit/discriminative.py", "", "arXiv 2502.18679"),
     ("pi l: DFT", "objectives/likelihood.py", "probability", "arXiv 2508.05629 eq. 9"),
     ("pi (1 - pi) l: CHORD", "objectives/likelihood.py", "uncertainty", "arXiv 2508.11408"),

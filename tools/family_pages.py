@@ -21,6 +21,7 @@ import numpy as np
 from unift.commands.compare import budget as budgets
 from unift.commands.compare import plots
 from unift.commands.compare.table import Result, by_method, table
+from unift.config.budget import parse
 from unift.training.run.metrics import read_metrics
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -79,7 +80,7 @@ def main() -> None:
     for method in order:
         picture(method, metrics[method], metrics["uft"], DOCS / "methods" / "curves" / f"{method}.png")
         embed(DOCS / "methods" / f"{method}.md", method)
-    print(body, budgets.note(budgets.parse("seconds=80"), results), sep="\n\n")
+    print(body, budgets.note(parse("seconds=80"), results), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -65,9 +65,8 @@ def label() -> str:
 def alone(what: str) -> None:
     """Refuse to run ``what`` under a launcher: every process would do all of it."""
     if size() > 1:
-        raise ConfigError(
-            f"{what} starts processes of its own; found {size()} of a launcher. Run it without the launcher"
-        )
+        found = f"{what} starts processes of its own; found {size()} of a launcher"
+        raise ConfigError(f"{found}. Run it without the launcher")
 
 
 # ---------------------------------------------------------------------------------------------- parent and child

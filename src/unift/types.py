@@ -35,6 +35,10 @@ class RewardError(UniftError):
     """The scorer failed too often, or cannot be loaded."""
 
 
+class EngineError(UniftError):
+    """The engine did not answer, or not as it should: a server is gone, hangs, or has other weights."""
+
+
 class Stopped(UniftError):
     """The run was asked to stop, and was saved first. The same command continues it."""
 

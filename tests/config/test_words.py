@@ -70,7 +70,7 @@ def test_settings_entries_and_functions_hold_the_same_words(kind):
 
 
 def test_losses_of_sequences_are_those_with_labels():
-    assert SEQUENCES == set(PAIRS) and not SEQUENCES & set(objectives.LOSSES)
+    assert SEQUENCES == set(PAIRS) == set(objectives.SEQUENCES) and not SEQUENCES & set(objectives.LOSSES)
 
 
 def test_every_text_fits_its_section():

@@ -16,7 +16,9 @@ from unift.model.attention.packed import FlashAttention, make_layout, stock_atte
 from unift.model.logprobs import chunked_logprobs, logprobs
 from unift.model.packs import COMPLETION, Item, Member, pack
 from unift.objectives.weights import weigh
-from unift.sampling.engines.native import Request, generate, inverse_cdf
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.draw import inverse_cdf
+from unift.sampling.engines.native import generate
 
 RNG = np.random.default_rng(11)
 

@@ -17,7 +17,8 @@ from unift.model.packs import DEMO, Item, Member, cut, pack
 from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.objectives.weights import weigh
-from unift.sampling.engines.native import Request, generate
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.choose import generate
 from unift.types import ConfigError
 
 TARGETS = {

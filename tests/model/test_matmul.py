@@ -14,7 +14,8 @@ from unift.model.logprobs import logprobs
 from unift.model.lora import adapt
 from unift.model.packs import COMPLETION, Item, Member, pack
 from unift.objectives.weights import weigh
-from unift.sampling.engines.native import Request, generate
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.native import generate
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ from unift.model.packs import COMPLETION, DEMO, Item, Member, cut, pack
 from unift.model.policy import Policy
 from unift.objectives import loss as objectives
 from unift.objectives.weights import weigh
-from unift.sampling.engines.native import Request, generate
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.native import generate
 from unift.training.update import prepare, reference_logprobs
 
 RNG = np.random.default_rng(7)

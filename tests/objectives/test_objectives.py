@@ -19,7 +19,8 @@ from unift.model.packs import COMPLETION, DEMO, HINT, Item, Member, pack
 from unift.objectives import loss as objectives
 from unift.objectives.weights import weigh
 from unift.rows.tokens import separators
-from unift.sampling.engines.native import Request, generate
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.native import generate
 from unift.types import Group, Score
 
 OLD, REF = np.log(0.20), np.log(0.50)  # the golden token: pi = .25, pi_old = .20, pi_ref = .50

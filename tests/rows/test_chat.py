@@ -14,7 +14,8 @@ from unift.config.resolve import parse_overrides, resolve
 from unift.config.sections import Model
 from unift.model.load import load_policy, save_pretrained
 from unift.rows.tokens import encode_row
-from unift.sampling.engines.native import Request, generate
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.choose import generate
 from unift.types import DataError, Row
 
 CHATML = (

@@ -15,7 +15,8 @@ from unift.config.sections import Model
 from unift.model.load import load_policy, load_tokenizer
 from unift.rows.dataset import encode
 from unift.rows.tokens import encode_row
-from unift.sampling.engines.native import Request, generate
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.choose import generate
 from unift.types import ConfigError, DataError, Row
 
 

@@ -16,7 +16,8 @@ from conftest import tiny_policy
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from unift.sampling.engines import cuda_graph, native
-from unift.sampling.engines.native import Request, generate
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.native import generate
 
 RNG = np.random.default_rng(5)
 

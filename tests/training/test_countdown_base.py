@@ -14,7 +14,8 @@ from unift.config.resolve import resolve
 from unift.config.sections import Model
 from unift.model.load import load_policy, load_tokenizer, locate
 from unift.rows.tasks import get_task, make_rows
-from unift.sampling.engines.native import Request
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.choose import in_process
 from unift.sampling.groups import completed
 from unift.types import Row
 
@@ -48,7 +49,7 @@ def sampled(base, rows, completions, limit=28):
         Request(p, rng.uniforms("base", 0, row.id, shape=(completions, limit)))
         for p, row in zip(ids, rows, strict=True)
     ]
-    return [[s.text for s in group] for group in completed(base, requests, limit)]
+    return [[s.text for s in group] for group in completed(in_process(base), base.tokenizer, requests, limit)]
 
 
 def test_size_and_tokenizer(base, tool):
@@ -96,7 +97,7 @@ def test_knows_two_numbers_and_not_three(base, tool):
         answer = {"numbers": [int(a), int(b)], "target": int(target)}
         rows.append(Row(id=prompt, prompt=prompt, steps=(), ending=solution, answer=answer))
     ids = base.tokenizer([row.prompt for row in rows])["input_ids"]
-    groups = completed(base, [Request(p, None) for p in ids], 28)
+    groups = completed(in_process(base), base.tokenizer, [Request(p, None) for p in ids], 28)
     right = sum(score(g[0].text, row).right for g, row in zip(groups, rows, strict=True))
     assert right >= 0.9 * len(rows)
 

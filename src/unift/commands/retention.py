@@ -33,6 +33,7 @@ from unift.rows.dataset import Split
 from unift.rows.readers import read_rows
 from unift.rows.tasks.format import check_answers
 from unift.rows.tokens import Encoded, encode_rows
+from unift.sampling.engines.choose import in_process
 from unift.training import evaluate
 from unift.training.evaluate import Judge
 from unift.training.run.rollouts import read_rollouts
@@ -112,7 +113,7 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
 
     def under(model: Model) -> tuple[Policy, Judge]:
         policy = load_policy(model, tokenizer)
-        return policy, Judge(policy, scorer, length)
+        return policy, Judge(policy, in_process(policy), scorer, length)
 
     with open_scorer(config.reward.model_copy(update={"function": "auto"}), data.train.rows) as scorer:
         after_model = config.model.model_copy(update={"path": str(folder / "model"), "gguf": None, "lora": None})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from unift.config.budget import parse
 from unift.config.identity import flat
 from unift.config.packaged import nearest, preset_names
 from unift.config.sections import Config, Rules
@@ -46,9 +47,16 @@ def check(config: Config) -> None:
                 f"nothing to learn from: sample.completions={sample.completions}, policy.loss={phase.policy.loss} and no "
                 "likelihood. Set likelihood.tokens and likelihood.weight, or sample completions"
             )
+        if config.engine.gap == "correct" and loss.sequences:
+            raise ConfigError(
+                f"engine.gap=correct weighs tokens one by one; policy.loss={phase.policy.loss} compares whole sequences. Use "
+                "warn or fail"
+            )
         _check_together(phase)
         if phase.show.low > phase.show.high:
             raise ConfigError(f"show.low={phase.show.low} is above show.high={phase.show.high}")
+    if config.train.budget is not None:
+        parse(config.train.budget, "train.budget")
     for name in config.baselines:
         if name not in preset_names():
             raise ConfigError(f"baselines: unknown method {name!r}{nearest(name, preset_names())}")
@@ -146,8 +154,8 @@ def _check_together(phase: Rules) -> None:
         ),
         (
             sample.rejected is not None and not (loss.sequences and demonstrated),
-            "sample.rejected names what the solution is preferred to: it needs policy.loss=dpo or una and "
-            "sample.demonstration=true",
+            "sample.rejected names what the solution is preferred to: it needs a policy.loss of sequences "
+            f"({', '.join(name for name, word in LOSSES.items() if word.sequences)}) and sample.demonstration=true",
         ),
         (
             loss.sequences and likelihood.tokens != "none",

@@ -14,6 +14,7 @@ from unift.config.sections import Config
 # A continued run may change these: they do not touch the numbers.
 FREE_KEYS = (
     "run", "save", "log", "baselines", "threads", "model.shard",
+    "engine.url", "engine.timeout", "engine.folder", "engine.transfer", "engine.gap_limit",
     "reward.workers", "reward.timeout", "reward.wall_timeout", "reward.error_rate", "reward.environment",
 )  # fmt: skip
 

@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from unift.config import words
-from unift.config.surroundings import Data, Eval, Log, Lora, Model, Reward, Save, Section
+from unift.config.surroundings import Data, Engine, Eval, Log, Lora, Model, Reward, Save, Section
 
 __all__ = [
     "Config",
     "Credit",
     "Data",
+    "Engine",
     "Eval",
     "Inputs",
     "Likelihood",
@@ -157,7 +158,11 @@ class PolicyStream(Section):
         default=1.0, gt=0, le=1, description="share of them, by entropy, that keep the advantage"
     )
     threshold: float = Field(default=0.1, gt=0, description="gamma of shaped: A * pi / (pi + threshold)")
-    beta: float = Field(default=0.1, gt=0, description="implicit reward beta * log(pi / reference) of dpo and una")
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="implicit reward beta * log(pi / reference) of dpo and una; weight of the odds ratio of orpo",
+    )
 
 
 class Likelihood(Section):
@@ -233,6 +238,11 @@ class Inputs(Section):
 
 class Train(Section):
     steps: int = Field(default=500, ge=1, description="of the whole run, all phases together")
+    budget: str | None = Field(
+        default=None,
+        description="sampled=2M, trained=2M (tokens) or seconds=60: the run goes on until so much is used, and train.steps "
+        "is the unit in which schedules and phases count its share",
+    )
     prompts: int = Field(default=32, ge=1, description="prompts a step (rows, not completions)")
     updates: int = Field(default=1, ge=1, description="optimizer updates a step; must divide prompts")
     epochs: int = Field(default=1, ge=1, description="passes over the groups of a step, each of so many updates")
@@ -280,6 +290,7 @@ class Config(Rules):
     threads: int | None = Field(default=None, ge=1, description="of torch; default: all cores")
     baselines: list[str] = Field(default_factory=list, description="methods trained beside this one for comparison")
     model: Model = Model()
+    engine: Engine = Engine()
     data: Data = Data()
     reward: Reward = Reward()
     phases: list[Phase] = Field(

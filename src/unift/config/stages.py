@@ -23,20 +23,22 @@ class Stage:
 
 @dataclass(frozen=True)
 class Moment:
-    """A step of a run: what its random draws are addressed by. ``step`` counts from 0 over the run."""
+    """A step of a run: what its random draws are addressed by. ``step`` counts from 0 over the run. ``position``: where the
+    schedules are, in the steps that stages count; None where that is the step itself (no train.budget)."""
 
     seed: int
     step: int
     stage: Stage
+    position: float | None = None
 
     @property
     def rules(self) -> Rules:
         return self.stage.rules
 
     @property
-    def within(self) -> int:
-        """Steps since the stage began, which its schedules count by."""
-        return self.step - self.stage.start
+    def within(self) -> float:
+        """Steps since the stage began, which its schedules count by; whole without a budget."""
+        return (self.step if self.position is None else self.position) - self.stage.start
 
 
 def stages(config: Config) -> list[Stage]:

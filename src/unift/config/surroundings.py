@@ -92,6 +92,36 @@ class Model(Section):
         return {"rank": value} if isinstance(value, int) else value
 
 
+class Engine(Section):
+    """Who completes the prompts: this process, or a server beside it."""
+
+    kind: Literal["auto", "native", "plain", "vllm"] = Field(
+        default="auto",
+        description="native: shared prefixes, in this process; plain: the model's own forward; auto: the one that fits the "
+        "model; vllm: a server (unift serve)",
+    )
+    url: str = Field(default="http://127.0.0.1:8000", description="vllm: where the server answers")
+    timeout: float = Field(
+        default=600.0, gt=0, description="vllm: seconds that no answer comes, after which the run ends with the cause"
+    )
+    folder: str | None = Field(
+        default=None,
+        description="vllm: where weights are put for the server, which must see the same path; null = engine in the run folder",
+    )
+    transfer: Literal["folder", "nccl"] = Field(
+        default="folder", description="vllm: how weights travel; nccl: from GPU to GPU, not tested"
+    )
+    gap: Literal["warn", "correct", "fail"] = Field(
+        default="warn",
+        description="where log-probs of trainer and sampler differ: say so or stop above gap_limit; correct: weigh every "
+        "sampled token by min(p_trainer / p_sampler, cap)",
+    )
+    gap_limit: float = Field(
+        default=0.1, gt=0, description="mean difference of a step's log-probs, nats, above which gap=warn and fail act"
+    )
+    cap: float = Field(default=2.0, gt=0, description="of the importance weights of gap=correct")
+
+
 class Data(Section):
     task: str | None = Field(default=None, description="built-in generator: chain, countdown, knights, lock")
     options: dict[str, Any] = Field(default_factory=dict, description="of the generator")

@@ -142,7 +142,7 @@ SEQUENCE_LOGPS: Mapping[SequenceLogpName, SequenceLogp] = {
 
 # ---------------------------------------------------------------------------------------------- policy
 
-LossName = Literal["clip", "ratio", "reinforce", "cispo", "gspo", "dpo", "una", "none"]
+LossName = Literal["clip", "ratio", "reinforce", "cispo", "gspo", "dpo", "una", "orpo", "none"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Loss(Word):
     credit: str = ""
     pushes: bool = True
     ratio: bool = False  # to the policy at the start of the step
-    sequences: bool = False  # of whole sequences under an implicit reward: a demonstration is one of them
+    sequences: bool = False  # of whole sequences, a demonstration among them, as pairs or with scores
     reference: bool = False
 
 
@@ -164,6 +164,7 @@ LOSSES: Mapping[LossName, Loss] = {
     "gspo": Loss("gspo {low:g}/{high:g}", "GSPO, arXiv 2507.18071, eq. 5", ratio=True),
     "dpo": Loss("dpo", "DPO, arXiv 2305.18290, eq. 7", "right before wrong", sequences=True, reference=True),
     "una": Loss("una", "UNA, arXiv 2408.15339", "the score", sequences=True, reference=True),
+    "orpo": Loss("orpo", "ORPO, arXiv 2403.07691, eqs. 6 and 7", "right before wrong", sequences=True),
     "none": Loss("-", pushes=False),
 }
 

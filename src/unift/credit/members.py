@@ -111,7 +111,7 @@ def paired(
 ) -> list[Item]:
     """Items whose members are pairs or carry scores. ``rejected[i]``: tokens of the row's rejected answer, if it has one.
 
-    dpo: preferred are the solution (where it is a member) and right completions, rejected are the row's rejected answer
+    dpo, orpo: preferred are the solution (where it is a member) and right completions, rejected are the row's rejected answer
     and wrong completions, both without repeats; the n-th of one with the n-th of the other. What is left over is dropped.
     una: the solution with the row's rejected answer is a pair; without one it has score 1; completions have their scores.
     """
@@ -151,6 +151,7 @@ def _una(good: Members, worse: Members, own: Scored, row: str) -> tuple[Members,
 # (solutions, rejected answers, scored completions) -> (members with a label, preferred, rejected)
 PAIRS: Mapping[LossName, Callable[[Members, Members, Scored, str], tuple[Members, Members, Members]]] = {
     "dpo": _dpo,
+    "orpo": _dpo,
     "una": _una,
 }
 

@@ -24,10 +24,10 @@ Span = tuple[float, float]  # what is known about a row: its share twice, or the
 
 @dataclass(frozen=True)
 class At:
-    """A row in a step. ``step`` counts from 0 within the stage of ``total`` steps."""
+    """A row in a step. ``step`` counts from 0 within the stage of ``total`` steps; whole without a budget."""
 
     seed: int
-    step: int
+    step: float
     total: int
     row: str
 
@@ -75,8 +75,8 @@ def staircase(show: Show, at: At, num: int) -> int:
     of UFT: k = num - floor(t / floor(T_hint / (num + 1))), t = step + 1, not below 0."""
     if show.stages == "floored":
         length = max(hinted_steps(show, at.total) // (num + 1), 1)
-        return max(num - (at.step + 1) // length, 0)
-    return num - min(num, at.step * (num + 1) // hinted_steps(show, at.total))
+        return max(num - int((at.step + 1) // length), 0)
+    return num - min(num, int(at.step * (num + 1) // hinted_steps(show, at.total)))
 
 
 def adapted(show: Show, span: Span, seen: Seen) -> Span:
@@ -144,7 +144,7 @@ def draw(show: Show, at: At, n_steps: int, span: Span | None = None) -> int:
     return int((rng.uniforms("hint", at.seed, at.step, at.row, shape=num) < p).sum())
 
 
-def probability(show: Show, step: int, total: int, span: Span | None = None) -> float:
+def probability(show: Show, step: float, total: int, span: Span | None = None) -> float:
     """p(t) of UFT eq. B.1 for cosine; the chance of a cut, or the mean share shown, for the others. After T_hint exactly 0.
 
     A schedule that follows a row's success needs the row's ``span``; without one, its value at the first step.

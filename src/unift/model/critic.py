@@ -16,16 +16,17 @@ def new_critic(policy: Policy) -> nn.Linear:
     head = policy.root.critic if policy.root is not None else None
     if head is None:
         width = policy.head.weight.shape[1]  # V reads what the head reads
-        head = nn.Linear(width, 1, device=policy.device, dtype=torch.float32)
+        dtype = torch.promote_types(policy.head.weight.dtype, torch.float32)
+        head = nn.Linear(width, 1, device=policy.device, dtype=dtype)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
 
 
 def value(policy: Policy, hidden_SD: Tensor) -> Tensor:
-    """V of the state before each target token, float32, [S]."""
+    """V of the state before each target token, [S], in float32 (float64 beside a float64 model)."""
     assert policy.critic is not None
-    return policy.critic(hidden_SD.float())[:, 0]
+    return policy.critic(hidden_SD.to(policy.critic.weight.dtype))[:, 0]
 
 
 def values(policy: Policy, batch: PackedBatch) -> Tensor:

@@ -89,6 +89,11 @@ def longest_contexts(config: Config, data: Data) -> list[tuple[str, int, int, in
     return [(name, i + 1, *context(split.encoded[i])) for name, split, context in splits for i in split.looked_at]
 
 
+def longest_context(config: Config, data: Data) -> int:
+    """Tokens of the longest prompt with its hint and completion that a run samples."""
+    return max((sum(parts) for _, _, *parts in longest_contexts(config, data)), default=0)
+
+
 def check_positions(config: Config, data: Data) -> None:
     """DataError where prompt, hint and completion can take more tokens than the model has positions (its config.json;
     a GGUF file has none). Beyond them a model with learned positions fails, and one with rotary ones turns to noise.

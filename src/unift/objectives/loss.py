@@ -124,7 +124,7 @@ def _clipped(t: Pushed, p: PolicyStream) -> Tensor:
     return clipped_surrogate(t.l, t.old, t.a, p.low, p.high, p.dual_clip)
 
 
-# Losses of whole sequences are in ``preference.LOSSES``.
+# Losses of whole sequences are in SEQUENCES.
 LOSSES: Mapping[words.LossName, Function] = {
     "clip": _clipped,
     "ratio": lambda t, p: importance_ratio(t.l, t.old, t.a),
@@ -204,22 +204,74 @@ def value_loss(v_S: Tensor, batch: PackedBatch, clip: float | None) -> Tensor:
     return (batch.policy_w_S[on_S] * error).sum()
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """What a loss of whole sequences may look at, [N]: sums over the tokens of a sequence, and how many they are."""
+
+    l: Tensor
+    size: Tensor
+    ref: Tensor | None  # None unless the word says that it is needed
+
+
+@dataclass(frozen=True)
+class Compared:
+    """``r`` [N]: what sequences are compared by; ``weight``: of a comparison; ``gain`` [N]: what the preferred one adds."""
+
+    r: Tensor
+    weight: float
+    gain: Tensor
+
+
+NEAR_ONE = 2.0**-24  # log of the largest float32 below 1, times -1: odds of a probability of 1 are infinite
+
+
+def log_odds(mean_N: Tensor) -> Tensor:
+    """log(p / (1 - p)) with log p = the mean of a sequence's log-probs (ORPO, arXiv 2403.07691, eqs. 3 and 4).
+
+    Log p is at most -2^-24, with no gradient beyond. The derivative is 1 / (1 - p)."""
+    m_N = mean_N.clamp(max=-NEAR_ONE)
+    return m_N - torch.log(-torch.expm1(m_N))
+
+
+def _implicit(s: Sequences, policy: PolicyStream) -> Compared:
+    if s.ref is None:
+        raise ValueError(f"policy.loss={policy.loss} needs log-probs under the reference")
+    return Compared(policy.beta * (s.l - s.ref), 1.0, torch.zeros_like(s.l))
+
+
+def _odds(s: Sequences, policy: PolicyStream) -> Compared:
+    mean = s.l / s.size
+    return Compared(log_odds(mean), policy.beta, mean)
+
+
+SEQUENCES: Mapping[words.LossName, Callable[[Sequences, PolicyStream], Compared]] = {
+    "dpo": _implicit,
+    "una": _implicit,
+    "orpo": _odds,
+}
+
+
 def sequence_loss(l_S: Tensor, batch: PackedBatch, policy: PolicyStream) -> Tensor:
     """sum over pairs of (w + w') * -log sigmoid(r - r')   (DPO, arXiv 2305.18290, eq. 7; UNA on pairs)
+    or of (w + w') * (-mean_t l_t of the preferred - beta log sigmoid(r - r')), r the log odds (ORPO, arXiv 2403.07691, eq. 6)
     + sum over scored sequences of w * (sigmoid(r) - s)^2    (UNA, arXiv 2408.15339; UFT of 2410.21438 with s = 1).
 
     w: 1 / (number of sequences in the optimizer batch), so pairs count as the two sequences that they are.
     e on every token of a scored sequence: -2 (sigmoid(r) - s) sigmoid(r) (1 - sigmoid(r)) beta w.
     """
-    if batch.ref_S is None:
-        raise ValueError(f"policy.loss={policy.loss} needs log-probs under the reference")
     on_S = batch.policy_w_S != 0
     if not bool(on_S.any()):
         return l_S.sum() * 0.0
     _, owner = cast("tuple[Tensor, Tensor]", batch.sequence_S[on_S].unique(return_inverse=True))  # pyright: ignore[reportUnknownMemberType]
     n = int(owner.max()) + 1
-    drift = (l_S.double() - batch.ref_S)[on_S]
-    r_N = policy.beta * drift.new_zeros(n).index_add(0, owner, drift)
+
+    def summed(x: Tensor) -> Tensor:
+        return x.new_zeros(n).index_add(0, owner, x)
+
+    l = l_S.double()[on_S]
+    ref_N = None if batch.ref_S is None else summed(batch.ref_S.double()[on_S])
+    found = SEQUENCES[policy.loss](Sequences(summed(l), summed(torch.ones_like(l)), ref_N), policy)
+    r_N = found.r
     first_N = torch.full((n,), len(owner), device=owner.device).scatter_reduce(
         0, owner, torch.arange(len(owner), device=owner.device), "amin"
     )
@@ -228,6 +280,6 @@ def sequence_loss(l_S: Tensor, batch: PackedBatch, policy: PolicyStream) -> Tens
     key_N = item_N * (int(pair_N.max()) + 2) + pair_N  # one number a pair of an item
     better, other = ((pair_N >= 0) & (side * sign_N > 0) for side in (1, -1))
     up, down = (torch.nonzero(s)[:, 0][torch.argsort(key_N[s])] for s in (better, other))
-    paired = ((w_N[up] + w_N[down]) * softplus(r_N[down] - r_N[up])).sum()
+    paired = ((w_N[up] + w_N[down]) * (found.weight * softplus(r_N[down] - r_N[up]) - found.gain[up])).sum()
     scored = ~label_N.isnan()
     return paired + (w_N[scored] * (torch.sigmoid(r_N[scored]) - label_N[scored]).square()).sum()

@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
-from unift import rng
 from unift.config import needs
 from unift.config.sections import Rules
 from unift.config.stages import Moment
 from unift.credit.members import cut_short
 from unift.hints import schedules
-from unift.model.policy import Policy
 from unift.rewards import score_groups
 from unift.rewards.pool import Scorer
 from unift.rows.dataset import Split
-from unift.sampling.engines.native import Request, generate
+from unift.sampling.engines.base import Draws, Engine, Request, Watch, unwatched
 from unift.types import Group, Row, Sample, Score
 
 
 def completed(
-    policy: Policy,
+    engine: Engine,
+    tokenizer: Any,
     requests: Sequence[Request],
     max_tokens: int,
     temperature: float = 1.0,
-    watch: Callable[[int], Any] = lambda done: None,
+    watch: Watch = unwatched,
 ) -> list[list[Sample]]:
     """Samples of every request, with their texts. ``watch`` is told the number of requests that are done.
 
     All processes call this together where the weights are sharded, also those without a request."""
-    with policy.whole():
-        groups = generate(policy, requests, max_tokens, temperature, watch=watch)
+    with engine.sampling():
+        groups = engine.generate(requests, max_tokens, temperature, watch)
     flat = [s for g in groups for s in g]
     # What ends a completion is no part of its text, also where the tokenizer does not call it special.
     spoken = [s.tokens[:-1] if s.finished else s.tokens for s in flat]
-    texts = policy.tokenizer.batch_decode(spoken, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(spoken, skip_special_tokens=True)
     for sample, text in zip(flat, texts, strict=True):
         sample.text = text
     return groups
@@ -68,13 +65,20 @@ class _Wanted:
     requests: list[Request] = field(default_factory=list[Request])
     owners: list[tuple[Group, list[int]]] = field(default_factory=list[tuple[Group, list[int]]])
 
-    def add(self, group: Group, given: list[int], uniforms_GL: np.ndarray) -> None:
-        if len(uniforms_GL):
-            self.requests.append(Request(group.prompt + (given or group.hint), uniforms_GL))
+    def add(self, group: Group, given: list[int], draws: Draws) -> None:
+        if draws.n:
+            self.requests.append(Request(group.prompt + (given or group.hint), draws))
             self.owners.append((group, given))
 
 
-def complete(policy: Policy, groups: Sequence[Group], places: Sequence[int], moment: Moment, attempt: int = 0) -> None:
+def complete(
+    engine: Engine,
+    tokenizer: Any,
+    groups: Sequence[Group],
+    places: Sequence[int],
+    moment: Moment,
+    attempt: int = 0,
+) -> None:
     """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those.
 
     places: each group's position in the batch of all processes. It is part of the address of its random numbers, since a
@@ -85,20 +89,20 @@ def complete(policy: Policy, groups: Sequence[Group], places: Sequence[int], mom
     short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens))  # only the first tokens
     for i, group in zip(places, groups, strict=True):
         place = ("sample", seed, step, i, group.row_id, *([attempt] if attempt else []))
-        uniforms = rng.uniforms(*place, shape=(sample.completions, sample.max_tokens))
+        draws = Draws(place, sample.completions, sample.completions, sample.max_tokens)
         wanted = short if cut_short(sample, seed, step, group.row_id) else whole
         if members is None:
-            wanted.add(group, [], uniforms)
+            wanted.add(group, [], draws)
             continue
         bare, hint = sample.completions - members, group.hint
         group.hint = []
-        wanted.add(group, [], uniforms[:bare])
-        wanted.add(group, hint, uniforms[bare:])
-    with policy.whole():  # once, though not every process has requests of both lengths
+        wanted.add(group, [], replace(draws, n=bare))
+        wanted.add(group, hint, replace(draws, n=members, first=bare))
+    with engine.sampling():  # once, though not every process has requests of both lengths
         for wanted in (whole, short):
             if not wanted.requests:
                 continue
-            sampled = completed(policy, wanted.requests, wanted.max_tokens, sample.temperature)
+            sampled = completed(engine, tokenizer, wanted.requests, wanted.max_tokens, sample.temperature)
             for (group, given), samples in zip(wanted.owners, sampled, strict=True):
                 if given:
                     samples = [replace(s, tokens=given + s.tokens, given=len(given)) for s in samples]

@@ -20,30 +20,30 @@ def entropy(groups: Sequence[Group]) -> float:
     return -sum(logps) / len(logps) if logps else 0.0
 
 
-def likelihood_weight(rules: Rules, step: int, total: int) -> float:
+def likelihood_weight(rules: Rules, step: float, total: int) -> float:
     """constant; cosine: from weight to final over the first share ``until`` of the steps (CHORD's mu); hint: weight
     times p(t) / high, which falls and ends with the hints."""
     return ANNEALINGS[rules.likelihood.schedule](rules, step, total)
 
 
-def _cosine(rules: Rules, step: int, total: int) -> float:
+def _cosine(rules: Rules, step: float, total: int) -> float:
     s = rules.likelihood
     done = min(step / max(s.until * total, 1), 1.0)
     return s.final + (s.weight - s.final) / 2 * (1 + math.cos(math.pi * done))
 
 
-def _hint(rules: Rules, step: int, total: int) -> float:
+def _hint(rules: Rules, step: float, total: int) -> float:
     return rules.likelihood.weight * schedules.probability(rules.show, step, total) / rules.show.high
 
 
-ANNEALINGS: Mapping[words.AnnealingName, Callable[[Rules, int, int], float]] = {
+ANNEALINGS: Mapping[words.AnnealingName, Callable[[Rules, float, int], float]] = {
     "constant": lambda rules, step, total: rules.likelihood.weight,
     "cosine": _cosine,
     "hint": _hint,
 }
 
 
-def at(rules: Rules, step: int, total: int, groups: Sequence[Group]) -> Rules:
+def at(rules: Rules, step: float, total: int, groups: Sequence[Group]) -> Rules:
     """Settings with this step's numbers in place of their schedules. ``step`` counts from 0 within the phase."""
     likelihood, credit = rules.likelihood, rules.credit
     weight, positive = likelihood_weight(rules, step, total), credit.positive

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,17 @@ from unift import processes, rng
 from unift.config.sections import Config
 from unift.config.stages import evaluation_tokens, longest
 from unift.intervals import wilson
-from unift.model.limits import check_positions, use_threads
+from unift.model.limits import check_positions, longest_context, use_threads
 from unift.model.load import load_policy, load_tokenizer, pick_device
 from unift.model.policy import Policy
 from unift.rewards import open_scorer
 from unift.rewards.pool import Scorer
 from unift.rows import dataset
 from unift.rows.dataset import Split
-from unift.sampling.engines.native import Request
+from unift.sampling.engines.base import Draws, Engine, Request
+from unift.sampling.engines.choose import open_engine
 from unift.sampling.groups import completed
+from unift.training.run import checkpoint
 from unift.types import ConfigError, Given, Row, Sample
 
 
@@ -44,16 +48,18 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who answers, who judges, the length limit of an answer in tokens, and who watches: f(rows done, rows)."""
+    """Who answers, and by which engine; who judges, the length limit of an answer in tokens, and who watches: f(rows done,
+    rows)."""
 
     policy: Policy
+    engine: Engine
     scorer: Scorer
     max_tokens: int
     watch: Callable[[int, int], Any] = lambda done, total: None
 
 
 @dataclass(frozen=True)
-class Draws:
+class Answers:
     """Sampled answers a row."""
 
     samples: int
@@ -74,7 +80,9 @@ def _judged(judge: Judge, split: Split, requests: Sequence[Request], temperature
     """Sample and judge: right or not, per row and sample. Each process takes its share of the rows; all get the whole."""
     own = processes.share(len(split.rows))
     asked = [requests[i] for i in own]
-    groups = completed(judge.policy, asked, judge.max_tokens, temperature, lambda done: judge.watch(done, len(own)))
+    judge.engine.sync(judge.policy, partial(checkpoint.fingerprint, judge.policy))
+    watch = lambda done: judge.watch(done, len(own))  # noqa: E731
+    groups = completed(judge.engine, judge.policy.tokenizer, asked, judge.max_tokens, temperature, watch)
     right = verdicts(judge.scorer, [split.rows[i] for i in own], groups)
     return processes.interleave(processes.gather("an evaluation", right))
 
@@ -86,26 +94,26 @@ def greedy(judge: Judge, split: Split) -> Accuracy:
     return Accuracy(right / max(n, 1), *wilson(right, n), n)
 
 
-def uniforms_of(row: Row, draws: Draws, max_tokens: int) -> np.ndarray:
-    """Random numbers [samples, max_tokens] of a row's sampled answers in evaluations."""
-    return rng.uniforms("eval", draws.seed, row.id, shape=(draws.samples, max_tokens))
+def draws_of(row: Row, answers: Answers, max_tokens: int) -> Draws:
+    """The random numbers of a row's sampled answers in evaluations."""
+    return Draws(("eval", answers.seed, row.id), answers.samples, answers.samples, max_tokens)
 
 
-def pass_curve(judge: Judge, split: Split, draws: Draws) -> dict[str, dict[str, float]]:
-    """pass@1, 2, 4, ... ``draws.samples``: mean over rows with a bootstrap interval (95 %, over rows)."""
+def pass_curve(judge: Judge, split: Split, answers: Answers) -> dict[str, dict[str, float]]:
+    """pass@1, 2, 4, ... ``answers.samples``: mean over rows with a bootstrap interval (95 %, over rows)."""
     requests = [
-        Request(e.prompt, uniforms_of(row, draws, judge.max_tokens))
+        Request(e.prompt, draws_of(row, answers, judge.max_tokens))
         for row, e in zip(split.rows, split.encoded, strict=True)
     ]
-    return curve([sum(v) for v in _judged(judge, split, requests, draws.temperature)], draws)
+    return curve([sum(v) for v in _judged(judge, split, requests, answers.temperature)], answers)
 
 
-def curve(counts: Sequence[int], draws: Draws) -> dict[str, dict[str, float]]:
+def curve(counts: Sequence[int], answers: Answers) -> dict[str, dict[str, float]]:
     """pass@1, 2, 4, ... of rows with so many right samples each: mean with a bootstrap interval (95 %, over rows); Wilson's
     where all rows are alike, of which a bootstrap would claim to be sure."""
-    samples, n = draws.samples, len(counts)
+    samples, n = answers.samples, len(counts)
     ks = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
-    picks = rng.generator("bootstrap", draws.seed).integers(0, n, (1000, n))
+    picks = rng.generator("bootstrap", answers.seed).integers(0, n, (1000, n))
     found = {}
     for k in ks:
         values = np.array([pass_at_k(samples, c, k) for c in counts])
@@ -150,9 +158,10 @@ def _evaluate(config: Config, split: str, samples: int, given: Given) -> Evaluat
         raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")
     with open_scorer(config.reward, data.train.rows, given.reward) as scorer:
         policy = load_policy(config.model, tokenizer, longest(config))
-        judge = Judge(policy, scorer, evaluation_tokens(config))
-        accuracy = greedy(judge, asked)
-        curve = pass_curve(judge, asked, Draws(samples, config.seed)) if samples else {}
+        with open_engine(config.engine, policy, Path(config.run or "runs"), longest_context(config, data)) as engine:
+            judge = Judge(policy, engine, scorer, evaluation_tokens(config))
+            accuracy = greedy(judge, asked)
+            curve = pass_curve(judge, asked, Answers(samples, config.seed)) if samples else {}
     return Evaluation(split, accuracy, curve, policy.path)
 
 

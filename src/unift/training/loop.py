@@ -25,15 +25,16 @@ from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest, stages
 from unift.files import write_atomic, writing
 from unift.model import critic
-from unift.model.limits import check_positions, use_threads
+from unift.model.limits import check_positions, longest_context, use_threads
 from unift.model.load import load_policy, load_tokenizer, pick_device, save_adapter, save_pretrained
 from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.rewards import open_scorer
 from unift.rows import dataset
 from unift.rows.tasks.format import check_format
+from unift.sampling.engines.choose import open_engine
 from unift.training import evaluate, update
-from unift.training.evaluate import Draws, Judge
+from unift.training.evaluate import Answers, Judge
 from unift.training.progress import Metrics, Report, Run, State, Watch, silent, unwatched
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
@@ -71,7 +72,8 @@ def train(
                 check_format(data.train.rows, config.reward.function, config.reward.rule, scorer.answer)
                 scorer.check(data.train.rows[0])
                 policy = load(config, tokenizer)
-                return run_to_end(Run(config, folder, policy, scorer, data, report, track, watch), asked)
+                with open_engine(config.engine, policy, folder, longest_context(config, data)) as engine:
+                    return run_to_end(Run(config, folder, policy, engine, scorer, data, report, track, watch), asked)
 
 
 def load(config: Config, tokenizer: Any) -> Policy:
@@ -89,25 +91,39 @@ def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
     base = begin(run)
     for stage in run.left():
         state = begin_stage(run, stage)
-        for step in range(max(stage.start, run.done), stage.stop):
-            began = time.perf_counter()
-            metrics = one_step(run, Moment(run.config.seed, step, stage), state)
-            if due(run.config.eval.every, step + 1, stage):
+        over = run.position >= stage.stop
+        while not over:
+            began, step, before = time.perf_counter(), run.done, run.position
+            used = run.used()
+            metrics = one_step(run, Moment(run.config.seed, step, stage, run.place(stage)), state)
+            over = run.advance(stage, cost_of(run, metrics, used))
+            if run.budget is not None:
+                metrics["budget/schedule"] = run.position / run.total
+            if over or due(run.config.eval.every, before, run.position):
                 metrics |= evaluated(run, step + 1)
             wanted = log_step(run, step + 1, metrics, time.perf_counter() - began)
             stop = any(processes.gather("whether to stop", bool(wanted or asked.is_set())))
             saving = time.perf_counter()
-            if stop or due(run.config.save.every, step + 1, stage):
+            if stop or over or due(run.config.save.every, step, step + 1):
                 save(run, step + 1, state)
             run.saving = time.perf_counter() - saving
             if stop:
-                raise Stopped(f"stopped after step {step + 1} of {run.total}, which is saved in {run.folder}")
-        run.done = max(run.done, stage.stop)
+                raise Stopped(f"stopped after step {step + 1} of {run.expected()}, which is saved in {run.folder}")
     return finish(run, base)
 
 
-def due(every: int, finished: int, stage: Stage) -> bool:
-    return finished == stage.stop or (every > 0 and finished % every == 0)
+def due(every: int, before: float, after: float) -> bool:
+    """Whether a multiple of ``every`` lies between the two."""
+    return every > 0 and after // every > before // every
+
+
+def cost_of(run: Run, metrics: Metrics, used: float) -> float:
+    """What the step has used of the budget: counted tokens since ``used``, or the first process's seconds."""
+    if run.budget is None:
+        return 0.0
+    if run.budget.kind == "seconds":
+        return processes.lead("the seconds of a step", lambda: float(metrics["time/step"]))
+    return run.used() - used
 
 
 @contextmanager
@@ -142,10 +158,12 @@ def begin(run: Run) -> dict[str, Any]:
         check_path(run.policy, stage.rules)
     saved = processes.lead("the list of checkpoints", lambda: checkpoint.steps_saved(run.folder))
     run.done = saved[-1] if saved else 0
+    if run.budget is not None and run.done > 0:  # how far the schedules were decides which stage goes on
+        run.progress.recall(checkpoint.counters(run.folder, run.done), {}, {})
     earlier = processes.lead("the metrics so far", lambda: rewind_metrics(run.folder / "metrics.jsonl", run.done))
     if earlier and earlier[0]["step"] == 0:
         for record in earlier if processes.first() else ():
-            run.report(record, run.total)
+            run.report(record, run.expected())
         run.progress.judged |= earlier[0].get("judged", {})  # a checkpoint, if there is one, knows more
         return earlier[0]["base"]
     base = asdict(announced(run, "held-out rows", run.data.test)) if run.data.test.rows else {}
@@ -162,16 +180,18 @@ def begin_stage(run: Run, stage: Stage) -> State:
     reference = None
     if needs.reference(rules):
         twin = None if run.policy.root is None else partial(load, run.config, run.policy.tokenizer)
-        reference = Reference(run.policy, run.folder, stage.start, rules.sample.temperature, twin)
+        reference = Reference(run.policy, run.folder, run.start_of(stage), rules.sample.temperature, twin)
     state = State(optimizer, reference)
     if run.done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
-        within = run.done > stage.start
+        within = run.done > run.start_of(stage)
         stored = checkpoint.restore(run.folder, run.done, run.policy, optimizer if within else None)
         run.progress.recall(stored["counters"], stored["scorer"]["train"], stored["scorer"]["eval"])
         recent = stored["scorer"]["recent"]
         run.scorer.recall([recent[i] for i in processes.share(len(recent))])
         if within:
             state.memory = RowMemory.load(stored.get("memory"))
+    if len(run.progress.starts) <= run.stages.index(stage):
+        run.progress.starts.append(run.start_of(stage))
     return state
 
 
@@ -181,26 +201,28 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "method": config.method,
         "seed": config.seed,
-        "steps": run.total,
+        "steps": run.done if run.budget else run.total,
         "seconds": progress.seconds,
         "seconds_training": progress.training,
         "tokens_sampled": progress.tokens_sampled,
         "tokens_trained": progress.tokens_trained,
         "reward_seen": progress.seen,
         "base": base,
-    }
+    } | ({"completions": progress.completions} if run.budget else {})
     if run.data.test.rows:
         result["test"] = asdict(announced(run, "held-out rows", run.data.test))
         if config.eval.samples:
-            draws = Draws(config.eval.samples, config.seed)
+            answers = Answers(config.eval.samples, config.seed)
             curve = judged(
-                run, "samples of held-out rows", lambda judge: evaluate.pass_curve(judge, run.data.test, draws)
+                run, "samples of held-out rows", lambda judge: evaluate.pass_curve(judge, run.data.test, answers)
             )
             result["test"]["pass@k"] = curve
     if config.eval.train_rows != 0:
         rows = run.data.train.first(config.eval.train_rows or len(run.data.train.rows))
         result["train"] = asdict(announced(run, "training rows", rows))
-    run.track({f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, run.total)
+    run.track(
+        {f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, result["steps"]
+    )
     result["scorer"] = {"train": progress.scored, "eval": progress.judged}
 
     def write() -> None:
@@ -251,7 +273,7 @@ def judged(run: Run, what: str, evaluation: Callable[[Judge], T]) -> T:
     """The evaluation's result; what became of its completions, in all processes, is added to ``progress.judged``."""
     before = list(run.scorer.counts.values())
     watch = partial(run.watch, what)
-    result = evaluation(Judge(run.policy, run.scorer, run.eval_tokens, watch))
+    result = evaluation(Judge(run.policy, run.engine, run.scorer, run.eval_tokens, watch))
     new = [n - old for n, old in zip(run.scorer.counts.values(), before, strict=True)]
     for name, n in zip(run.scorer.counts, processes.sums("an evaluation", new), strict=True):
         run.progress.judged[name] += int(n)
@@ -274,7 +296,7 @@ def log(run: Run, step: int, metrics: Metrics) -> Any:
     record = {"step": step, **metrics}
     append_metrics(run.folder / "metrics.jsonl", record)
     run.track(record, step)
-    return run.report(record, run.total)
+    return run.report(record, run.expected())
 
 
 def save(run: Run, finished: int, state: State) -> None:
@@ -295,7 +317,7 @@ def save(run: Run, finished: int, state: State) -> None:
     def tidy() -> None:
         if progress.best_step == finished:
             write_atomic(run.folder / "checkpoints" / "best", checkpoint.step_name(finished))
-        starts = [stage.start for stage in run.stages]
+        starts = [run.start_of(stage) for stage in run.stages]
         checkpoint.prune(run.folder, run.config.save.keep, [*starts, progress.best_step])
 
     checkpoint.save(run.folder, finished, run.policy, state.optimizer, stored)

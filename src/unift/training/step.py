@@ -7,6 +7,7 @@ the row memory and the counts, in this order and at its end, so a step that is k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from unift import processes
@@ -46,6 +47,7 @@ def one_step(run: Run, moment: Moment, state: State) -> Metrics:
         lr=update.learning_rate(rules.train, moment.within, moment.stage.total),
         measure=bool(run.config.log.gradients_every) and moment.step % run.config.log.gradients_every == 0,
         dump=_dump(run.folder, moment.step),
+        engine=run.config.engine,
     )
     parts = [update.apply(run.policy, state.optimizer, packs, rules, order) for packs in updates]
     clock.lap("update")
@@ -102,9 +104,11 @@ def sampled_groups(
     own = [groups[i] for i in places]
     if SOURCES[moment.rules.sample.source].reference and state.reference is not None:
         with state.reference.policy() as frozen:
-            complete(frozen, own, places, moment, attempt)
+            run.engine.sync(frozen, lambda: f"reference-{moment.stage.start}")
+            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
     else:
-        complete(run.policy, own, places, moment, attempt)
+        run.engine.sync(run.policy, partial(checkpoint.fingerprint, run.policy))
+        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
     clock.lap("generate")
     judge(run.scorer, run.data.train.rows, own, moment.rules, run.policy.tokenizer)
     clock.lap("score")
@@ -139,6 +143,7 @@ def _count(run: Run, groups: Sequence[Group]) -> None:
     """Count outcomes and tokens; a sample whose scorer failed takes no further part."""
     for name, n in count_outcomes(groups).items():
         run.progress.scored[name] += n
+    run.progress.completions += sum(len(g.samples) for g in groups)
     run.progress.tokens_sampled += _sampled_tokens(groups)
     for group in groups:
         group.samples = [s for s in group.samples if s.score is not None]

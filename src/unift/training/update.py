@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unift import processes
 from unift.config import words
-from unift.config.sections import Rules, Train
+from unift.config.sections import Engine, Rules, Train
 from unift.model import critic, precision
 from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, PackedBatch, cut, pack
@@ -22,11 +22,11 @@ from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.objectives import loss as objectives
 from unift.objectives.weights import weigh
-from unift.training import gradients
+from unift.training import gradients, sampler_gap
 from unift.types import NonFiniteError
 
 
-def learning_rate(train: Train, step: int, steps: int) -> float:
+def learning_rate(train: Train, step: float, steps: int) -> float:
     """Linear warm-up, then constant, cosine or linear decay to 0 over the phase. ``step`` counts from 0."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
@@ -94,12 +94,13 @@ def _with_inputs(policy: Policy, packs: Sequence[tuple[PackedBatch, list[Item]]]
 
 @dataclass(frozen=True)
 class Order:
-    """What an update is told: its learning rate, whether to take both streams' gradients apart and measure them, and the
-    file that its packs go to if something is not finite."""
+    """What an update is told: its learning rate, whether to take both streams' gradients apart and measure them, the file
+    that its packs go to if something is not finite, and what to do where sampler and trainer differ."""
 
     lr: float
     measure: bool
     dump: Path
+    engine: Engine = Engine()
 
 
 @dataclass
@@ -115,6 +116,7 @@ class Tally:
     clipped_low: float = 0.0
     clipped_high: float = 0.0
     gap: float = 0.0  # |log-prob here - log-prob when sampled|
+    importance: float = 0.0  # weights of sampled tokens, where engine.gap corrects
     forwarded: float = 0.0
     supervised: float = 0.0
     worst_gap: float = 0.0  # the largest
@@ -161,18 +163,22 @@ def apply(
     optimizer.zero_grad(set_to_none=True)
     for batch in packs:
         l_S, entropy_S, v_S = outputs_of(policy, batch, rules)
-        losses = {} if batch.filler else losses_of(l_S, entropy_S, v_S, batch, rules)
+        losses = {} if batch.filler else losses_of(l_S, entropy_S, v_S, batch, rules, order.engine)
         loss = sum(float(losses[n].detach()) for n in gradients.STREAMS if losses)
         wrong = wrong or ("" if math.isfinite(loss) else f"the loss is {loss}")
         gradients.backward(parameters, losses, [l_S] if v_S is None else [l_S, v_S], streams)
         if losses:
             with torch.no_grad():
                 tally.see(losses, l_S, entropy_S, batch, rules)
+                if order.engine.gap == "correct":
+                    own_S = batch.role_S == COMPLETION
+                    tally.importance += float(sampler_gap.importance(batch, l_S, order.engine.cap)[own_S].sum())
     real = [b for b in packs if not b.filler]
     tally.forwarded = sum(policy.tokens_forwarded(b) for b in real)
     tally.supervised = sum(len(b.target_S) for b in real)
     _judge(processes.gather("the losses of an update", wrong), packs, order.dump)
     tally.over_processes()
+    sampler_gap.check(tally.gap / max(tally.tokens, 1.0), order.engine)
     gradients.gather(policy, streams)
     norm, wrong = gradients.clipped(policy, rules.train.clip_norm)
     if wrong:
@@ -194,12 +200,13 @@ def outputs_of(policy: Policy, batch: PackedBatch, rules: Rules) -> tuple[Tensor
 
 
 def losses_of(
-    l_S: Tensor, entropy_S: Tensor, v_S: Tensor | None, batch: PackedBatch, rules: Rules
+    l_S: Tensor, entropy_S: Tensor, v_S: Tensor | None, batch: PackedBatch, rules: Rules, engine: Engine
 ) -> dict[str, Tensor]:
     """Losses of both streams; the critic's loss is a part of the policy stream's."""
     with_entropy = entropy_S if rules.policy.entropy or rules.policy.off_policy_top < 1 else None
     kl = rules.reference
-    losses = objectives.losses(l_S, with_entropy, batch, rules.policy, kl.estimator, rules.likelihood, kl.clamp)
+    weighed = sampler_gap.corrected(batch, l_S, engine)
+    losses = objectives.losses(l_S, with_entropy, weighed, rules.policy, kl.estimator, rules.likelihood, kl.clamp)
     if v_S is not None:
         losses["value"] = rules.credit.value_weight * objectives.value_loss(v_S, batch, rules.credit.value_clip)
         losses["policy"] = losses["policy"] + losses["value"]
@@ -219,6 +226,8 @@ def _metrics(tally: Tally, policy: Policy, rules: Rules) -> dict[str, float]:
         metrics["entropy"] = tally.entropy / seen
         metrics["sampling/sampling_logp_difference/mean"] = tally.gap / seen
         metrics["sampling/sampling_logp_difference/max"] = tally.worst_gap
+        if tally.importance:
+            metrics["sampling/importance_sampling_ratio/mean"] = tally.importance / seen
         metrics["clip_ratio/low_mean"] = tally.clipped_low / seen
         metrics["clip_ratio/high_mean"] = tally.clipped_high / seen
         if rules.reference.kl and not words.INTOS[rules.reference.into].reward:

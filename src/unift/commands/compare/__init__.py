@@ -38,15 +38,16 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     """The whole comparison; returns (table, reading and the path of the plot as text; results). Settings are checked first.
     If some runs fail, the table of the others is printed before RunsFailed is raised.
 
-    With a budget, every method's steps are chosen so that one run uses it up (``budget.py``).
+    With a budget, every run goes on until it has used it (``train.budget``).
     """
     from unift.commands.compare import budget as budgets
     from unift.commands.settings import of_recipes_task
+    from unift.config.budget import parse
     from unift.config.packaged import preset_names
     from unift.config.resolve import parse_overrides, resolve
 
     recipe, folder, settings, workers, seeds = plan.recipe, plan.folder, plan.settings, plan.workers, plan.seeds
-    limit = budgets.parse(plan.budget) if plan.budget else None
+    limit = parse(plan.budget) if plan.budget else None
     methods = list(dict.fromkeys(m.strip() for m in plan.methods if m.strip()))
     methods = preset_names() if methods == ["all"] else methods
     if not methods or seeds < 1:
@@ -56,7 +57,6 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     over = parse_overrides(settings)
     if limit and "steps" in over.get("train", {}):
         raise ConfigError("--budget chooses train.steps, which is also set; keep one")
-    own: dict[str, list[str]] = {}  # settings of a method
     file = of_recipes_task(recipe, {}, over)
     configs = {m: resolve(m, recipe=recipe, file=file, overrides=over) for m in methods}
     for config in configs.values():
@@ -70,16 +70,8 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
         print(text, flush=True)
 
     with on_signals(lambda number, frame: stop.set()):
-        if limit:
-            probes = [
-                train_job(m, 0, recipe, folder / budgets.FOLDER, budgets.probe(settings, configs[m])) for m in methods
-            ]
-            costs = run_many(probes, workers, lambda text: say(f"probe {text}"), stop)
-            for method, cost in zip(methods, costs, strict=True):
-                own[method] = budgets.spend(limit, cost, configs[method])
-        jobs = [
-            train_job(m, seed, recipe, folder, [*settings, *own.get(m, [])]) for seed in range(seeds) for m in methods
-        ]
+        own = [f"train.budget={limit}"] if limit else []
+        jobs = [train_job(m, seed, recipe, folder, [*settings, *own]) for seed in range(seeds) for m in methods]
         failure = None
         try:
             results = run_many(jobs, workers, say, stop)

@@ -1,4 +1,5 @@
-"""``unift doctor``: what can be checked before time is spent. Reads rows, tokenizer and reward; loads no weights."""
+"""``unift doctor``: what can be checked before time is spent. Reads rows, tokenizer and reward; loads no weights,
+but for a server's."""
 
 from __future__ import annotations
 
@@ -48,6 +49,8 @@ def diagnose(config: Config) -> list[Check]:
             checks.append(lengths)
             if encoded:
                 checks.append(_guard("room", lambda: (room(config, encoded), True))[0])
+                if config.engine.kind == "vllm":
+                    checks.append(_guard("engine", lambda: (try_engine(config, tokenizer, encoded), True))[0])
         checks.append(_guard("reward", lambda: try_reward(config, data.train))[0])
     checks.append(_guard("disk", lambda: (disk(config, weights), True))[0])
     return checks
@@ -61,6 +64,13 @@ def _guard(name: str, check: Callable[[], tuple[Check, Any]]) -> tuple[Check, An
         return Check(name, False, str(error)), None
     except Exception as error:
         return Check(name, False, f"{type(error).__name__}: {error}"), None
+
+
+def try_engine(config: Config, tokenizer: Any, data: Data) -> Check:
+    """The one check that loads weights: a server has to show that it samples from them."""
+    from unift.commands.doctor import engine
+
+    return engine.check(config, tokenizer, data)
 
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -261,7 +271,7 @@ def room(config: Config, data: Data) -> Check:
         limits.check_positions(config, data)
     except UniftError as error:
         return Check("room", False, str(error))
-    context = max(sum(parts) for _, _, *parts in limits.longest_contexts(config, data))
+    context = limits.longest_context(config, data)
     positions = limits.positions(limits.model_settings(locate(config.model.path)))
     if longer > len(encoded) // 10:
         need = max(len(e.solution) for e in encoded)

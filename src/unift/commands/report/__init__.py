@@ -37,7 +37,8 @@ def write(source: Path, out: Path | None = None) -> Path:
 
 def run_page(run: RunData) -> str:
     parts: list[tuple[str, str, list[Html | None]]] = [
-        ("numbers", "What came out", [sections.cards(run), sections.accuracies(run), sections.readings(run)]),
+        ("short", "In short", [sections.diagnosis(run)]),
+        ("numbers", "What came out", [sections.cards(run), sections.accuracies(run), sections.more(run)]),
         ("learning", "Learning", [sections.grid(sections.learning_charts(run))]),
         ("updates", "Updates", [sections.grid(sections.update_charts(run))]),
         ("speed", "Speed", [sections.time_bar(run), sections.grid(sections.speed_charts(run))]),

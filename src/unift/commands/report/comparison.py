@@ -13,7 +13,7 @@ from unift.commands.compare.plots import COLOURS, over_seeds, series
 from unift.commands.compare.table import accuracy_of, reading
 from unift.commands.report import cards, sections, words
 from unift.commands.report.charts import Line, chart
-from unift.commands.report.findings import percent
+from unift.commands.report.diagnosis import percent
 from unift.commands.report.gather import RunData
 from unift.commands.report.markup import Content, Html, document, fold, footer, table, tag
 

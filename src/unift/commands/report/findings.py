@@ -7,37 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from unift.commands.display import FAILURES, failures
 from unift.commands.report.charts import series
+from unift.commands.report.diagnosis import GOOD, PLAIN, WATCH, at_end, causes, latest, percent
 from unift.commands.report.gather import RunData
 from unift.intervals import wilson
-
-GOOD, PLAIN, WATCH = "good", "plain", "watch"
-LAST = 0.1  # "at the end" is the mean over the last tenth of the steps
 
 
 def findings(run: RunData) -> list[tuple[str, str]]:
     """(kind, sentence) of each finding, the outcome first."""
-    return [f for f in [_outcome(run), *_learning(run), *_scorer(run), *_update(run), *_speed(run)] if f is not None]
+    held = [(WATCH, cause.text) for cause in causes(run)]
+    return [f for f in [_outcome(run), *held, *details(run)] if f is not None]
 
 
-def at_end(run: RunData, name: str) -> float | None:
-    """Mean of a metric over the last tenth of its points, None if the run has none."""
-    _, y = series(run.metrics, name)
-    return float(np.mean(y[-max(1, round(LAST * len(y))) :])) if len(y) else None
-
-
-def latest(run: RunData) -> tuple[Mapping[str, Any], int] | None:
-    """(held-out accuracy with its interval, step): of the result, or the last evaluation of an unfinished run."""
-    test = (run.result or {}).get("test")
-    if test:
-        return test, run.done
-    x, y = series(run.metrics, "eval/test/accuracy")
-    if not len(x) or not run.base:
-        return None
-    n = run.base["n"]
-    low, high = wilson(y[-1] * n, n)
-    return {"accuracy": float(y[-1]), "low": low, "high": high, "n": n}, int(x[-1])
+def details(run: RunData) -> list[tuple[str, str]]:
+    """What the first screen (`diagnosis`) does not say."""
+    return [f for f in [*_learning(run), *_update(run), *_speed(run)] if f is not None]
 
 
 def _outcome(run: RunData) -> tuple[str, str] | None:
@@ -72,13 +56,6 @@ def _learning(run: RunData) -> list[tuple[str, str] | None]:
                 (WATCH, f"The best evaluation, {percent(y[best])} at step {x[best]:,.0f}, is beyond the interval of the last one. "
                  "checkpoints/best names that checkpoint, if it was saved.")
             )  # fmt: skip
-    fit = (run.result or {}).get("train")
-    if fit and now and fit["low"] > now[0]["high"]:
-        gap = 100 * (fit["accuracy"] - now[0]["accuracy"])
-        found.append(
-            (WATCH, f"Training rows are solved in {percent(fit['accuracy'])} of cases, held-out rows {gap:.0f} points less: "
-             "part of what was learned is the rows themselves.")
-        )  # fmt: skip
     flat, wrong, right = (at_end(run, n) for n in ("frac_reward_zero_std", "groups/all_wrong", "groups/all_right"))
     if flat is not None and wrong is not None and right is not None and flat > 0.8:
         cause = (
@@ -97,38 +74,8 @@ def _learning(run: RunData) -> list[tuple[str, str] | None]:
     return found
 
 
-def _scorer(run: RunData) -> list[tuple[str, str] | None]:
-    counts = dict(((run.result or {}).get("scorer") or {}).get("train") or {})
-    if not counts and run.metrics:
-        last = run.metrics[-1]
-        counts = {n: int(last[f"reward/{n}"]) for n in FAILURES if last.get(f"reward/{n}")}
-    listed = failures(counts)
-    if not listed:
-        return []
-    of = f" of {counts['total']:,} completions" if counts.get("total") else ""
-    return [(WATCH, f"The scorer failed: {listed}{of}. Such a completion takes no part in training; see Rollouts.")]
-
-
 def _update(run: RunData) -> list[tuple[str, str] | None]:
     found: list[tuple[str, str] | None] = []
-    if run.stopped:
-        found.append((WATCH, "A loss or gradient was not finite and stopped the run; the batch is in nonfinite/."))
-    cut = at_end(run, "completions/clipped_ratio")
-    if cut is not None and cut > 0.1:
-        found.append(
-            (WATCH, f"{percent(cut)} of the completions at the end were cut at the length limit (sample.max_tokens).")
-        )
-    lost = at_end(run, "completions/no_answer")
-    if lost is not None and lost > 0.1:
-        where = next((str(m["answer"]) for m in run.metrics if "answer" in m), "the place of reward.answer")
-        text = f"{percent(lost)} of the completions at the end had no answer where it is looked for ({where}; reward.answer)."
-        found.append((WATCH, text))
-    gap = at_end(run, "sampling/sampling_logp_difference/mean")
-    if gap is not None and gap > 0.02:
-        found.append(
-            (WATCH, f"Sampler and trainer disagree by {gap:.3g} in the mean log-prob of a sampled token: "
-             "the completions are not quite on-policy.")
-        )  # fmt: skip
     x, cosine = series(run.metrics, "grad/cosine")
     own, other = series(run.metrics, "grad/policy_norm")[1], series(run.metrics, "grad/hint_norm")[1]
     if len(cosine) and len(own) == len(other) == len(cosine):
@@ -171,8 +118,3 @@ def time_spent(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     spent[BETWEEN] = float(elapsed[-1]) - steps if len(elapsed) else 0.0
     whole = sum(max(s, 0.0) for s in spent.values())
     return {part: s for part, s in spent.items() if whole and s > 0.001 * whole}
-
-
-def percent(share: float) -> str:
-    """12.3 %; without a decimal where there is none, 95 % and 100 %."""
-    return f"{100 * share:.1f}".removesuffix(".0") + " %"

@@ -56,6 +56,9 @@ class RunData:
 
     @property
     def total(self) -> int:
+        share = self.metrics[-1].get("budget/schedule") if self.metrics else None
+        if self.settings["train"].get("budget") and share:
+            return max(self.done, round(self.done / share))
         return int(self.settings["train"]["steps"])
 
     @property
@@ -258,7 +261,7 @@ def _step(path: Path, step: int, config: Config | None, groups: int, samples: in
 
 
 def _credit(config: Config | None, step: int) -> Credit | None:
-    if config is None:
+    if config is None or (config.train.budget and config.phases):  # steps do not say which phase they were of
         return None
     return next((s.rules.credit for s in stages(config) if s.start <= step < s.stop), None)
 

@@ -10,7 +10,8 @@ import numpy as np
 from unift.commands import display
 from unift.commands.report import words
 from unift.commands.report.charts import Line, chart, series
-from unift.commands.report.findings import PARTS, at_end, findings, latest, percent, time_spent
+from unift.commands.report.diagnosis import at_end, causes, latest, next_steps, percent, verdict
+from unift.commands.report.findings import PARTS, details, findings, time_spent
 from unift.commands.report.gather import RunData, settings_of
 from unift.commands.report.markup import Content, Html, table, tag
 from unift.config.stages import stages
@@ -93,7 +94,27 @@ def bar(label: Content, a: Mapping[str, Any], muted: bool = False) -> Html:
 
 
 def readings(run: RunData) -> Html:
-    return tag("ul", [tag("li", text, cls=kind) for kind, text in findings(run)], cls="findings")
+    """All findings, where the first screen does not stand above them."""
+    return _listed(findings(run))
+
+
+def more(run: RunData) -> Html:
+    return _listed(details(run))
+
+
+def _listed(found: Iterable[tuple[str, str]]) -> Html:
+    return tag("ul", [tag("li", text, cls=kind) for kind, text in found], cls="findings")
+
+
+def diagnosis(run: RunData) -> Html:
+    """Is it learning, what holds it back, what to try next."""
+    held = [("watch", cause.text) for cause in causes(run)] or [("plain", "Nothing that these numbers show.")]
+    answers = (
+        ("Is it learning?", [verdict(run)]),
+        ("What holds it back", held),
+        ("What to try next", [("plain", text) for text in next_steps(run)]),
+    )
+    return tag("div", [tag("div", tag("h3", title), _listed(found)) for title, found in answers], cls="short")
 
 
 # ---------------------------------------------------------------------------------------------- curves
@@ -221,7 +242,7 @@ def _line(
 
 
 def _chart(run: RunData, title: str, lines: Sequence[Line], **options: Any) -> Html | None:
-    marks = [stage.start for stage in stages(run.config)[1:]] if run.config else []
+    marks = [stage.start for stage in stages(run.config)[1:]] if run.config and not run.config.train.budget else []
     return chart(title, lines, total=run.total, marks=marks, **options)
 
 

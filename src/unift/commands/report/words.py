@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from unift.commands.report.findings import percent
+from unift.commands.report.diagnosis import percent
 from unift.commands.report.gather import RunData
 from unift.config import words
 from unift.config.sections import Rules

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,9 @@ from unift.files import write_atomic
 from unift.types import DataError, Row
 
 if TYPE_CHECKING:
-    from unift.model.policy import Policy
     from unift.rewards.pool import Scorer
     from unift.rows.tokens import Encoded
+    from unift.sampling.engines.base import Engine
 
 TOKENS = 1024  # of an answer, as in the paper, where no setting says otherwise and the model has the positions
 BLOCK = 256  # answers of a block and process: as many as are sampled side by side
@@ -53,6 +54,7 @@ def evaluate_suite(config: Config, order: Order, say: Say = lambda text: None) -
     """
     from unift.model.limits import use_threads
     from unift.model.load import load_policy, load_tokenizer, pick_device
+    from unift.sampling.engines.choose import open_engine
     from unift.training.run import claim, write_result
     from unift.training.run.checkpoint import fingerprint
 
@@ -67,9 +69,12 @@ def evaluate_suite(config: Config, order: Order, say: Say = lambda text: None) -
         settings = _settings(config, order, most) | {"weights": fingerprint(policy)}
         processes.lead("the folder of the suite", lambda: records.open_folder(order.folder, settings))
         began, done = time.perf_counter(), {}
-        for name, rows in problems.columns.items():
-            work = _Column(name, problems.titles[name], rows, encoded[name])
-            done[name] = _judged(policy, config, order, work, most, say)
+        with open_engine(config.engine, policy, order.folder, prompt + most) as engine:
+            engine.sync(policy, partial(fingerprint, policy))
+            answers = _Answerer(engine, policy.tokenizer, order.samples, config.seed, most)
+            for name, rows in problems.columns.items():
+                work = _Column(name, problems.titles[name], rows, encoded[name])
+                done[name] = _judged(answers, config, order, work, say)
         seconds = time.perf_counter() - began
         result = measured(problems, done, order.samples, config.seed) | {"settings": settings, "seconds": seconds}
         result |= {"model": config.model.path, "method": config.method, "seed": config.seed}
@@ -129,6 +134,17 @@ def _encoded(tokenizer: Any, problems: Problems) -> dict[str, list[Encoded]]:
 
 
 @dataclass(frozen=True)
+class _Answerer:
+    """Who answers: greedily, and ``samples`` times by draws of ``seed``, in at most ``most`` tokens."""
+
+    engine: Engine
+    tokenizer: Any
+    samples: int
+    seed: int
+    most: int
+
+
+@dataclass(frozen=True)
 class _Column:
     name: str
     title: str
@@ -136,9 +152,7 @@ class _Column:
     encoded: Sequence[Encoded]
 
 
-def _judged(
-    policy: Policy, config: Config, order: Order, column: _Column, most: int, say: Say
-) -> list[Mapping[str, Any]]:
+def _judged(answers: _Answerer, config: Config, order: Order, column: _Column, say: Say) -> list[Mapping[str, Any]]:
     """Records of all rows of a column, in their order: those on disk, and new ones."""
     from unift.rewards import open_scorer
 
@@ -151,30 +165,29 @@ def _judged(
         block = max(BLOCK // (1 + order.samples), 8) * processes.size()
         with open_scorer(reward, column.rows) as scorer:
             for first in range(0, len(todo), block):
-                new = _answered(policy, scorer, column, todo[first : first + block], order, config.seed, most)
+                new = _answered(answers, scorer, column, todo[first : first + block])
                 processes.lead("records", lambda new=new: records.append(order.folder, column.name, new))
                 known |= {record["key"]: record for record in new}
                 say(f"{column.title}: {len(column.rows) - len(todo) + min(first + block, len(todo))} rows judged")
     return [known[key(row)] for row in column.rows]
 
 
-def _answered(
-    policy: Policy, scorer: Scorer, column: _Column, block: Sequence[int], order: Order, seed: int, most: int
-) -> list[dict[str, Any]]:
+def _answered(answers: _Answerer, scorer: Scorer, column: _Column, block: Sequence[int]) -> list[dict[str, Any]]:
     """Records of these rows, in their order: each process answers its share, all get the whole."""
-    from unift.sampling.engines.native import Request
+    from unift.sampling.engines.base import Request
     from unift.sampling.groups import completed
-    from unift.training.evaluate import Draws, uniforms_of
+    from unift.training.evaluate import Answers, draws_of
 
     own = [block[i] for i in processes.share(len(block))]
-    rows = [column.rows[i] for i in own]
-    groups = completed(policy, [Request(column.encoded[i].prompt, None) for i in own], most)
-    if order.samples:
-        draws = Draws(order.samples, seed)
-        asked = [
-            Request(column.encoded[i].prompt, uniforms_of(row, draws, most)) for i, row in zip(own, rows, strict=True)
+    rows, prompts = [column.rows[i] for i in own], [column.encoded[i].prompt for i in own]
+    ask = partial(completed, answers.engine, answers.tokenizer)
+    groups = ask([Request(prompt, None) for prompt in prompts], answers.most)
+    if answers.samples:
+        wanted = Answers(answers.samples, answers.seed)
+        drawn = [
+            Request(prompt, draws_of(row, wanted, answers.most)) for row, prompt in zip(rows, prompts, strict=True)
         ]
-        groups = [g + more for g, more in zip(groups, completed(policy, asked, most, draws.temperature), strict=True)]
+        groups = [g + more for g, more in zip(groups, ask(drawn, answers.most, wanted.temperature), strict=True)]
     flat = [(row, sample) for row, group in zip(rows, groups, strict=True) for sample in group]
     outcomes = iter(scorer.score([row for row, _ in flat], [sample.text for _, sample in flat]))
     found: list[dict[str, Any]] = []

@@ -32,9 +32,9 @@ def _column(title: str, records: Sequence[Record], samples: int, seed: int) -> d
     low, high = wilson(right, n)
     found: dict[str, Any] = {"title": title, "accuracy": right / n, "low": low, "high": high, "n": n}
     if samples:
-        from unift.training.evaluate import Draws, curve
+        from unift.training.evaluate import Answers, curve
 
-        found["pass@k"] = curve([sum(a["right"] for a in r["samples"]) for r in records], Draws(samples, seed))
+        found["pass@k"] = curve([sum(a["right"] for a in r["samples"]) for r in records], Answers(samples, seed))
     found["no_answer"] = sum(bool(a.get("no_answer")) for a in greedy) / n
     found["cut"] = sum(not a["finished"] for a in greedy) / n
     found["tokens"] = mean(a["tokens"] for a in greedy)

@@ -1,15 +1,13 @@
 """Sampling in-process: each prompt+hint is prefilled once for its group, keys and values lie in preallocated caches,
 finished rows are dropped, and every sample draws from its own addressed random numbers.
 
-The same attention, trunk and head as training, so a sampled token's log-prob is the trainer's up to rounding. Models on
-the plain path are sampled by their own forward and cache, rows of equal prompt length together and without padding.
+The same attention, trunk and head as training, so a sampled token's log-prob is the trainer's up to rounding. For models on
+the shared-prefix path; the others have the plain engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,23 +15,15 @@ from torch import Tensor
 
 from unift.model.attention.decode import DecodeLayout
 from unift.model.attention.packed import PackedLayout, make_layout
-from unift.model.plain import Decoder
 from unift.model.policy import Policy
 from unift.sampling.engines import cuda_graph
+from unift.sampling.engines.base import Request, Watch, batches, unwatched
+from unift.sampling.engines.draw import chooser, eos_ids
 from unift.types import Sample
 
 ROWS = 256  # rows decoded side by side
 BLOCK = 32  # cached member positions added at a time
 LOOK = 16  # on a GPU, steps between two looks at which rows have ended
-VOCAB_BLOCK = 256  # tokens whose probabilities are summed first when sampling
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt (with its hint) and the uniforms [G, max_tokens] of its samples; G rows of None mean greedy."""
-
-    prompt: list[int]
-    uniforms_GL: np.ndarray | None  # float64; None: one greedy completion
 
 
 def generate(
@@ -42,88 +32,18 @@ def generate(
     max_tokens: int,
     temperature: float = 1.0,
     rows: int = ROWS,
-    watch: Callable[[int], Any] = lambda done: None,
+    watch: Watch = unwatched,
 ) -> list[list[Sample]]:
-    """Samples of every request, in order: token ids (EOS kept as the last), log-probs under softmax(logits/T).
-
-    watch: told the number of requests that are done, after every batch."""
-    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt), i))  # little padding in a batch
+    """As `Engine.generate`, with this policy. ``watch`` is told after every batch."""
     results: list[list[Sample]] = [[] for _ in requests]
-    batches: list[list[int]] = []
-    width = 0
-    for i in order:
-        width = max(width, _members(requests[i]))
-        # The plain sampler pads nothing: its prompts have one length.
-        fits = policy.shared or not batches or len(requests[i].prompt) == len(requests[batches[-1][0]].prompt)
-        if not batches or not fits or (len(batches[-1]) + 1) * width > rows:
-            batches.append([])
-            width = _members(requests[i])
-        batches[-1].append(i)
-    with policy.sampling(max_tokens * len(batches)):  # outside of the loop: weights made for it are kept until it ends
-        for batch in batches:
-            picked = [requests[i] for i in batch]
-            if policy.shared:
-                sampled = _run(policy, picked, max_tokens, temperature)
-            else:
-                sampled = _run_plain(policy, picked, max_tokens, temperature)
+    cut = batches(requests, rows, mixed=True)
+    with policy.sampling(max_tokens * len(cut)):  # outside of the loop: weights made for it are kept until it ends
+        for batch in cut:
+            sampled = _run(policy, [requests[i] for i in batch], max_tokens, temperature)
             for i, samples in zip(batch, sampled, strict=True):
                 results[i] = samples
             watch(sum(map(bool, results)))
     return results
-
-
-def _members(request: Request) -> int:
-    return 1 if request.uniforms_GL is None else len(request.uniforms_GL)
-
-
-def _chooser(policy: Policy, requests: Sequence[Request], g: int, max_tokens: int, temperature: float) -> Callable:
-    """f(logits [N, V], slots [N], t) -> (tokens [N], logps [N]): inverse-CDF sampling, or argmax for greedy requests, among
-    the ids that are tokens. ``t``, an int or an int64 tensor [1], counts the tokens drawn before."""
-    u_BGL = np.full((len(requests), g, max_tokens), -1.0)
-    for b, request in enumerate(requests):
-        if request.uniforms_GL is not None:
-            u_BGL[b, : len(request.uniforms_GL)] = request.uniforms_GL[:, :max_tokens]
-    u_NL = torch.from_numpy(u_BGL.reshape(-1, max_tokens)).to(policy.device)
-    greedy_N = u_NL[:, 0] < 0
-    all_greedy, any_greedy = bool(greedy_N.all()), bool(greedy_N.any())
-
-    def choose(logits_NV: Tensor, slot_N: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
-        z_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-        z_NV = z_NV if temperature == 1.0 else z_NV / temperature
-        logp_NV = torch.log_softmax(z_NV, dim=-1)
-        if all_greedy:
-            token_N = policy.draw(logp_NV, greedy)
-        else:
-            token_N = policy.draw(logp_NV, lambda logp_NK: inverse_cdf(logp_NK, u_NL[slot_N, t]))
-            if any_greedy:
-                token_N = torch.where(greedy_N[slot_N], policy.draw(logp_NV, greedy), token_N)
-        return token_N, logp_NV.gather(1, token_N[:, None])[:, 0]
-
-    return choose
-
-
-def greedy(scores_NK: Tensor) -> Tensor:
-    return scores_NK.argmax(-1)
-
-
-def inverse_cdf(logp_NV: Tensor, u_N: Tensor, block: int = VOCAB_BLOCK) -> Tensor:
-    """The first token whose cumulative probability exceeds u * total, sums in float64, ``u_N`` in [0, 1).
-
-    Two levels: sums over blocks of the vocabulary, then the sum inside the one block that u falls into; so float64
-    numbers are made for a block and not for the vocabulary.
-    """
-    n, v = logp_NV.shape
-    blocks = -(-v // block)
-    p_NV = logp_NV.new_zeros(n, blocks * block)
-    torch.exp(logp_NV, out=p_NV[:, :v])
-    p_NCW = p_NV.view(n, blocks, block)
-    cdf_NC = p_NCW.sum(-1, dtype=torch.float64).cumsum(-1)
-    u_N1 = u_N[:, None] * cdf_NC[:, -1:]
-    at_N1 = torch.searchsorted(cdf_NC, u_N1, right=True).clamp_(max=blocks - 1)
-    before_N1 = torch.where(at_N1 > 0, cdf_NC.gather(1, (at_N1 - 1).clamp_(min=0)), 0.0)
-    inside_NW = p_NCW[torch.arange(n, device=p_NV.device), at_N1[:, 0]].double().cumsum(-1) + before_N1
-    token_N = at_N1[:, 0] * block + torch.searchsorted(inside_NW, u_N1, right=True)[:, 0].clamp_(max=block - 1)
-    return token_N.clamp_(max=v - 1)
 
 
 class _Rows:
@@ -134,10 +54,10 @@ class _Rows:
     """
 
     def __init__(self, policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> None:
-        self.policy, self.max_tokens, self.eos = policy, max_tokens, _eos_ids(policy)
-        self.counts = [_members(r) for r in requests]
+        self.policy, self.max_tokens, self.eos = policy, max_tokens, eos_ids(policy)
+        self.counts = [r.samples for r in requests]
         device, b, g = policy.device, len(requests), max(self.counts)
-        self.choose = _chooser(policy, requests, g, max_tokens, temperature)
+        self.choose = chooser(policy, requests, g, max_tokens, temperature)
         logits_BV, layout = self._prefill(requests)
         some = next(iter(layout.cache.values()))[1]
         capacity = min(self._block(0), max_tokens)
@@ -256,40 +176,6 @@ def _run(policy: Policy, requests: Sequence[Request], max_tokens: int, temperatu
     return rows.samples()
 
 
-@torch.no_grad()
-def _run_plain(policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> list[list[Sample]]:
-    """As ``_run``, by the model's own forward. The prompts have the same length."""
-    device, eos = policy.device, _eos_ids(policy)
-    counts = [_members(r) for r in requests]
-    g = max(counts)
-    choose = _chooser(policy, requests, g, max_tokens, temperature)
-    decoder = Decoder(policy.base, policy.cached)
-    logits_NV = decoder.start(torch.tensor([r.prompt for r in requests], device=device))
-    # From here on a row is a sample: its prompt's row again, and its place in the B*G grid of the uniforms.
-    row_N = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], device=device)
-    slot_N = torch.tensor([i * g + j for i, n in enumerate(counts) for j in range(n)], device=device)
-    decoder.select(row_N)
-    logits_NV = logits_NV[row_N]
-    samples = {s: Sample([], [], False) for s in slot_N.tolist()}
-    for t in range(max_tokens):
-        token_N, logp_N = choose(logits_NV, slot_N, t)
-        stop_N = torch.isin(token_N, eos)
-        for slot, token, logp, stop in zip(
-            slot_N.tolist(), token_N.tolist(), logp_N.tolist(), stop_N.tolist(), strict=True
-        ):
-            samples[slot].tokens.append(token)
-            samples[slot].logps.append(logp)
-            samples[slot].finished = stop
-        live = (~stop_N).nonzero()[:, 0]
-        if t + 1 == max_tokens or not len(live):
-            break
-        if len(live) < len(slot_N):
-            decoder.select(live)
-            token_N, slot_N = token_N[live], slot_N[live]
-        logits_NV = decoder.append(token_N)
-    return [[samples[i * g + j] for j in range(n)] for i, n in enumerate(counts)]
-
-
 def _compact(live_BG: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Groups and, in each, slots to keep; None while too little would be saved. Ragged groups keep some done slots."""
     b, g = live_BG.shape
@@ -299,7 +185,3 @@ def _compact(live_BG: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         return None
     slots = np.argsort(~live_BG[groups], axis=1, kind="stable")[:, :width]
     return groups, slots
-
-
-def _eos_ids(policy: Policy) -> Tensor:
-    return torch.tensor(policy.end_ids, device=policy.device)

@@ -92,6 +92,15 @@ def steps_saved(folder: Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in root.glob("step_*") if (p / "trainer.json").is_file())
 
 
+def counters(folder: Path, step: int) -> dict[str, Any]:
+    """What the run had counted at a checkpoint."""
+    where = folder / "checkpoints" / step_name(step)
+    try:
+        return dict(json.loads((where / "trainer.json").read_text(encoding="utf-8"))["counters"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UniftError(f"{where} cannot be read ({error!r:.100}): {_DAMAGED}") from None
+
+
 def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     """Load weights (and optimizer) of a checkpoint in place; returns its ``trainer.json``. Sharded or not, it may be continued
     either way. All processes call this together."""

@@ -1,0 +1,92 @@
+"""``unift serve``: a vLLM server with the flags that a run needs, started from a folder whose head is a weight of its own.
+
+vLLM runs in an environment of its own (its requirements pin other versions); nothing of it is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from unift.types import ConfigError
+
+MODULE = "vllm.entrypoints.openai.api_server"
+BLOCK = 32  # tokens of a block of the prefix cache on the CPU: only whole blocks are shared
+
+
+@dataclass(frozen=True)
+class Order:
+    """``length``: tokens of a prompt with its completion. ``samples``: completions that are decoded side by side."""
+
+    model: str
+    folder: Path
+    python: str
+    length: int
+    samples: int
+    port: int
+    dtype: str
+    cpu: bool
+    nccl: bool
+
+
+def environment(order: Order) -> dict[str, str]:
+    """What the server needs beside its flags. Its routes for weights ask no one who they are: it listens on loopback only."""
+    found = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return found | ({"VLLM_CPU_KVCACHE_SPACE": "1"} if order.cpu else {})
+
+
+def command(order: Order) -> list[str]:
+    """The server's command line."""
+    line = [order.python, "-m", MODULE, "--model", str(order.folder), "--served-model-name", "policy"]
+    line += ["--host", "127.0.0.1", "--port", str(order.port), "--dtype", order.dtype]
+    line += ["--max-model-len", str(order.length), "--max-num-seqs", str(order.samples)]
+    # log-probs after the temperature; no settings of the model's own; versions of weights in every answer
+    line += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "1", "--generation-config", "vllm"]
+    line += ["--enable-scale-out"]
+    if order.nccl:
+        line += ["--weight-transfer-config", '{"backend": "nccl"}']
+    if order.cpu:  # seeds and chunks of a prompt do not go together there
+        line += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(order.length)]
+        line += ["--block-size", str(BLOCK), "--enforce-eager"]
+    return line
+
+
+def text(order: Order) -> str:
+    """The line for a shell."""
+    return " ".join([*(f"{k}={v}" for k, v in environment(order).items()), *map(shlex.quote, command(order))])
+
+
+def make_folder(order: Order) -> None:
+    """The model as a server can take new weights for it: adapters merged, embeddings and head apart."""
+    from unift.config.surroundings import Model
+    from unift.model.load import load_policy
+    from unift.sampling.engines.served import write_model
+
+    policy = load_policy(Model(path=order.model, dtype="float32" if order.dtype == "float32" else "bfloat16"))
+    size = getattr(policy.base.config.get_text_config(), "head_dim", None) or (
+        policy.base.config.get_text_config().hidden_size // policy.base.config.get_text_config().num_attention_heads
+    )
+    if order.cpu and size % 32:
+        raise ConfigError(
+            f"{order.model} has attention heads of {size} numbers; vLLM on the CPU takes multiples of 32 and fails at the first "
+            "request otherwise. Use engine.kind=native"
+        )
+    write_model(policy, order.folder)
+
+
+def start(order: Order) -> None:
+    """Become the server. Raises ConfigError where the interpreter is not there."""
+    import shutil
+
+    found = shutil.which(order.python)
+    if found is None:
+        raise ConfigError(
+            f"--python {order.python} is no interpreter. Name the one of the environment that holds vLLM, or print the line "
+            "with --print"
+        )
+    make_folder(order)
+    sys.stdout.flush()
+    os.execve(found, command(order), {**os.environ, **environment(order)})

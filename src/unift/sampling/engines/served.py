@@ -1,0 +1,74 @@
+"""Weights as a server reads them: one safetensors file under the model's own names, adapters merged, embeddings and head untied.
+
+A server that was told that the two are tied leaves the old head in place when it reloads, with no more than a warning. So it
+is started from a folder that says that they are not, and every file of weights holds the head under its own name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unift.files import publish_folder, writing
+from unift.model import lora
+from unift.model.load import save_pretrained
+from unift.model.policy import Policy
+
+TIED = "tie_word_embeddings"
+
+
+def state(policy: Policy) -> dict[str, Tensor]:
+    """Every weight by name, also those that share memory; adapters merged unless they are switched off."""
+    return lora.merged_state(policy.base) if policy.lora else dict(policy.base.state_dict())
+
+
+@torch.no_grad()
+def write(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """``folder`` with these weights and nothing else; it appears whole."""
+    from safetensors.torch import save_file
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing("the weights for the server", folder.parent):
+        temporary.mkdir(parents=True)
+        own: dict[str, Tensor] = {}
+        for name, tensor in weights.items():
+            kept = tensor.detach().to("cpu", torch.float32 if tensor.dtype == torch.float64 else tensor.dtype)
+            own[name] = (
+                kept.clone() if kept.data_ptr() == tensor.data_ptr() else kept
+            )  # the file takes no shared memory
+            own[name] = own[name].contiguous()
+        save_file(own, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+        publish_folder(temporary, folder)
+
+
+def write_model(policy: Policy, folder: Path) -> None:
+    """A model folder to start a server from: that of `save_pretrained`, with embeddings and head untied."""
+    with writing("the model for the server", folder):
+        save_pretrained(policy, folder)
+        path = folder / "config.json"
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for part in (settings, settings.get("text_config")):
+            if isinstance(part, dict):
+                part[TIED] = False
+        path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        for old in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
+            old.unlink()
+        write(state(policy), folder / "weights")
+        (folder / "weights" / "model.safetensors").rename(folder / "model.safetensors")
+        (folder / "weights").rmdir()
+
+
+def tied(folder: str) -> bool:
+    """Does the config of this folder, where it can be seen from here, say that embeddings and head are one?"""
+    try:
+        settings = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return bool(settings.get(TIED, False))
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,178 @@
+"""A server that speaks vLLM's routes, with a model of its own that it reads from the folder it is given: completions and
+log-probs are real, and weights that do not arrive are not there. ``mode`` names a fault."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from unift import rng
+from unift.config.surroundings import Model
+from unift.model.load import load_policy
+from unift.sampling.engines import native
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.served import write_model
+
+VERSION = "default"  # of a server that nobody gave weights
+
+
+class Fake:
+    """``after``: requests for completions after which ``mode`` begins."""
+
+    def __init__(self, folder: Path, mode: str = "", after: int = 0, length: int = 64) -> None:
+        write_model(load_policy(Model(path="embedded:lock", device="cpu")), folder)
+        self.folder, self.mode, self.after, self.length = folder, mode, after, length
+        self.asked, self.resets, self.cached = 0, 0, False
+        self.lock, self.stopped = threading.Lock(), threading.Event()
+        self.start_over()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def start_over(self) -> None:
+        self.policy, self.version = load_policy(Model(path=str(self.folder), device="cpu")), VERSION
+
+    def close(self) -> None:
+        self.stopped.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def __enter__(self) -> Fake:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def faulty(self) -> bool:
+        return self.asked > self.after
+
+    # ------------------------------------------------------------------------------------------ routes
+
+    def get(self, path: str) -> object:
+        if path == "/v1/models":
+            return {"data": [{"id": "policy", "max_model_len": self.length, "root": str(self.folder)}]}
+        if path == "/is_paused":
+            return {"is_paused": self.mode == "paused" and self.faulty}
+        if path == "/weight_info":
+            return {"weight_version": self.version}
+        return {} if path == "/health" else None
+
+    def post(self, path: str, body: dict) -> object:
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+            return {}
+        if path == "/reset_prefix_cache":
+            self.resets += 1
+            return {"success": self.mode != "cache stays"}
+        if path == "/collective_rpc":
+            assert body["method"] == "reload_weights"
+            if self.mode != "keeps weights":
+                self.reload(Path(body["kwargs"]["weights_path"]))
+            return {"results": [None]}
+        return self.complete(body) if path == "/inference/v1/generate" else None
+
+    @torch.no_grad()
+    def reload(self, folder: Path) -> None:
+        new = load_file(folder / "model.safetensors")
+        if self.mode == "keeps head":
+            new.pop("lm_head.weight")
+        for name, p in self.policy.base.named_parameters(remove_duplicate=False):
+            if name in new:
+                p.copy_(new[name])
+
+    def complete(self, body: dict) -> object:
+        with self.lock:
+            self.asked += 1
+            if self.faulty and self.mode == "restarts" and self.version != VERSION:
+                self.start_over()
+        if self.faulty and self.mode in ("stalls", "paused"):
+            self.stopped.wait(60)
+        if self.faulty and self.mode == "dies":
+            threading.Thread(target=self.close, daemon=True).start()
+            raise ConnectionError
+        if self.faulty and self.mode == "fails":
+            raise RuntimeError("EngineCore encountered an issue")
+        if self.faulty and self.mode == "nonsense":
+            return {"choices": [{"index": 0, "text": "hello"}] * body["sampling_params"]["n"]}
+        p = body["sampling_params"]
+        n, width = p["n"], p["max_tokens"]
+        greedy = p["temperature"] == 0
+        draws = None
+        if not greedy:
+            draws = np.stack([rng.uniforms("fake", p["seed"] + j, shape=(width,)) for j in range(n)])
+        with self.lock:
+            (samples,) = native.generate(
+                self.policy, [Request(body["token_ids"], draws)], width, 1.0 if greedy else p["temperature"]
+            )
+            version = self.version
+        if self.faulty and self.mode == "too few":
+            samples = samples[:-1]
+        if self.faulty and self.mode == "cut":
+            for s in samples:
+                s.tokens, s.logps = s.tokens[:1], s.logps[:1]
+        return {
+            "choices": [
+                {
+                    "index": j,
+                    "token_ids": s.tokens,
+                    "logprobs": {"content": [{"token_id": t, "logprob": l} for t, l in zip(s.tokens, s.logps)]},
+                    "finish_reason": "stop" if s.finished else "length",
+                    "weight_versions": [{"version": version, "tokens": len(s.tokens)}],
+                }
+                for j, s in enumerate(samples)
+            ]
+        }
+
+    # ------------------------------------------------------------------------------------------ HTTP
+
+    def handler(fake) -> type[BaseHTTPRequestHandler]:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None: ...
+
+            def do_GET(self) -> None:
+                if fake.faulty and fake.mode in ("stalls",):
+                    fake.stopped.wait(60)
+                self.answer(lambda: fake.get(self.path))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])) or b"{}")
+                self.answer(lambda: fake.post(self.path, body))
+
+            def answer(self, made) -> None:
+                try:
+                    found, status = made(), 200
+                except ConnectionError:
+                    self.close_connection = True
+                    self.connection.close()
+                    return
+                except RuntimeError as error:
+                    found, status = {"error": str(error)}, 500
+                if found is None:
+                    found, status = {"detail": "Not Found"}, 404
+                text = b"<html>hello</html>" if fake.mode == "html" else json.dumps(found).encode()
+                try:
+                    self.send_response(status)
+                    self.send_header("content-length", str(len(text)))
+                    self.end_headers()
+                    self.wfile.write(text)
+                except OSError:
+                    self.close_connection = True
+
+        return Handler
+
+
+def wait(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
