@@ -62,7 +62,7 @@ def load(config: Config, handed: Mapping[str, list[Row]] | None = None, only: st
                 f"{data.train}, column 'steps': every solution is a single step, so show.schedule={graded[0]} could only "
                 "show all of it or nothing. Split the solutions into steps (a list of texts), or use method sft or rft"
             )
-        test = _split(config, "test", handed, False) if data.test else []
+        test = _split(config, "test", handed, False) if data.test else list[Row]()
         shared = overlap(train, test)
         if shared:
             raise DataError(
