@@ -147,6 +147,7 @@ def _key(source: Path, settings: Sequence[Any]) -> str:
     digest = hashlib.sha256(json.dumps(list(settings)).encode())
     files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
     for path in (*sorted(Path(__file__).parent.rglob("*.py")), *files):
+        part = hashlib.sha256()
         with path.open("rb") as file:
             while part := file.read(2**20):
                 digest.update(part)
