@@ -27,7 +27,9 @@ def alone(items: Any, which: Any, weights: Any, settings: Any) -> Any:
         w, n = weights[i], len(items[i].members)
         for j, member in enumerate(items[i].members):
             split.append(Item(items[i].prompt, items[i].hint, [member]))
-            own.append(ItemWeights([w.policy[j]], w.likelihood / n, [w.own[j]], w.entropy_hint / n, [w.entropy[j]]))
+            own.append(
+                ItemWeights([w.policy[j]], w.likelihood / n, [w.own[j]], w.entropy_hint / n, [w.entropy[j]], w.given)
+            )
     return PACK(split, range(len(split)), own, settings)
 
 

@@ -80,7 +80,7 @@ def random_llama(vocabulary: int = 128, **size: Any) -> tuple[Any, Any]:
 
     torch.manual_seed(0)
     ids = {"bos_token_id": None, "eos_token_id": vocabulary, "pad_token_id": 0}
-    model = t.LlamaForCausalLM(t.LlamaConfig(vocab_size=vocabulary, max_position_embeddings=4096, **ids, **size))
+    model = t.LlamaForCausalLM(t.LlamaConfig(vocab_size=vocabulary, max_position_embeddings=8192, **ids, **size))
     words = ["<pad>", "<unk>", *(chr(i) for i in range(32, 127))]
     words += [f"<{i}>" for i in range(len(words), 128)]
     numbers = {w: i for i, w in enumerate(words)} | {"<end>": vocabulary}
@@ -130,7 +130,13 @@ def model_135m() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-MODELS = {"3m": model_3m, "135m": model_135m, "135m-random": model_135m_random}
+def model_60m() -> tuple[Any, Any]:
+    """A random Llama of 59 M parameters: 8 layers, width 512, grouped-query heads, 32,768 tokens."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    return random_llama(32768, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, **heads)
+
+
+MODELS = {"3m": model_3m, "60m": model_60m, "135m": model_135m, "135m-random": model_135m_random}
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -176,13 +182,25 @@ class Unift:
 
     def __init__(self, model: Any, tokenizer: Any, shape: Shape, settings: tuple[str, ...] = ()) -> None:
         self.route: bool | None = None
-        from unift.config.resolve import parse_overrides, resolve
-        from unift.model import attention
+        from unift.model import attention, checkpointing
         from unift.model.paths import check_shared
         from unift.model.policy import Policy
-        from unift.training import update
+        from unift.training.optimizer import make_optimizer
 
         attention.register()
+        self.config = self.settings(shape, settings)
+        model = model.to(DEVICE).eval()
+        model.config.use_cache = False
+        check_shared(model, DEVICE)
+        checkpointing.use(model, self.config.train.gradient_checkpointing)
+        self.policy = Policy(model, tokenizer, DEVICE, autocast=self.config.model.autocast)
+        self.optimizer = make_optimizer(self.policy, self.config.train)
+        self.shape, self.count = shape, 0
+
+    @staticmethod
+    def settings(shape: Shape, settings: tuple[str, ...] = ()) -> Any:
+        from unift.config.resolve import parse_overrides, resolve
+
         # The same objective as TRL's default: group mean and std, token mean over the batch, clip 0.2, no KL.
         chosen = [
             "data.task=lock",
@@ -196,14 +214,9 @@ class Unift:
             "reference.kl=0",
             *settings,
         ]
-        self.config = resolve("rft", overrides=parse_overrides(chosen))
-        assert self.config.policy.norm == "token_mean" and self.config.credit.scale == "sample_std"
-        model = model.to(DEVICE).eval()
-        model.config.use_cache = False
-        check_shared(model, DEVICE)
-        self.policy = Policy(model, tokenizer, DEVICE, autocast=self.config.model.autocast)
-        self.optimizer = update.make_optimizer(self.policy, self.config.train)
-        self.shape, self.count = shape, 0
+        config = resolve("rft", overrides=parse_overrides(chosen))
+        assert config.policy.norm == "token_mean" and config.credit.scale == "sample_std"
+        return config
 
     def step(self, prefixes: list[list[int]]) -> dict[str, float]:
         """Seconds of the parts, and the tokens of the step. unift chooses the library for products as ``policy.load``
@@ -236,7 +249,7 @@ class Unift:
         sampled = completed(
             in_process(self.policy), self.policy.tokenizer, asked, s.completion, self.config.sample.temperature
         )
-        generated = now()
+        generated, generated_cpu = now(), time.process_time()
         for group, samples in zip(groups, sampled, strict=True):
             group.samples = samples
             for j, sample in enumerate(samples):
@@ -253,6 +266,8 @@ class Unift:
         return {
             "seconds": done - began,
             "cpu": time.process_time() - cpu,
+            "generate_cpu": generated_cpu - cpu,
+            "update_cpu": time.process_time() - generated_cpu,
             "generate": generated - began,
             "update": done - generated,
             "sampled": sum(len(x.tokens) for g in groups for x in g.samples),

@@ -158,6 +158,39 @@ def scaling() -> str:
     return table(["changed", "CPU s a step", "tokens forwarded", "tokens of copies"], rows)
 
 
+def estimate() -> str:
+    rows = []
+    for record in read("estimate"):
+        for r in record["rows"]:
+            z = r["sizes"]
+            rows.append(
+                [
+                    r["model"],
+                    f"{z['groups']} x (prompt {z['prefix']} + {z['g']} x {z['completion']})",
+                    f"`{r['settings']}`" if r["settings"] else "-",
+                    f"{r['peak_mib']:,.0f}",
+                    f"{r['estimate_mib']:,.0f}",
+                    f"{r['estimate_mib'] / r['peak_mib']:.2f}",
+                ]
+            )
+    return table(["model", "tokens", "settings", "measured, MiB", "estimated, MiB", "ratio"], rows)
+
+
+def long() -> str:
+    rows = [
+        [
+            f"{r['completion']:,}",
+            r.get("how", "one forward"),
+            f"{r['cpu']:.0f}",
+            f"{r['peak_mib'] / 1024:.2f}",
+            f"{r['forwarded']:,.0f}",
+        ]
+        for record in read("long")
+        for r in [*record["lengths"], *({"completion": record["base"]["completion"]} | b for b in record["budgets"])]
+    ]
+    return table(["tokens of a completion", "how", "CPU s a step", "peak, GiB", "tokens forwarded"], rows)
+
+
 def roofline() -> str:
     measured = {(r["model"], r["shape"]): r for r in on("cpu", "vs_trl-*") if not r["trl_gradient_checkpointing"]}
     rows = []
@@ -203,15 +236,22 @@ def machines() -> str:
     return "\n".join(lines)
 
 
+PAGES = {
+    PAGE: (vs_trl, memory, ablation, scaling, roofline, precision, rounding, gpu, gpu_vs_trl, machines),
+    PAGE.with_name("cluster.md"): (estimate, long),
+}
+
+
 def main() -> None:
-    text = PAGE.read_text()
-    for make in (vs_trl, memory, ablation, scaling, roofline, precision, rounding, gpu, gpu_vs_trl, machines):
-        name = make.__name__
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-        text, found = pattern.subn(lambda m, make=make: m.group(1) + make() + "\n" + m.group(2), text)
-        assert found == 1, f"{PAGE} has no markers for {name}"
-    PAGE.write_text(text)
-    print(f"tables of {PAGE} written")
+    for page, makers in PAGES.items():
+        text = page.read_text()
+        for make in makers:
+            name = make.__name__
+            pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+            text, found = pattern.subn(lambda m, make=make: m.group(1) + make() + "\n" + m.group(2), text)
+            assert found == 1, f"{page} has no markers for {name}"
+        page.write_text(text)
+        print(f"tables of {page} written")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 # All that this tool takes from the package.
+from unift.commands.doctor.sizes import table as memory_table
 from unift.commands.methods import rows as family_rows
 from unift.commands.methods import table as family_table
 from unift.config import words
@@ -262,6 +263,7 @@ def equations() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "equations": equations,
+    "memory table": memory_table,
     "methods count": lambda: str(len(preset_names())),
     "methods core": core_table,
     "methods nav": method_nav,

@@ -20,7 +20,7 @@ from unift.credit.members import KEEPS, PAIRS
 from unift.hints import schedules
 from unift.objectives import input_noise, likelihood, weights
 from unift.objectives import loss as objectives
-from unift.training import annealing, update
+from unift.training import annealing, optimizer, update
 
 SOURCE = Path(words.__file__).parents[1]
 
@@ -53,6 +53,7 @@ KINDS = {
         words.NOISES,
         {"none": None, "adversarial": None, **input_noise.NOISES},
     ),
+    "optimizer": (words.OptimizerName, ("train", "optimizer"), words.OPTIMIZERS, optimizer.MAKERS),
     "decay": (words.DecayName, ("train", "decay"), None, update.DECAYS),
     "tokens": (words.TokensName, ("likelihood", "tokens"), words.TOKENS, None),
     "source": (words.SourceName, ("sample", "source"), words.SOURCES, None),

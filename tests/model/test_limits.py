@@ -10,7 +10,7 @@ from conftest import settings
 
 from unift.commands import doctor
 from unift.commands.doctor import dry_run, speed
-from unift.model import limits
+from unift.model import limits, memory
 from unift.model.load import load_policy, load_tokenizer, locate
 from unift.rows import dataset
 from unift.types import ConfigError, DataError
@@ -56,10 +56,11 @@ def test_the_edge_of_the_room():
                 limits.check_positions(config, data)
 
 
-def test_dry_run_and_speed_count_the_same_activations(tmp_path):
+def test_dry_run_and_speed_count_the_same_activations():
     config = settings("uft", "train.token_budget=4096")
-    token = limits.token_bytes(limits.model_settings(locate(config.model.path)), "float32")
-    assert f"up to about {4096 * token / 2**30:.2f} GiB" in dry_run._memory(config)
+    shapes = limits.model_settings(locate(config.model.path))
+    token = memory.token_bytes(shapes, config.model, False)
+    assert f"activations {memory.size(4096 * token)}" in dry_run._memory(config)
     tokens, why = speed.budget(config, free=2 * 4096 * token)
     assert tokens == 4096 and f"{token / 1024:,.0f} KiB" in why
 

@@ -14,9 +14,9 @@ from unift.model.load import load_policy
 def test_bfloat16_weights_that_would_not_move_are_told_before_training(tmp_path, lr, moves):
     from unift.commands.doctor import diagnose
     from unift.model import precision
-    from unift.training import update
+    from unift.training.optimizer import make_optimizer
 
-    words = ["data.task=lock", "model.dtype=bfloat16", f"train.lr={lr}"]
+    words = ["data.task=lock", "model.dtype=bfloat16", f"train.lr={lr}", "train.master_weights=false"]
     config = resolve("sft", overrides=parse_overrides(words))
     policy = load_policy(config.model)
     before = [p.detach().clone() for p in policy.parameters()]
@@ -25,7 +25,7 @@ def test_bfloat16_weights_that_would_not_move_are_told_before_training(tmp_path,
         if not moves
         else _silent()
     ):
-        optimizer = update.make_optimizer(policy, config.train)
+        optimizer = make_optimizer(policy, config.train)
     for p in policy.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -38,7 +38,7 @@ def test_bfloat16_weights_that_would_not_move_are_told_before_training(tmp_path,
     lora = load_policy(config.model.model_copy(update={"lora": Lora(rank=2)}))
     assert {p.dtype for p in lora.parameters()} == {torch.float32}
     with _silent():
-        update.make_optimizer(lora, config.train)
+        make_optimizer(lora, config.train)
 
 
 def _silent():

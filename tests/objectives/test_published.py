@@ -25,8 +25,9 @@ from unift.rows import tokens as encode
 from unift.rows.dataset import Split
 from unift.rows.tokens import Encoded
 from unift.training.loop import train
+from unift.training.optimizer import make_optimizer
 from unift.training.run import metrics
-from unift.training.update import Order, apply, make_optimizer, prepare
+from unift.training.update import Order, apply, prepare
 from unift.types import ConfigError, Group, Row, Sample, Score
 
 MADE_UP = Engine(gap_limit=100.0)  # the log-probs that these samples are said to have are no sampler's

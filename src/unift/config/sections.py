@@ -250,7 +250,15 @@ class Train(Section):
     prompts: int = Field(default=32, ge=1, description="prompts a step (rows, not completions)")
     updates: int = Field(default=1, ge=1, description="optimizer updates a step; must divide prompts")
     epochs: int = Field(default=1, ge=1, description="passes over the groups of a step, each of so many updates")
-    lr: float = Field(default=1e-6, gt=0, description="highest learning rate of AdamW")
+    lr: float = Field(default=1e-6, gt=0, description="highest learning rate")
+    optimizer: words.OptimizerName = Field(
+        default="adamw_fused",
+        description="AdamW, fused where the device has it, or with 8-bit state (bitsandbytes, torchao); Muon for matrices",
+    )
+    master_weights: bool = Field(
+        default=True, description="bfloat16 weights have float32 copies, which the optimizer steps"
+    )
+    offload_optimizer: bool = Field(default=False, description="its state, and those copies, are in the CPU's memory")
     decay: words.DecayName = Field(default="constant", description="of the learning rate, after the warm-up")
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="of AdamW")
@@ -260,7 +268,13 @@ class Train(Section):
         default=None, gt=0, description="an update whose gradient, before clipping, is longer than this is left out"
     )
     token_budget: int = Field(
-        default=16384, ge=1, description="padded tokens of one forward; changes memory, not the update"
+        default=16384,
+        ge=1,
+        description="tokens of one forward; changes memory, not the update: a larger group is divided",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="layers keep their inputs alone and are computed again in the backward pass: less memory, more time",
     )
     micro_prompts: int | None = Field(
         default=None, ge=1, description="prompts of a micro-batch (microbatch_token_mean only)"

@@ -330,3 +330,18 @@ NOISES: Mapping[NoiseName, Noise] = {
 }
 
 DecayName = Literal["constant", "cosine", "linear"]
+
+OptimizerName = Literal["adamw", "adamw_fused", "adamw_8bit", "muon"]
+
+
+@dataclass(frozen=True)
+class Optimizer(Word):
+    state: float = 8.0  # bytes that it keeps for a number of a float32 weight
+
+
+OPTIMIZERS: Mapping[OptimizerName, Optimizer] = {
+    "adamw": Optimizer("AdamW", "arXiv 1711.05101"),
+    "adamw_fused": Optimizer("AdamW in one kernel", "arXiv 1711.05101"),
+    "adamw_8bit": Optimizer("AdamW with 8-bit state", "arXiv 2110.02861", state=2 + 8 / 256),
+    "muon": Optimizer("Muon for matrices, AdamW for the rest", "arXiv 2502.16982", state=4.0),
+}

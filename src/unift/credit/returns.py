@@ -15,6 +15,7 @@ from torch import Tensor
 from unift.config.sections import Rules
 from unift.config.words import BASELINES, INTOS
 from unift.credit.advantages import advantages
+from unift.model.divide import divide
 from unift.model.packs import COMPLETION, Item, PackedBatch, cut, pack
 
 Tokens = list[list[list[float]]]  # item, member, sampled token
@@ -55,8 +56,10 @@ def whitened(values: Sequence[np.ndarray], epsilon: float) -> list[np.ndarray]:
 def measured(of: Callable[[PackedBatch], Tensor], items: Sequence[Item], rules: Rules) -> Tokens:
     """``of`` (log-probs, values: one number a loss position) at every sampled token of every completion, no gradient."""
     out: Tokens = [[[] for _ in item.members] for item in items]
-    for which in cut(items, rules.train.token_budget):
-        batch = pack(items, which, None, rules)
+    parts = divide(items, None, rules)
+    divided = [p.item for p in parts]
+    for which in cut(divided, rules.train.token_budget):
+        batch = pack(divided, which, None, rules)
         if batch is None:
             continue
         with torch.no_grad():
@@ -64,7 +67,7 @@ def measured(of: Callable[[PackedBatch], Tensor], items: Sequence[Item], rules: 
         rows = zip(values, batch.role_S.tolist(), batch.item_S.tolist(), batch.member_S.tolist(), strict=True)
         for value, role, b, j in rows:
             if role == COMPLETION:
-                out[which[b]][j].append(value)
+                out[parts[which[b]].source][parts[which[b]].members[j]].append(value)
     return out
 
 

@@ -51,23 +51,40 @@ def parameters(settings: Mapping[str, Any]) -> int | None:
     width, layers, vocab = (settings.get(n) for n in ("hidden_size", "num_hidden_layers", "vocab_size"))
     if not (width and layers and vocab):
         return None
-    heads = settings.get("num_attention_heads", 1)
-    kv = settings.get("num_key_value_heads") or heads
-    head = settings.get("head_dim") or width // heads
-    layer = width * head * (2 * heads + 2 * kv) + 3 * width * _inner(settings, width) + 2 * width
+    layer = sum(rows * columns for rows, columns in _matrices(settings)) + 2 * width
     return layers * layer + vocab * width * (1 if settings.get("tie_word_embeddings", False) else 2)
 
 
-def token_bytes(settings: Mapping[str, Any], dtype: str) -> int | None:
-    """Activations that training keeps for one token, a rough bound; None where a shape is not given."""
-    width, layers = settings.get("hidden_size"), settings.get("num_hidden_layers")
-    if not (width and layers):
-        return None
-    return layers * (10 * width + 3 * _inner(settings, width)) * BYTES[dtype]
+def adapters(settings: Mapping[str, Any], rank: int) -> int:
+    """Numbers of low-rank adapters on every linear layer of the decoder."""
+    return settings["num_hidden_layers"] * sum(rank * (rows + columns) for rows, columns in _matrices(settings))
 
 
-def _inner(settings: Mapping[str, Any], width: int) -> int:
-    return settings.get("intermediate_size", 4 * width)
+def _matrices(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(outputs, inputs) of a layer's products: q, k, v, o, gate, up, down."""
+    width = settings["hidden_size"]
+    q, kv = heads(settings)
+    ff = inner(settings)
+    return [(q, width), (kv, width), (kv, width), (width, q), (ff, width), (ff, width), (width, ff)]
+
+
+def heads(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Width of all query heads together, and of all key heads."""
+    count = settings.get("num_attention_heads", 1)
+    head = settings.get("head_dim") or settings["hidden_size"] // count
+    return count * head, (settings.get("num_key_value_heads") or count) * head
+
+
+def inner(settings: Mapping[str, Any]) -> int:
+    """Width of the feed-forward layers."""
+    return settings.get("intermediate_size") or 4 * settings["hidden_size"]
+
+
+def packs() -> bool:
+    """Are weights laid out anew for decoding on this machine's CPU?"""
+    from unift.model import matmul
+
+    return matmul.expected() == "oneDNN"
 
 
 # ---------------------------------------------------------------------------------------------- lengths

@@ -62,6 +62,11 @@ def route(wanted: bool | None = None) -> str:
     return "oneDNN" if use else "default"
 
 
+def expected() -> str:
+    """What ``route`` would choose, without setting anything."""
+    return "oneDNN" if torch.backends.mkldnn.is_available() and _amd() else "default"
+
+
 @contextmanager
 def small(really: bool = True) -> Iterator[None]:
     """Products in the block go to the default library: each is too small to pay for oneDNN's set-up."""

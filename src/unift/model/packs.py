@@ -48,6 +48,7 @@ class Item:
     members: list[Member]
     supervised: bool = True
     address: tuple[object, ...] = ()
+    part: bool = False  # of a divided group, which was looked at as a whole
 
     @property
     def tokens_forwarded(self) -> int:
@@ -58,13 +59,14 @@ class Item:
 class ItemWeights:
     """Weights of an item's tokens, coefficient / Z: ``policy[j]`` of member j's, ``likelihood`` of the hint and the
     demonstration, ``own[j]`` of a member that is supervised by itself; of the entropy bonus, ``entropy_hint`` and
-    ``entropy[j]``."""
+    ``entropy[j]``; ``given`` of the tokens of a hint that only some members have seen, in each of them."""
 
     policy: Sequence[float]
     likelihood: float
     own: Sequence[float]
     entropy_hint: float
     entropy: Sequence[float]
+    given: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,8 @@ def silent(item: Item, rules: Rules) -> bool:
 
 
 def cut(items: Sequence[Item], budget: int) -> list[list[int]]:
-    """Indices of items per micro-batch, longest first, so that a pack's padded size stays within the token budget.
-
-    Groups are never split; one that is larger than the budget goes alone.
+    """Indices of items per micro-batch, longest first, so that a pack's tokens stay within the budget. An item that is larger
+    goes alone; ``divide`` makes parts of it before.
     """
     order = sorted(range(len(items)), key=lambda i: (-items[i].tokens_forwarded, i))
     packs: list[list[int]] = []
@@ -183,7 +184,7 @@ def pack(
             weight = ItemWeights(zeros, 0.0, zeros, 0.0, zeros)
         else:
             weight = weights[i]
-            if silent(item, rules):
+            if not item.part and silent(item, rules):
                 members = [(j, m) for j, m in members if m.role != COMPLETION]
         _pack_item(flat, b, item, members, weight, rules)
     if not flat.columns["target"]:
@@ -212,7 +213,6 @@ def _pack_item(
         at = range(first, first + len(item.hint))
         values = {"sequence": solution, "likelihood_w": weight.likelihood, "entropy_w": weight.entropy_hint}
         flat.supervise(at, item.hint, role=HINT, item=number, member=-1, **values)
-    copies = sum(1 for _, m in members if m.given)  # of a hint that so many members alone have seen
     for j, m in members:
         span = flat.extend(m.tokens[:-1], len(prefix))
         flat.members[-1].append(span)
@@ -232,7 +232,7 @@ def _pack_item(
             n = m.given
             if n and (needs.solution_pushes(rules) or (shown and weight.likelihood)):
                 values = _given(m, weight.policy[j], own, rules) | {
-                    "likelihood_w": weight.likelihood / copies if shown else 0.0,
+                    "likelihood_w": weight.given if shown else 0.0,
                     "entropy_w": weight.entropy[j] if rules.policy.entropy_tokens == "all" else 0.0,
                 }
                 flat.supervise(at[:n], m.tokens[:n], role=HINT, **mine, **values)

@@ -63,6 +63,6 @@ def warning(weights: Iterable[tuple[Tensor, int]], lr: float) -> str:
         return ""
     return (
         f"model.dtype=bfloat16 rounds an update of train.lr={lr:g} away in {100 * share:.0f} % of the weights: they would not "
-        "move. Use model.dtype=float32 (model.autocast=all still multiplies in bfloat16), LoRA (model.lora={rank: 16}), whose "
-        "adapters stay float32, or a larger train.lr"
+        "move. Use train.master_weights=true, which steps float32 copies of them, model.dtype=float32 (model.autocast=all still "
+        "multiplies in bfloat16), LoRA (model.lora={rank: 16}), whose adapters stay float32, or a larger train.lr"
     )

@@ -108,9 +108,11 @@ def weigh(items: Sequence[Item], rules: Rules) -> list[ItemWeights]:
     share = policy_weight(rules)
     policy = policy if share == 1 else [[share * w for w in pushed] for pushed in policy]
     out: list[ItemWeights] = []
-    for pushed, shares, counts, h in zip(policy, unit, supervised, _entropy(items, policy, rules), strict=True):
+    entropy = _entropy(items, policy, rules)
+    for item, pushed, shares, counts, h in zip(items, policy, unit, supervised, entropy, strict=True):
         own = [likelihood.weight * x if n else 0.0 for x, n in zip(shares, counts, strict=True)]
-        out.append(ItemWeights(pushed, own[0], own[1:], h[0], h[1:]))
+        copies = sum(1 for m in item.members if m.given)  # of a hint that so many members alone have seen
+        out.append(ItemWeights(pushed, own[0], own[1:], h[0], h[1:], own[0] / max(copies, 1)))
     return out
 
 

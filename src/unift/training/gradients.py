@@ -23,6 +23,7 @@ from unift.config.sections import Rules
 from unift.model.packs import COMPLETION, Item, Member, PackedBatch, pack
 from unift.model.policy import Policy
 from unift.model.sharding import full, local, sharded
+from unift.training.optimizer import no_gradient
 
 Streams = Mapping[str, list[Tensor]]  # of each stream, the gradient of every parameter
 STREAMS = ("policy", "likelihood")
@@ -47,7 +48,7 @@ def missing(policy: Policy, packs: Sequence[int]) -> list[int]:
 
 
 def buffers(parameters: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-    return {name: [torch.zeros_like(p) for p in parameters] for name in STREAMS}
+    return {name: [no_gradient(p) for p in parameters] for name in STREAMS}
 
 
 def backward(
@@ -106,7 +107,7 @@ def gather(policy: Policy, streams: Streams) -> None:
             p.grad = a + b
     for p in parameters:
         if p.grad is None:
-            p.grad = torch.zeros_like(p)
+            p.grad = no_gradient(p)
     if policy.root is None and not streams:
         processes.add_up("the gradients", [p.grad for p in parameters if p.grad is not None])
 
@@ -149,8 +150,10 @@ def angle(policy: Policy, streams: Streams) -> dict[str, float]:
     """Norms of both streams' gradients and the cosine between them."""
     if not streams:
         return {}
-    a, b = (torch.cat([local(x).flatten() for x in streams[name]]).double() for name in STREAMS)
-    squares = [float(a @ a), float(b @ b), float(a @ b)]
+    squares = [0.0, 0.0, 0.0]  # weight by weight: float64 copies of whole gradients would be the peak of a large model
+    for pair in zip(*(streams[name] for name in STREAMS), strict=True):
+        a, b = (local(x).flatten().double() for x in pair)
+        squares = [total + float(x @ y) for total, (x, y) in zip(squares, ((a, a), (b, b), (a, b)), strict=True)]
     if policy.root is not None:
         squares = processes.sums("the angle of the gradients", squares)
     a_norm, b_norm = math.sqrt(squares[0]), math.sqrt(squares[1])

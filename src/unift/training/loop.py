@@ -24,7 +24,7 @@ from unift.config.identity import config_hash
 from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest, stages
 from unift.files import write_atomic, writing
-from unift.model import critic
+from unift.model import checkpointing, critic
 from unift.model.limits import check_positions, longest_context, use_threads
 from unift.model.load import load_policy, load_tokenizer, pick_device, save_adapter, save_pretrained
 from unift.model.policy import Policy
@@ -33,8 +33,9 @@ from unift.rewards import open_scorer
 from unift.rows import dataset
 from unift.rows.tasks.format import check_format
 from unift.sampling.engines.choose import open_engine
-from unift.training import evaluate, update
+from unift.training import evaluate
 from unift.training.evaluate import Answers, Judge
+from unift.training.optimizer import check_optimizers, make_optimizer
 from unift.training.progress import Metrics, Report, Run, State, Watch, silent, unwatched
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
@@ -57,6 +58,7 @@ def train(
     """
     given = given or Given()
     check_trackers(config)
+    check_optimizers(config)
     launcher.shards(config.model)
     use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
@@ -176,7 +178,8 @@ def begin_stage(run: Run, stage: Stage) -> State:
     """A new optimizer and reference, and no memory of rows; or those of the checkpoint in the middle of the stage."""
     rules = stage.rules
     run.policy.critic = critic.new_critic(run.policy) if needs.critic(rules) else None
-    optimizer = update.make_optimizer(run.policy, rules.train)
+    checkpointing.use(run.policy.model, rules.train.gradient_checkpointing)
+    optimizer = make_optimizer(run.policy, rules.train)
     reference = None
     if needs.reference(rules):
         twin = None if run.policy.root is None else partial(load, run.config, run.policy.tokenizer)

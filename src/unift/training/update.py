@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch import Tensor
 from unift import processes
 from unift.config import words
 from unift.config.sections import Engine, Rules, Train
-from unift.model import critic, precision
+from unift.model import critic
+from unift.model.divide import divide
 from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, PackedBatch, cut, pack
 from unift.model.policy import Policy
@@ -23,6 +23,7 @@ from unift.objectives import input_noise
 from unift.objectives import loss as objectives
 from unift.objectives.weights import weigh
 from unift.training import gradients, sampler_gap
+from unift.training.optimizer import set_rate
 from unift.types import NonFiniteError
 
 
@@ -41,17 +42,6 @@ DECAYS: Mapping[words.DecayName, Callable[[float], float]] = {  # of the share o
 }
 
 
-def make_optimizer(policy: Policy, train: Train) -> torch.optim.Optimizer:
-    """AdamW over what is trained. Warns where the weights cannot hold its updates."""
-    said = precision.warning(precision.of_model(policy.parameters()), train.lr)
-    if said and processes.first():
-        warnings.warn(said, RuntimeWarning, stacklevel=2)
-    fused = policy.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(
-        policy.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=fused
-    )
-
-
 @torch.no_grad()
 def reference_logprobs(score: Callable[[PackedBatch], Tensor], packs: Sequence[PackedBatch]) -> list[PackedBatch]:
     return [replace(p, ref_S=score(p).double()) for p in packs]
@@ -66,8 +56,9 @@ def prepare(
     size = len(items) // rules.train.updates
     updates: list[list[tuple[PackedBatch, list[Item]]]] = []
     for first in range(0, len(items), size):
-        part = items[first : first + size]
-        weights = weigh(part, rules)
+        batch = items[first : first + size]
+        parts = divide(batch, weigh(batch, rules), rules)
+        part, weights = [p.item for p in parts], [p.weights for p in parts if p.weights is not None]
         own = processes.balanced_share([i.tokens_forwarded for i in part])
         whiches = [[own[i] for i in which] for which in cut([part[i] for i in own], rules.train.token_budget)]
         packed = [(pack(part, which, weights, rules), [part[i] for i in which]) for which in whiches]
@@ -183,8 +174,7 @@ def apply(
     norm, wrong = gradients.clipped(policy, rules.train.clip_norm)
     if wrong:
         _stop(wrong, packs, order.dump)
-    for group in optimizer.param_groups:
-        group["lr"] = order.lr
+    set_rate(optimizer, order.lr)
     skipped = rules.train.skip_norm is not None and norm > rules.train.skip_norm
     if not skipped:
         optimizer.step()

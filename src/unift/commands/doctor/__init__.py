@@ -162,9 +162,11 @@ def weights_move(config: Config, folder: Path) -> Check:
     from unift.config.stages import stages
     from unift.model import precision
 
-    trained = (
-        "LoRA adapters (float32)" if config.model.lora and config.model.dtype == "bfloat16" else config.model.dtype
-    )
+    trained = config.model.dtype
+    if trained == "bfloat16" and config.model.lora:
+        trained = "LoRA adapters (float32)"
+    elif trained == "bfloat16" and all(stage.rules.train.master_weights for stage in stages(config)):
+        trained = "float32 copies of the bfloat16"
     lr = min(stage.rules.train.lr for stage in stages(config))
     said = precision.warning(precision.of_folder(folder), lr) if trained == "bfloat16" else ""
     return Check("precision", not said, said or f"{trained} weights hold updates of train.lr={lr:g}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unift.config import needs
+import torch
+
 from unift.config.identity import to_yaml
 from unift.config.sections import Config
 from unift.config.stages import stages
 from unift.hints import schedules
-from unift.model import limits
+from unift.model import limits, memory
 from unift.model.load import locate
 from unift.rows.dataset import load
 from unift.rows.tasks import make_rows
@@ -56,24 +57,24 @@ def _batches(config: Config) -> list[str]:
 
 
 def _memory(config: Config) -> str:
-    """Weights, gradients and AdamW state exactly, from the shapes in config.json; activations as a rough bound."""
+    """The stage that takes most, from the shapes in config.json and the lengths that the settings allow."""
     shapes = limits.model_settings(locate(config.model.path))
     if not shapes:
         return "memory: not estimated (no config.json beside the model)"
-    parameters, token = limits.parameters(shapes), limits.token_bytes(shapes, config.model.dtype)
-    if parameters is None or token is None:
+    numbers = limits.parameters(shapes)
+    if numbers is None:
         return "memory: not estimated (config.json has no hidden_size, num_hidden_layers or vocab_size)"
-    size = limits.BYTES[config.model.dtype]
-    trained = parameters * size * 4 if config.model.lora is None else parameters * size
-    copied = any(needs.reference(stage.rules) for stage in stages(config))
-    reference = parameters * size if copied and config.model.lora is None else 0
-    activations = config.train.token_budget * token
-    gib = 2**30
-    return (
-        f"memory: {parameters / 1e6:.1f} M parameters; weights, gradients and AdamW {trained / gib:.2f} GiB, "
-        f"reference {reference / gib:.2f} GiB, activations of a full micro-batch up to about {activations / gib:.2f} GiB "
-        f"(train.token_budget={config.train.token_budget} lowers it)"
-    )
+    cpu = config.model.device == "cpu" or (config.model.device == "auto" and not torch.cuda.is_available())
+    found: list[tuple[memory.Memory, memory.Work]] = []
+    for stage in stages(config):
+        work = memory.work_of(config, stage.rules)
+        made = memory.estimate(shapes, config.model, stage.rules, work, config.log.gradients_every > 0, cpu)
+        found += [] if made is None else [(made, work)]
+    most, work = max(found, key=lambda pair: pair[0].peak)
+    lengths = f"forwards of up to {work.pack} tokens (train.token_budget={config.train.token_budget} lowers it)"
+    if work.rows:
+        lengths += f", {work.rows} completions side by side"
+    return f"memory: {numbers / 1e6:.1f} M parameters; {most.text()}\n  {lengths}"
 
 
 def _schedule(config: Config) -> list[str]:

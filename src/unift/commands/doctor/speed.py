@@ -15,7 +15,7 @@ import torch
 
 from unift.commands.doctor import Check
 from unift.config.sections import Config
-from unift.model import limits, matmul
+from unift.model import limits, matmul, memory
 from unift.model.limits import cores
 from unift.model.load import locate, pick_device
 
@@ -82,7 +82,8 @@ def free_bytes() -> int:
 
 def budget(config: Config, free: int) -> tuple[int, str] | None:
     """(largest power of two of tokens whose activations fit, why); None without a config.json beside the model."""
-    token = limits.token_bytes(limits.model_settings(locate(config.model.path)), config.model.dtype)
+    shapes = limits.model_settings(locate(config.model.path))
+    token = memory.token_bytes(shapes, config.model, config.train.gradient_checkpointing)
     if token is None:
         return None
     tokens = max(int(free * SHARE / token), 256)

@@ -50,6 +50,11 @@ def layout(value: Layout):
         _layout.reset(token)
 
 
+def current() -> Layout | None:
+    """The layout of the block that is running; None outside of any."""
+    return _layout.get()
+
+
 def _forward(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any):
     active = _layout.get()
     if active is None:

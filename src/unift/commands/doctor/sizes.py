@@ -1,0 +1,53 @@
+"""The table of docs/cluster.md: what known models take, by the estimate that `unift train --dry-run` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from unift.config.resolve import parse_overrides, resolve
+from unift.model import memory
+
+QWEN = {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
+SHAPES: Mapping[str, Mapping[str, int | bool]] = {  # config.json of Qwen2.5
+    "0.5B": QWEN | {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864},
+    "1.5B": QWEN | {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 8960},
+    "3B": QWEN | {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "intermediate_size": 11008},
+    "7B": {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+    },
+}
+# Prompt and hint of 512 tokens, 8 completions of 1,024.
+LENGTHS = "data.max_prompt=512 sample.max_tokens=1024 sample.completions=8 train.prompts=32 train.token_budget=8192"
+HALF = "model.dtype=bfloat16 train.gradient_checkpointing=true"
+WAYS: Mapping[str, str] = {
+    "full, float32": "model.autocast=all",
+    "full, float32, checkpointing": "model.autocast=all train.gradient_checkpointing=true",
+    "full, bfloat16, copies, 8-bit": f"{HALF} train.optimizer=adamw_8bit",
+    "the same, offload": f"{HALF} train.optimizer=adamw_8bit train.offload_optimizer=true",
+    "LoRA, bfloat16": f"{HALF} model.lora=16",
+}
+CARDS = (24, 80)  # GiB
+ROOM = 0.9  # of a card, the rest is the allocator's
+
+
+def table() -> str:
+    """GiB of each part, by model and way; and which cards hold the peak."""
+    head = "| model | how | weights | reference | optimizer | gradients | activations | cache | peak | cards |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|---|"]
+    for name, shapes in SHAPES.items():
+        for way, settings in WAYS.items():
+            config = resolve("uft", overrides=parse_overrides(["data.task=lock", *LENGTHS.split(), *settings.split()]))
+            work = memory.work_of(config, config)
+            m = memory.estimate(shapes, config.model, config, work, cpu=False)
+            if m is None:
+                raise ValueError(f"the shapes of {name} are incomplete")
+            fits = [f"{card} GB" for card in CARDS if m.peak <= ROOM * card * 2**30]
+            parts = (m.weights, m.reference, m.optimizer, m.gradients, m.activations + m.logits, m.cache, m.peak)
+            cells = [f"{part / 2**30:.1f}" for part in parts]
+            lines.append(f"| {name} | {way} | {' | '.join(cells)} | {', '.join(fits) or 'several'} |")
+    return "\n".join(lines)
