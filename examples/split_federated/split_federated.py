@@ -247,7 +247,7 @@ def figure(found: list[dict[str, Any]], path: Path) -> None:
             for snr in SNRS:
                 at = SNRS[-1] if scenario == "no link" else snr
                 y = [r["accuracy"] for r in found if (r["scenario"], r["jammer"], r["snr"]) == (scenario, own, at)]
-                points.append((snr, sum(y) / len(y), min(y), max(y)))
+                points += [(snr, sum(y) / len(y), min(y), max(y))] if y else []
             x, mean, low, high = zip(*points)
             (line,) = ax.plot(x, mean, marker="o", label=scenario)
             ax.fill_between(x, low, high, alpha=0.15, color=line.get_color())

@@ -187,5 +187,5 @@ def test_a_local_folder_asks_no_hub(base: Path, tmp_path: Path, monkeypatch: pyt
 def test_names(tmp_path: Path) -> None:
     assert HUB_NAME.fullmatch("Qwen/Qwen2.5-0.5B") and not HUB_NAME.fullmatch("./models/own")
     for path in ("/no/where/at/all", "nowhere", "../own/model"):
-        with pytest.raises(ConfigError, match="neither a folder, embedded:NAME, nor the name of a model on the Hub"):
+        with pytest.raises(ConfigError, match="neither a folder nor embedded:NAME, nor the name of a model on the Hub"):
             locate(path)

@@ -12,7 +12,7 @@ from conftest import VOCAB, FakeTokenizer, char_tokenizer, close, gradients, set
 from plain import token_logprobs
 
 from unift.config import needs
-from unift.credit import assign, discriminative
+from unift.credit import assign, discriminative, members
 from unift.credit.members import items_of, paired
 from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, DEMO, Item, Member, pack
@@ -129,6 +129,30 @@ def test_pairs_scores_and_sft_rows_in_one_batch():
         labelled("una", group(3.0))
 
 
+def test_scores_of_rows():
+    """una, off-line: the solution at its row's score, binary or not; 1 where the row has none. A pair is never scored."""
+    rows = [
+        Row(str(i), "p", ("a",), ".", "a", extra=x) for i, x in enumerate([{"s": 0.25}, {"s": True}, {"s": False}, {}])
+    ]
+    assert dataset.label_column(rows, {"s"}) == [0.25, 1.0, 0.0, None]
+    assert dataset.label_column(rows, set()) == []
+    for bad in (1.5, "good", float("nan")):
+        with pytest.raises(DataError, match=r"row 1 .*column 's': expected a score from 0 to 1"):
+            dataset.label_column([replace(rows[0], extra={"s": bad})], {"s"})
+    with pytest.raises(DataError, match="no row has a column 't'.*Columns: s"):
+        dataset.label_column(rows, {"t"})
+    config = settings("una", "sample.completions=0", "sample.label=s", "policy.beta=1")
+    items = items_of([group()], [[0.0]], [[9, 8, 1]], config)
+    for label, expected in ((0.25, 0.25), (0.0, 0.0), (None, 1.0)):
+        (item,) = paired(members.labelled(items, [label]), [group()], config, [None])
+        assert [m.label for m in item.members] == [expected]
+        loss, e, _ = of([item], config, [-1.0] * 3, [-1.0] * 3)  # sigmoid(0) = 1/2
+        assert loss == pytest.approx((0.5 - expected) ** 2)
+        assert e == pytest.approx([-2 * (0.5 - expected) * 0.25] * 3)
+    (item,) = paired(members.labelled(items, [0.25]), [group()], config, [[7, 1]])
+    assert [m.pair for m in item.members] == [0, 0] and all(math.isnan(m.label) for m in item.members)
+
+
 def test_dpo_against_plain_copies():
     """Loss and gradients of off-line pairs equal -log sigmoid of padded, separate sequences."""
     policy, plain = tiny_policy(torch.float64)
@@ -220,6 +244,7 @@ def test_rejected_column():
         ("dpo", "policy.norm=token_mean", "counts sequences"),
         ("dpo", "sample.rejected=bad", r"needs a policy.loss of sequences \(dpo, una, orpo\) and sample.demonstration"),
         ("una", "likelihood.tokens=demo", "set likelihood.tokens=none"),
+        ("dpo", "sample.label=s", "needs policy.loss=una and sample.demonstration=true"),
         ("discriminative", "sample.source=policy", "needs sample.demonstration=true, sample.source=reference"),
         ("discriminative", "sample.temperature=0.7", "sample.temperature must be 1"),
         ("luffy", "policy.off_policy=none", "policy.off_policy must say how it pushes"),

@@ -13,7 +13,7 @@ from plain import token_logprobs
 
 from unift.config.packaged import preset_names
 from unift.config.resolve import parse_overrides, resolve
-from unift.config.sections import Show
+from unift.config.sections import Engine, Show
 from unift.credit import assign
 from unift.credit.members import cut_short
 from unift.hints import schedules as hints
@@ -29,6 +29,8 @@ from unift.training.optimizer import make_optimizer
 from unift.training.run import metrics
 from unift.training.update import Order, apply, prepare
 from unift.types import ConfigError, Group, Row, Sample, Score
+
+MADE_UP = Engine(gap_limit=100.0)  # the log-probs that these samples are said to have are no sampler's
 
 
 def leaf(*values):
@@ -86,7 +88,9 @@ def test_a_drifted_step_through_the_update(clamp, tmp_path):
     l = torch.cat([x[1:] for x in l])
     d = fixed(3.0, 0.5, 2.7, -1.0, 4.0, 2.5)
     (packs,) = prepare(policy, items, rules, lambda batch: l.detach() + d)
-    made = apply(policy, make_optimizer(policy, rules.train), packs, rules, Order(0.0, False, tmp_path / "x.pt"))
+    made = apply(
+        policy, make_optimizer(policy, rules.train), packs, rules, Order(0.0, False, tmp_path / "x.pt", MADE_UP)
+    )
     k3 = torch.exp(l.detach() + d - l) - (l.detach() + d - l) - 1
     (k3 if clamp is None else k3.clamp(max=clamp)).mean().backward()
     expected = math.sqrt(sum(float(p.grad.square().sum()) for p in plain.parameters() if p.grad is not None))
@@ -119,7 +123,7 @@ def test_a_long_gradient_is_no_update(tmp_path):
         one = rules.model_copy(update={"train": rules.train.model_copy(update={"skip_norm": limit, "clip_norm": 1e-3})})
         optimizer = make_optimizer(policy, one.train)
         (packs,) = prepare(policy, items, one, None)
-        made = apply(policy, optimizer, packs, one, Order(1e-2, False, tmp_path / "x.pt"))
+        made = apply(policy, optimizer, packs, one, Order(1e-2, False, tmp_path / "x.pt", MADE_UP))
         norm = made["grad/norm"]
         moved = any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
         states.append((made.get("grad/skipped"), moved, bool(optimizer.state)))

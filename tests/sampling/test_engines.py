@@ -270,8 +270,8 @@ def test_doctor_tries_the_pair(policy, tmp_path):
         with Fake(tmp_path / f"served {mode}", mode) as fake:
             run = config(tmp_path, fake, engine={"gap_limit": 1e-3})
             data = dataset.encode(policy.tokenizer, dataset.load(run, None), run)
-            found = doctor.check(run, policy.tokenizer, data)
-        assert found.ok is ok, found.text
+            fine, text = doctor.check(run, policy.tokenizer, data)
+        assert fine is ok, text
 
 
 def test_the_line_of_serve(tmp_path, capsys):

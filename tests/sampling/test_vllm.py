@@ -144,8 +144,8 @@ def test_a_tiny_base(twin, tmp_path):
                     assert np.allclose(a[0].logps, b[0].logps, atol=1e-4)
                 assert [s[0].tokens for s in theirs] != before, "the weights did not change"
                 before = [s[0].tokens for s in theirs]
-        said = check(run, policy.tokenizer, data)
-        assert said.ok, said.text
+        fine, text = check(run, policy.tokenizer, data)
+        assert fine, text
         train(run, tmp_path / "run")
         gaps = [m[GAP] for m in metrics(tmp_path / "run")]
         assert len(gaps) == 20 and max(gaps) < 1e-5, gaps

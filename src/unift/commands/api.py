@@ -203,6 +203,7 @@ def evaluate(
     *,
     tokenizer: Any = None,
     samples: int = 0,
+    vote: bool = False,
     reward: Any = None,
     recipe: str | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
@@ -210,6 +211,8 @@ def evaluate(
     **settings: Any,
 ) -> Evaluation:
     """Accuracy without hints: greedy, and pass@k from ``samples`` completions a row. Nothing is written.
+
+    vote: also the accuracy of the majority's answer among the samples, and of the likeliest sample.
 
     model: a run folder (which brings its own settings) or `RunFolder`, a model folder, ``embedded:NAME``, or a loaded model
     with its tokenizer. rows: as `load_rows` takes them; default: the ``split`` of the run or of the recipe.
@@ -229,7 +232,7 @@ def evaluate(
             model = keep_model(model, tokenizer, Path(folder) / layers.BASE)
         found = settings_of(model, recipe, config, over)
         layers.quiet_libraries(found)
-        return evaluate_split(found, split, samples, given)
+        return evaluate_split(found, split, samples, given, vote)
 
 
 def evaluate_suite(

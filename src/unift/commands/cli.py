@@ -157,6 +157,7 @@ def evaluate(
     recipe: Recipe = None,
     split: Annotated[str, typer.Option(help="test or train")] = "test",
     samples: Annotated[int, typer.Option(help="sampled completions a row for pass@k; 0 = greedy only")] = 0,
+    vote: Annotated[bool, typer.Option("--vote", help="also the majority and the likeliest of the samples")] = False,
     retention: Annotated[
         Optional[list[str]],
         typer.Option(help="rows of another task: what the run forgot of it, against its base; repeatable"),
@@ -178,6 +179,8 @@ def evaluate(
     from unift.config.resolve import dotted, parse_overrides, read_yaml, resolve
     from unift.training.evaluate import evaluate_split
 
+    if vote and (retention or suite):
+        raise ConfigError("--vote is of a split: leave out --retention and --suite")
     if retention:
         folder = Path(model)
         if not (folder / "config.yaml").is_file():
@@ -204,7 +207,7 @@ def evaluate(
         return
     found = settings_of(model, recipe, config, dotted(settings or []))
     quiet_libraries(found)
-    evaluation = evaluate_split(found, split, samples)
+    evaluation = evaluate_split(found, split, samples, vote=vote)
     if processes.first():
         typer.echo(str(evaluation))
 

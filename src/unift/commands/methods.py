@@ -69,7 +69,7 @@ def _credit(s: Rules) -> str:
 
 def _policy(s: Rules) -> str:
     p, loss = s.policy, LOSSES[s.policy.loss]
-    if (not s.sample.completions and not s.sample.rejected) or not loss.pushes:
+    if (not s.sample.completions and not s.sample.rejected and not s.sample.label) or not loss.pushes:
         return "-"
     text = filled(loss.text, p)
     if p.off_policy != "none":

@@ -41,7 +41,7 @@ def check(config: Config) -> None:
                 "advantage would be 0. Use 2 or more, or credit.baseline=none"
             )
         silent = phase.likelihood.tokens == "none" or phase.likelihood.weight == 0
-        pairs = sample.rejected is not None and loss.sequences
+        pairs = (sample.rejected is not None or sample.label is not None) and loss.sequences
         if (sample.completions == 0 or not loss.pushes) and silent and not pairs:
             raise ConfigError(
                 f"nothing to learn from: sample.completions={sample.completions}, policy.loss={phase.policy.loss} and no "
@@ -156,6 +156,10 @@ def _check_together(phase: Rules) -> None:
             sample.rejected is not None and not (loss.sequences and demonstrated),
             "sample.rejected names what the solution is preferred to: it needs a policy.loss of sequences "
             f"({', '.join(name for name, word in LOSSES.items() if word.sequences)}) and sample.demonstration=true",
+        ),
+        (
+            sample.label is not None and not (loss.labels and demonstrated),
+            "sample.label names the score of the solution: it needs policy.loss=una and sample.demonstration=true",
         ),
         (
             loss.sequences and likelihood.tokens != "none",

@@ -88,6 +88,10 @@ class SampleFrom(Section):
     )
     demonstration: bool = Field(default=False, description="the solution is one more member of the group, with score 1")
     rejected: str | None = Field(default=None, description="column with an answer that the solution is preferred to")
+    label: str | None = Field(
+        default=None,
+        description="column with the score of the row's solution, 0 to 1 or true and false (una); rows may lack it: score 1",
+    )
     refill: int = Field(
         default=0, ge=0, description="rounds in which groups without signal are replaced by other prompts"
     )

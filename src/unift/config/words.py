@@ -153,6 +153,7 @@ class Loss(Word):
     pushes: bool = True
     ratio: bool = False  # to the policy at the start of the step
     sequences: bool = False  # of whole sequences, a demonstration among them, as pairs or with scores
+    labels: bool = False  # scores of whole sequences, not only pairs
     reference: bool = False
 
 
@@ -163,7 +164,7 @@ LOSSES: Mapping[LossName, Loss] = {
     "cispo": Loss("cispo {high:g}", "CISPO, arXiv 2506.13585", ratio=True),
     "gspo": Loss("gspo {low:g}/{high:g}", "GSPO, arXiv 2507.18071, eq. 5", ratio=True),
     "dpo": Loss("dpo", "DPO, arXiv 2305.18290, eq. 7", "right before wrong", sequences=True, reference=True),
-    "una": Loss("una", "UNA, arXiv 2408.15339", "the score", sequences=True, reference=True),
+    "una": Loss("una", "UNA, arXiv 2408.15339", "the score", sequences=True, labels=True, reference=True),
     "orpo": Loss("orpo", "ORPO, arXiv 2403.07691, eqs. 6 and 7", "right before wrong", sequences=True),
     "none": Loss("-", pushes=False),
 }

@@ -12,7 +12,7 @@ from unift.config.sections import Rules
 from unift.config.words import BASELINES, LOSSES
 from unift.credit import discriminative, returns
 from unift.credit.advantages import group_advantages, shaped_scores
-from unift.credit.members import first_steps, items_of, paired
+from unift.credit.members import first_steps, items_of, labelled, paired
 from unift.model import critic
 from unift.model.logprobs import logprobs
 from unift.model.packs import Item, PackedBatch
@@ -45,7 +45,8 @@ def credited(
     if rules.sample.first is not None:
         made = first_steps(made, groups, [split.encoded[g.row] for g in groups], rules, policy.end_ids, address)
     if LOSSES[rules.policy.loss].sequences:
-        return paired(made, groups, rules, [split.rejected[g.row] for g in groups])
+        scored = made if rules.sample.label is None else labelled(made, [split.labels[g.row] for g in groups])
+        return paired(scored, groups, rules, [split.rejected[g.row] for g in groups])
     if not returns.active(rules):
         return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -106,6 +107,17 @@ KEEPS: Mapping[words.KeepName, Callable[[Texts, Texts], Texts]] = {  # (all, rig
 }
 
 
+def labelled(items: Sequence[Item], labels: Sequence[float | None]) -> list[Item]:
+    """Items whose solution has the score of its row, where the row has one."""
+
+    def of(m: Member, label: float | None) -> Member:
+        return replace(m, label=label) if m.role == DEMO and label is not None else m
+
+    return [
+        replace(item, members=[of(m, label) for m in item.members]) for item, label in zip(items, labels, strict=True)
+    ]
+
+
 def paired(
     items: Sequence[Item], groups: Sequence[Group], rules: Rules, rejected: Sequence[list[int] | None]
 ) -> list[Item]:
@@ -113,7 +125,8 @@ def paired(
 
     dpo, orpo: preferred are the solution (where it is a member) and right completions, rejected are the row's rejected answer
     and wrong completions, both without repeats; the n-th of one with the n-th of the other. What is left over is dropped.
-    una: the solution with the row's rejected answer is a pair; without one it has score 1; completions have their scores.
+    una: the solution with the row's rejected answer is a pair; without one it has its row's score, or 1; completions have their
+    scores.
     """
     make = PAIRS[rules.policy.loss]
     out: list[Item] = []
@@ -144,7 +157,8 @@ def _una(good: Members, worse: Members, own: Scored, row: str) -> tuple[Members,
             raise ConfigError(f"policy.loss=una needs scores from 0 to 1, found {s.value:g} (row {row})")
     members = [replace(m, label=s.value) for m, s in own]
     if not worse:
-        members += [replace(m, label=1.0) for m in good]
+        members += [replace(m, label=1.0) if math.isnan(m.label) else m for m in good]
+    good = [replace(m, label=math.nan) for m in good]  # of a pair, which is compared and not scored
     return members, good, worse
 
 

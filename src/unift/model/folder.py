@@ -33,7 +33,7 @@ def locate(path: str) -> Path:
         if HUB_NAME.fullmatch(path):
             return _from_hub(path)
         raise ConfigError(
-            f"model.path={path!r} is neither a folder, embedded:NAME, nor the name of a model on the Hub (owner/name)"
+            f"model.path={path!r} is neither a folder nor embedded:NAME, nor the name of a model on the Hub (owner/name)"
         )
     adapter = adapter_settings(path)
     if adapter is not None:

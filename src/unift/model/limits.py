@@ -120,8 +120,8 @@ def check_positions(config: Config, data: Data) -> None:
     most = positions(model_settings(locate(config.model.path)))
     if most is None:
         return
-    for name, number, *context in longest_contexts(config, data):
-        _check_context(f"{name}, row {number}", *context, most)
+    for name, number, prompt, hint, completion in longest_contexts(config, data):
+        _check_context(f"{name}, row {number}", prompt, hint, completion, most)
     for name, split, context in (
         ("data.train", data.train, _context(config, True)),
         ("data.test", data.test, _context(config, False)),

@@ -62,7 +62,7 @@ def load(config: Config, handed: Mapping[str, list[Row]] | None = None, only: st
                 f"{data.train}, column 'steps': every solution is a single step, so show.schedule={graded[0]} could only "
                 "show all of it or nothing. Split the solutions into steps (a list of texts), or use method sft or rft"
             )
-        test = _split(config, "test", handed, False) if data.test else []
+        test: Sequence[Row] = _split(config, "test", handed, False) if data.test else []
         shared = overlap(train, test)
         if shared:
             raise DataError(
@@ -105,15 +105,16 @@ class Split:
     """Rows with their tokens. ``rejected``: tokens of the answer that each row's solution is preferred to, where it has one.
 
     ``looked_at``: indices of the rows that are checked before a run starts. All of them in memory; of rows on disk the
-    longest, and every other row at its first use (`Encodings`).
+    longest, and every other row at its first use (`Encodings`). ``labels``: the score of each row's solution, where it has one.
     """
 
     rows: Sequence[Row]
     encoded: Sequence[Encoded]
     rejected: Sequence[list[int] | None] = field(default_factory=list[list[int] | None])
+    labels: Sequence[float | None] = field(default_factory=list[float | None])
 
     def first(self, n: int) -> Split:
-        return Split(self.rows[:n], self.encoded[:n], self.rejected[:n])
+        return Split(self.rows[:n], self.encoded[:n], self.rejected[:n], self.labels[:n])
 
     @property
     def looked_at(self) -> Sequence[int]:
@@ -162,7 +163,8 @@ def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
     test = _encoded(tokenizer, dataset.test, limit, None, named(config.data.test))
     columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
     rejected = encode_column(tokenizer, dataset.train, columns, limit)
-    return Data(Split(dataset.train, train, rejected), Split(dataset.test, test), dataset.fingerprint)
+    labels = label_column(dataset.train, {name for stage in stages(config) if (name := stage.rules.sample.label)})
+    return Data(Split(dataset.train, train, rejected, labels), Split(dataset.test, test), dataset.fingerprint)
 
 
 def _encoded(
@@ -207,6 +209,29 @@ def encode_column(
     if names[0] not in rows.facts.columns if on_disk else all(tokens is None for tokens in out):
         known = rows.facts.columns if on_disk else sorted({name for row in rows for name in row.extra})
         raise DataError(f"no row has a column {names[0]!r} (sample.rejected). Columns: {', '.join(known) or 'none'}")
+    return out
+
+
+def label_column(rows: Sequence[Row], columns: Iterable[str]) -> list[float | None]:
+    """The score of each row's solution, from a column of its own; true is 1 and false 0, None where the row has none. Nothing
+    without a column. Of rows on disk every score is read at once, and kept."""
+    names = list(columns)
+    if not names:
+        return []
+    if len(names) > 1:
+        raise DataError(f"sample.label names several columns over the phases: {', '.join(sorted(names))}; use one")
+    out: list[float | None] = []
+    for number, row in enumerate(rows, start=1):
+        value = row.extra.get(names[0])
+        if value is not None and (not isinstance(value, (bool, int, float)) or not 0 <= value <= 1):
+            raise DataError(
+                f"row {number} (id {row.id}), column {names[0]!r}: expected a score from 0 to 1, true, false or nothing, "
+                f"found {value!r}"
+            )
+        out.append(None if value is None else float(value))
+    if all(value is None for value in out):
+        known = sorted({name for row in rows for name in row.extra})
+        raise DataError(f"no row has a column {names[0]!r} (sample.label). Columns: {', '.join(known) or 'none'}")
     return out
 
 

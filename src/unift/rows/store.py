@@ -147,8 +147,11 @@ def _key(source: Path, settings: Sequence[Any]) -> str:
     digest = hashlib.sha256(json.dumps(list(settings)).encode())
     files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
     for path in (*sorted(Path(__file__).parent.rglob("*.py")), *files):
+        part = hashlib.sha256()
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            while part := file.read(2**20):
+                digest.update(part)
+            digest.update(file.tell().to_bytes(8, "little"))
     return digest.hexdigest()[:32]
 
 
@@ -272,7 +275,7 @@ def told_apart_on_disk(rows: Sequence[Row], hashes_N: np.ndarray, name: str) -> 
     if not len(twice):
         return {}
     names, renamed = Names(name), dict[str, str]()
-    for index in np.flatnonzero(np.isin(hashes_N, twice)).tolist():
+    for index in map(int, np.flatnonzero(np.isin(hashes_N, twice))):
         row = rows[index]
         own = names.own(row, index + 1, lambda number: rows[number - 1])
         if own != row.id:

@@ -22,10 +22,12 @@ from unift.rewards import open_scorer
 from unift.rewards.pool import Scorer
 from unift.rows import dataset
 from unift.rows.dataset import Split
+from unift.rows.tasks.format import answer_rule
 from unift.sampling.engines.base import Draws, Engine, Request
 from unift.sampling.engines.choose import open_engine
 from unift.sampling.groups import completed
 from unift.training.run import checkpoint
+from unift.training.vote import Judged, chosen
 from unift.types import ConfigError, Given, Row, Sample
 
 
@@ -76,20 +78,24 @@ def verdicts(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Sequence[Samp
     return [[next(right) for _ in group] for group in groups]
 
 
-def _judged(judge: Judge, split: Split, requests: Sequence[Request], temperature: float = 1.0) -> list[list[bool]]:
-    """Sample and judge: right or not, per row and sample. Each process takes its share of the rows; all get the whole."""
+def _judged(judge: Judge, split: Split, requests: Sequence[Request], temperature: float = 1.0) -> list[list[Judged]]:
+    """Sample and judge every row. Each process takes its share of the rows; all get the whole."""
     own = processes.share(len(split.rows))
     asked = [requests[i] for i in own]
     judge.engine.sync(judge.policy, partial(checkpoint.fingerprint, judge.policy))
     watch = lambda done: judge.watch(done, len(own))  # noqa: E731
     groups = completed(judge.engine, judge.policy.tokenizer, asked, judge.max_tokens, temperature, watch)
     right = verdicts(judge.scorer, [split.rows[i] for i in own], groups)
-    return processes.interleave(processes.gather("an evaluation", right))
+    judged = [
+        [Judged(v, s.text, float(np.mean(s.logps)) if s.logps else -np.inf) for v, s in zip(of, group, strict=True)]
+        for of, group in zip(right, groups, strict=True)
+    ]
+    return processes.interleave(processes.gather("an evaluation", judged))
 
 
 def greedy(judge: Judge, split: Split) -> Accuracy:
     """Greedy accuracy without a hint."""
-    right = sum(v[0] for v in _judged(judge, split, [Request(e.prompt, None) for e in split.encoded]))
+    right = sum(v[0].right for v in _judged(judge, split, [Request(e.prompt, None) for e in split.encoded]))
     n = len(split.rows)
     return Accuracy(right / max(n, 1), *wilson(right, n), n)
 
@@ -99,13 +105,17 @@ def draws_of(row: Row, answers: Answers, max_tokens: int) -> Draws:
     return Draws(("eval", answers.seed, row.id), answers.samples, answers.samples, max_tokens)
 
 
-def pass_curve(judge: Judge, split: Split, answers: Answers) -> dict[str, dict[str, float]]:
-    """pass@1, 2, 4, ... ``answers.samples``: mean over rows with a bootstrap interval (95 %, over rows)."""
+def pass_curve(judge: Judge, split: Split, answers: Answers, place: str | None = None) -> dict[str, dict[str, float]]:
+    """pass@1, 2, 4, ... ``answers.samples``: mean over rows with a bootstrap interval (95 %, over rows).
+
+    ``place``: of the answer; then also what the same samples reach as a vote and by their likelihood."""
     requests = [
         Request(e.prompt, draws_of(row, answers, judge.max_tokens))
         for row, e in zip(split.rows, split.encoded, strict=True)
     ]
-    return curve([sum(v) for v in _judged(judge, split, requests, answers.temperature)], answers)
+    groups = _judged(judge, split, requests, answers.temperature)
+    found = curve([sum(s.right for s in group) for group in groups], answers)
+    return found | (chosen(split.rows, groups, place) if place is not None else {})
 
 
 def curve(counts: Sequence[int], answers: Answers) -> dict[str, dict[str, float]]:
@@ -114,7 +124,7 @@ def curve(counts: Sequence[int], answers: Answers) -> dict[str, dict[str, float]
     samples, n = answers.samples, len(counts)
     ks = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
     picks = rng.generator("bootstrap", answers.seed).integers(0, n, (1000, n))
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for k in ks:
         values = np.array([pass_at_k(samples, c, k) for c in counts])
         low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
@@ -126,7 +136,8 @@ def curve(counts: Sequence[int], answers: Answers) -> dict[str, dict[str, float]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy of a model on a split, without hints. ``pass_at``: "pass@k" -> accuracy, low, high. ``forward``: which path."""
+    """Accuracy of a model on a split, without hints. ``pass_at``: "pass@k", "vote@k" or "rerank@k" -> accuracy, low, high.
+    ``forward``: which path."""
 
     split: str
     greedy: Accuracy
@@ -140,16 +151,23 @@ class Evaluation:
         return "\n".join([*lines, *(f"{name}: {_percent(v)}" for name, v in self.pass_at.items())])
 
 
-def evaluate_split(config: Config, split: str, samples: int, given: Given | None = None) -> Evaluation:
-    """Greedy accuracy, and pass@k from ``samples`` completions a row. Nothing is written."""
+def evaluate_split(
+    config: Config, split: str, samples: int, given: Given | None = None, vote: bool = False
+) -> Evaluation:
+    """Greedy accuracy, and pass@k from ``samples`` completions a row; ``vote``: one answer chosen of them, too. Nothing is
+    written."""
+    if vote and samples < 2:
+        raise ConfigError(
+            f"a vote needs several samples a row: found samples={samples}; use --samples K with K of 2 or more"
+        )
     if split not in ("train", "test"):
         raise ConfigError(f"split: found {split!r}, expected train or test")
     use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"):
-        return _evaluate(config, split, samples, given or Given())
+        return _evaluate(config, split, samples, given or Given(), vote)
 
 
-def _evaluate(config: Config, split: str, samples: int, given: Given) -> Evaluation:
+def _evaluate(config: Config, split: str, samples: int, given: Given, vote: bool) -> Evaluation:
     tokenizer = load_tokenizer(config.model)
     data = dataset.encode(tokenizer, dataset.load(config, given.rows, only=split), config)
     check_positions(config, data)
@@ -158,10 +176,11 @@ def _evaluate(config: Config, split: str, samples: int, given: Given) -> Evaluat
         raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")
     with open_scorer(config.reward, data.train.rows, given.reward) as scorer:
         policy = load_policy(config.model, tokenizer, longest(config))
+        place = answer_rule(data.train.rows, config.reward.answer, config.reward.rule) if vote else None
         with open_engine(config.engine, policy, Path(config.run or "runs"), longest_context(config, data)) as engine:
             judge = Judge(policy, engine, scorer, evaluation_tokens(config))
             accuracy = greedy(judge, asked)
-            curve = pass_curve(judge, asked, Answers(samples, config.seed)) if samples else {}
+            curve = pass_curve(judge, asked, Answers(samples, config.seed), place) if samples else {}
     return Evaluation(split, accuracy, curve, policy.path)
 
 

@@ -70,7 +70,7 @@ def try_engine(config: Config, tokenizer: Any, data: Data) -> Check:
     """The one check that loads weights: a server has to show that it samples from them."""
     from unift.commands.doctor import engine
 
-    return engine.check(config, tokenizer, data)
+    return Check("engine", *engine.check(config, tokenizer, data))
 
 
 # ---------------------------------------------------------------------------------------------- environment

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unift.commands.doctor import Check
-
 if TYPE_CHECKING:
     from unift.config.sections import Config
     from unift.model.policy import Policy
@@ -21,8 +19,8 @@ TOKENS, SAMPLES, TEMPERATURE = 16, 2, 0.7
 CHANGE = 0.05  # of a weight's own spread, added to every weight
 
 
-def check(config: Config, tokenizer: Any, data: Data) -> Check:
-    """Completions before and after a change of all weights, against the trainer's own log-probs."""
+def check(config: Config, tokenizer: Any, data: Data) -> tuple[bool, str]:
+    """(is it fine, what was found): completions before and after a change of all weights, against the trainer's log-probs."""
     from unift.config.stages import longest
     from unift.model.limits import longest_context
     from unift.model.load import load_policy
@@ -40,8 +38,8 @@ def check(config: Config, tokenizer: Any, data: Data) -> Check:
     said = f"log-probs of server and trainer differ by {before:.2g} nats a token, {after:.2g} after all weights were changed"
     if max(before, after) > config.engine.gap_limit:
         todo = "Serve the model in the trainer's dtype from a folder that unift serve made, or set engine.gap=correct"
-        return Check("engine", config.engine.gap == "correct", f"{config.engine.url}: {said}. {todo}")
-    return Check("engine", True, f"{config.engine.url}: {said}")
+        return config.engine.gap == "correct", f"{config.engine.url}: {said}. {todo}"
+    return True, f"{config.engine.url}: {said}"
 
 
 def gap(policy: Policy, engine: Engine, prompts: list[list[int]], config: Config) -> float:

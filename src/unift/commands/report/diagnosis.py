@@ -70,9 +70,12 @@ def verdict(run: RunData) -> tuple[str, str]:
     now, base = latest(run), run.base
     if now and base:
         after, step = now
-        change = f"{percent(base['accuracy'])} before, {percent(after['accuracy'])} at step {step:,}"
+        gain = 100 * (after["accuracy"] - base["accuracy"])
+        change = (
+            f"{percent(base['accuracy'])} before, {percent(after['accuracy'])} at step {step:,}, {gain:+.1f} points"
+        )
         if after["low"] > base["high"]:
-            return GOOD, f"Yes: held-out accuracy without hints is beyond the base's interval ({change})."
+            return GOOD, f"Yes: held-out accuracy without hints rose, and the 95 % intervals do not overlap ({change})."
         if after["high"] < base["low"]:
             return WATCH, f"No, it gets worse: held-out accuracy is below the base's interval ({change})."
         if not run.result and (at_end(run, "hint/fraction") or 0.0) > HINTED and _sampled(run):

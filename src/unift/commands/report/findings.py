@@ -50,7 +50,7 @@ def _learning(run: RunData) -> list[tuple[str, str] | None]:
     x, y = series(run.metrics, "eval/test/accuracy")
     if now and len(y) > 2:
         best = int(np.argmax(y))
-        n = now[0]["n"]
+        n = int(now[0]["n"])
         if wilson(y[best] * n, n)[0] > now[0]["high"]:
             found.append(
                 (WATCH, f"The best evaluation, {percent(y[best])} at step {x[best]:,.0f}, is beyond the interval of the last one. "
