@@ -106,7 +106,7 @@ def test_both_streams_apart():
     for on in (False, True):
         checkpointing.use(policy.model, on)
         streams, outputs = taken.buffers(policy.parameters()), outputs_of(policy, batch, config)
-        taken.backward(policy.parameters(), losses_of(*outputs, batch, config), [outputs[0]], streams)
+        taken.backward(policy.parameters(), losses_of(*outputs, batch, config, config.engine), [outputs[0]], streams)
         found.append(streams)
     for name in ("policy", "likelihood"):
         assert all(torch.equal(a, b) for a, b in zip(found[0][name], found[1][name], strict=True))

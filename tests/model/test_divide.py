@@ -21,6 +21,7 @@ from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, DEMO, HINT, Item, Member, pack
 from unift.objectives.weights import weigh
 from unift.rows import dataset
+from unift.sampling.engines.choose import in_process
 from unift.sampling.groups import complete, hinted
 from unift.training import annealing
 from unift.training.optimizer import make_optimizer
@@ -49,7 +50,7 @@ def groups_of(rules, stage, policy, split):
     known = {row.id: (0.3, 0.9) for row in split.rows} if rules.show.schedule in ("adaptive", "bisection") else {}
     groups = hinted(range(len(split.rows)), split, moment, known)
     if rules.sample.completions:
-        complete(policy, groups, range(len(groups)), moment)
+        complete(in_process(policy), policy.tokenizer, groups, range(len(groups)), moment)
         rng = np.random.default_rng(5)
         for group in groups:
             group.samples = [replace(s, score=Score(float(rng.integers(0, 2)))) for s in group.samples]
