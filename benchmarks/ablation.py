@@ -64,7 +64,7 @@ def without(name: str, side: Unift) -> Iterator[None]:
     patches = {
         "nothing (all on)": [],
         "shared prefix in training": [mock.patch("unift.training.update.pack", alone)],
-        "shared prefix in sampling": [mock.patch("unift.sampling.groups.generate", one_by_one)],
+        "shared prefix in sampling": [mock.patch("unift.sampling.engines.choose.generate", one_by_one)],
         "merged attention": [mock.patch("unift.model.attention.FlashAttention", Stock)],
         "head at loss positions only": [mock.patch("unift.training.update.logprobs", everywhere)],
         "kept logits": [mock.patch("unift.model.logprobs.KEEP", 0)],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from unift.rows.store import StoredRows, problem_hash
+from unift.rows.tasks import canonical
 from unift.types import Row, UniftError
 
 
@@ -51,19 +51,6 @@ def check_writable(path: Path) -> None:
         raise UniftError(f"{path}: there is no folder {path.parent}; create it first")
     if path.is_dir():
         raise UniftError(f"{path} is a folder; expected the name of a file")
-
-
-def canonical(row: Row) -> str:
-    """The problem apart from its wording where the task knows how, else the prompt without case and spaces."""
-    from unift.rows.tasks import get_task, task_names
-
-    if row.task in task_names():
-        try:
-            return repr((row.task, get_task(row.task).canonical(row)))
-        except (UniftError, KeyError, TypeError, ValueError):
-            pass  # a file may use a task's name with other answers
-    text = row.prompt if isinstance(row.prompt, str) else "".join(m["content"] for m in row.prompt)
-    return re.sub(r"\s+", " ", text).strip().lower()
 
 
 def overlap(train: Sequence[Row], test: Sequence[Row]) -> list[str]:

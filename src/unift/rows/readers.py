@@ -11,15 +11,14 @@ A row may lack its answer: only built-in verifiers need one (`rows.tasks.format.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 from unift.rows import store
 from unift.rows.files import records, streamed, streams
+from unift.rows.ids import told_apart
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
 from unift.rows.tasks.format import all_marked, own_endings, with_own_ending
 from unift.types import DataError, Row
@@ -144,41 +143,6 @@ def _read(records: Iterable[Any], name: str, format: str) -> Iterator[tuple[Row,
         row = _READERS[layout](record, where)
         _check_text(row, where)
         yield row, layout in ("unift", "reasoning-gym") and record.get("ending") is None and bool(row.ending)
-
-
-class Names:
-    """Ids given out so far, and the rule for a row whose id was there before."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.first: dict[str, int] = {}  # id: number of the row that has it
-        self.copies: Counter[str] = Counter()
-
-    def own(self, row: Row, number: int, rows: Callable[[int], Row]) -> str:
-        """The id of row ``number``: its own, or ``<id>-2`` of a further copy. ``rows``: the row of a number.
-
-        DataError where two different rows share an id.
-        """
-        name = row.id
-        if name in self.first and _content(row) == _content(rows(self.first[name])):
-            self.copies[name] += 1
-            name = f"{name}-{self.copies[name] + 1}"
-        if name in self.first:
-            raise DataError(
-                f"{self.source}, row {number}, column 'id': {name!r} is the id of row {self.first[name]}, too. Draws and what "
-                "a run remembers of a row (its hint length) go by the id: give every row its own, or drop the column, and the "
-                "content names them"
-            )
-        self.first[name] = number
-        return name
-
-
-def told_apart(rows: Sequence[Row], name: str = "rows") -> list[Row]:
-    """Rows with an id of their own each: draws and what a run remembers of a row (its hint length) go by it. Further copies of
-    the very same row are numbered, ``<id>-2``; DataError where two different rows share an id."""
-    names = Names(name)
-    own = [names.own(row, number, lambda n: rows[n - 1]) for number, row in enumerate(rows, start=1)]
-    return [row if row.id == name else replace(row, id=name) for row, name in zip(rows, own, strict=True)]
 
 
 def check_steps(row: Row, where: str, need_steps: bool) -> Row:
@@ -313,10 +277,6 @@ def _build(
     return Row(
         _own_id(record) or content_id(content, steps, ending, answer), prompt, steps, ending, answer, task, extra
     )
-
-
-def _content(row: Row) -> tuple[Any, ...]:
-    return row.prompt, row.steps, row.ending, row.answer
 
 
 def _own_id(record: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 import numpy as np
 
 from unift.files import publish_folder, writing
+from unift.rows.ids import Names
 from unift.types import DataError, Row
 
 LARGE = 32 * 2**20  # bytes of a source above which its rows stay on disk: about 20,000 rows of 1.5 KB
@@ -73,7 +74,7 @@ class Facts:
 
 
 class StoredRows(Lazy[Row]):
-    """Rows of an Arrow file. ``problems_N``: a 64-bit hash of every row's problem (`rows.inspect.canonical`), on disk."""
+    """Rows of an Arrow file. ``problems_N``: a 64-bit hash of every row's problem (`rows.tasks.canonical`), on disk."""
 
     def __init__(self, folder: Path) -> None:
         import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
@@ -224,7 +225,7 @@ class _Seen:
         self.longest: list[tuple[int, int]] = []  # a heap of (characters, index)
 
     def look(self, rows: Iterable[Row], is_json: bool) -> Iterator[str]:
-        from unift.rows.inspect import canonical
+        from unift.rows.tasks import canonical
 
         for index, row in enumerate(rows):
             self.n = index + 1
@@ -266,10 +267,8 @@ def _characters(row: Row) -> int:
 
 
 def told_apart_on_disk(rows: Sequence[Row], hashes_N: np.ndarray, name: str) -> dict[str, str]:
-    """The rule of `readers.told_apart` for rows on disk: index -> new id of every further copy. Only rows whose ids have the
+    """The rule of `ids.told_apart` for rows on disk: index -> new id of every further copy. Only rows whose ids have the
     same hash are read."""
-    from unift.rows.readers import Names
-
     values, counts = np.unique(hashes_N, return_counts=True)
     twice = values[counts > 1]
     if not len(twice):

@@ -194,7 +194,7 @@ def load_rows(config: Config) -> tuple[Check, Dataset | None]:
     from unift.config import needs
     from unift.config.stages import stages
     from unift.rows.dataset import load
-    from unift.rows.inspect import canonical
+    from unift.rows.tasks import canonical
 
     data = load(config)
     train, test = [canonical(r) for r in data.train], [canonical(r) for r in data.test]

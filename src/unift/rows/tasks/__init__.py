@@ -7,12 +7,13 @@ same task ever holds. A task's module is imported when it is first asked for.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Hashable, Iterable
 from importlib import import_module
 from typing import Any
 
 from unift.rows.tasks.base import Task, nearest
-from unift.types import ConfigError, DataError, Row
+from unift.types import ConfigError, DataError, Row, UniftError
 
 _MODULES = {
     "chain": "unift.rows.tasks.chain",
@@ -40,6 +41,17 @@ def split_of(form: Hashable) -> str:
     """The split a canonical form belongs to, for any seed and number of rows: one in five forms is a test problem."""
     digest = hashlib.blake2b(repr(form).encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "little") % 10 < 2 else "train"
+
+
+def canonical(row: Row) -> str:
+    """The problem apart from its wording where the task knows how, else the prompt without case and spaces."""
+    if row.task in task_names():
+        try:
+            return repr((row.task, get_task(row.task).canonical(row)))
+        except (UniftError, KeyError, TypeError, ValueError):
+            pass  # a file may use a task's name with other answers
+    text = row.prompt if isinstance(row.prompt, str) else "".join(m["content"] for m in row.prompt)
+    return re.sub(r"\s+", " ", text).strip().lower()
 
 
 def make_rows(
