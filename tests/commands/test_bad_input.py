@@ -302,7 +302,7 @@ SETTINGS = [
     ("reward.timeout=.inf", "setting 'reward.timeout': input should be a finite number"),
     (
         "train=5",
-        "setting 'train' is a section: set what is in it (train.steps, train.prompts, train.updates, ...); found 5",
+        "setting 'train' is a section: set what is in it (train.steps, train.budget, train.prompts, ...); found 5",
     ),
     ("model=x", "setting 'model' is a section: set what is in it (model.path,"),
     ("train.lr.x=5", "setting 'train.lr': input should be a valid number; found {'x': 5}"),
@@ -398,7 +398,7 @@ def test_no_accuracy_without_held_out_rows(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert "test" not in result and "train" not in result and result["base"] == {}
     page = report.write(tmp_path / "run", None).read_text()
-    assert "There are no held-out rows (data.test)" in page and "held-out accuracy, no hint" not in page
+    assert "Not known beyond the training rows (no data.test)" in page and "held-out accuracy, no hint" not in page
     assert "| uft | 1 | - | - | - | - |" in table([result]) and reading([result]) == []
 
 

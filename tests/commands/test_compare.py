@@ -201,7 +201,7 @@ def test_interrupted_ends_its_processes(tmp_path, monkeypatch):
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=interrupt, monotonic=time.monotonic))
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=interrupt, monotonic=time.monotonic))
     monkeypatch.setattr(jobs, "_start", lambda job, old=jobs._start: started.append(old(job)) or started[-1])
     with pytest.raises(KeyboardInterrupt):
         run_many([Job("sft", 0, tmp_path / "a", [sys.executable, "-S", "-c", "import time; time.sleep(60)"])], 1)
@@ -326,7 +326,7 @@ def test_a_signal_to_the_parent_ends_its_runs(tmp_path, kind):
 
 
 def test_a_child_that_ignores_the_request_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "END_SECONDS", 0.3)
+    monkeypatch.setattr(jobs, "END_SECONDS", 0.3)
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
     child.stdout.readline()

@@ -185,11 +185,11 @@ def test_evaluations_are_announced_and_go_on_visibly(capsys):
 def test_the_failures_of_the_end_and_of_the_page_are_the_same():
     from types import SimpleNamespace
 
-    from unift.commands.report.findings import _scorer
+    from unift.commands.report.diagnosis import _errors
     from unift.rewards.journal import COUNTS
 
     assert set(display.FAILURES) == set(COUNTS) - {"total", "skipped"}
     counts = {"total": 5000, "skipped": 3, "timeouts": 1200, "crashes": 0, "exceptions": 1, "bad_values": 0}
-    ((_, said),) = _scorer(SimpleNamespace(result={"scorer": {"train": counts}}, metrics=[]))
+    said = _errors(SimpleNamespace(result={"scorer": {"train": counts}}, metrics=[])).text
     assert display.failures(counts) == "1,200 timeouts, 1 exceptions" and display.failures(counts) in said
-    assert _scorer(SimpleNamespace(result={"scorer": {"train": {"total": 9, "skipped": 2}}}, metrics=[])) == []
+    assert _errors(SimpleNamespace(result={"scorer": {"train": {"total": 9, "skipped": 2}}}, metrics=[])) is None

@@ -211,7 +211,7 @@ def test_damaged_records_are_one_line(folder, model, tmp_path):
 
 def test_prompts_beyond_the_positions_are_refused(folder, model, tmp_path):
     with pytest.raises(DataError, match="128 positions"):
-        run(model, folder, tmp_path / "out", **{"eval.max_tokens": 20})
+        run(model, folder, tmp_path / "out", **{"eval.max_tokens": 128})
     free = unift.evaluate_suite(model, folder, out=tmp_path / "free", rows=1, **{"threads": 1})
     longest = max(
         len(row.prompt.rstrip()) for rows in read_problems("uft", [folder], 1).columns.values() for row in rows

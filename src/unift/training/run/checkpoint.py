@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from unift import processes
 from unift.files import publish_folder, write_atomic, writing
+from unift.rows.tasks.base import is_mapping
 from unift.types import UniftError
 
 if TYPE_CHECKING:
@@ -111,10 +112,11 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
     if not (where / "state.pt").is_file() and not parts.is_dir():
         raise UniftError(f"{where} holds no weights. Several machines need a run folder that all of them see")
     with _readable(where):
-        trainer = json.loads((where / "trainer.json").read_text(encoding="utf-8"))
+        trainer: Any = json.loads((where / "trainer.json").read_text(encoding="utf-8"))
         stored = _loaded(where / "state.pt", policy) if not parts.is_dir() else {}
         names = shards.names(parts) if parts.is_dir() else set(stored.get("weights", ()))
-    if not {"counters", "scorer"} <= trainer.keys() or (stored and not {"weights", "optimizer"} <= stored.keys()):
+    whole = is_mapping(trainer) and {"counters", "scorer"} <= trainer.keys()
+    if not whole or (stored and not {"weights", "optimizer"} <= stored.keys()):
         raise UniftError(f"{where} holds no checkpoint of this version: {_DAMAGED}")
     own = dict(policy.named_parameters())
     if optimizer is None or policy.critic is None:  # a critic belongs to the phase that trained it
