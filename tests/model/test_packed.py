@@ -199,7 +199,7 @@ def requests(n=9, g=5, length=12):
 def naive(plain, request, length, temperature):
     """One sequence at a time, a full forward for every token, inverse CDF of the same uniforms."""
     out = []
-    for u in request.uniforms_GL:
+    for u in request.uniforms():
         sequence = list(request.prompt)
         for t in range(length):
             with torch.no_grad():

@@ -138,9 +138,9 @@ def test_the_update_depends_on_neither_cut_nor_row_order(name, phase):
     bound = 1e-8 if policy.critic is None else 1e-5  # the value head is float32
     # uft-paper averages over runs of micro_prompts rows, as the official code does: its order counts by definition.
     order = None if s.train.micro_prompts else (4, 2, 0, 5, 1, 3)
-    # Budget 1 divides groups, too: a prefix's gradient goes back in parts through transformers' norms, which compute in float32
+    # Budget 1 divides groups, too (60 holds any): a prefix's gradient goes back in parts through transformers' norms, which compute in float32
     # whatever the dtype of the model.
-    for rows, budget, near in ((None, 1, 1e-6), (None, 60, 1e-8), (order, 40, 1e-8)):
+    for rows, budget, near in ((None, 1, 1e-6), (order, 60, 1e-8)):
         other, got = loss_of(*prepared(name, phase, rows, budget))
         assert other == pytest.approx(loss, rel=max(bound, near), abs=1e-10)
         close(got, whole, max(bound, near))

@@ -109,9 +109,9 @@ def test_stored_rollouts_are_not_sampled_again(tmp_path, monkeypatch):
     drawn = []
     real = completed
 
-    def counting(policy, requests, *args):
-        drawn.extend(r for r in requests if r.uniforms_GL is not None)
-        return real(policy, requests, *args)
+    def counting(engine, tokenizer, requests, *args):
+        drawn.extend(r for r in requests if r.draws is not None)
+        return real(engine, tokenizer, requests, *args)
 
     for module in (groups, evaluate):
         monkeypatch.setattr(module, "completed", counting)
