@@ -112,11 +112,10 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
     if not (where / "state.pt").is_file() and not parts.is_dir():
         raise UniftError(f"{where} holds no weights. Several machines need a run folder that all of them see")
     with _readable(where):
-        trainer: Any = json.loads((where / "trainer.json").read_text(encoding="utf-8"))
+        trainer = _object(json.loads((where / "trainer.json").read_text(encoding="utf-8")))
         stored = _loaded(where / "state.pt", policy) if not parts.is_dir() else {}
         names = shards.names(parts) if parts.is_dir() else set(stored.get("weights", ()))
-    whole = is_mapping(trainer) and {"counters", "scorer"} <= trainer.keys()
-    if not whole or (stored and not {"weights", "optimizer"} <= stored.keys()):
+    if not {"counters", "scorer"} <= trainer.keys() or (stored and not {"weights", "optimizer"} <= stored.keys()):
         raise UniftError(f"{where} holds no checkpoint of this version: {_DAMAGED}")
     own = dict(policy.named_parameters())
     if optimizer is None or policy.critic is None:  # a critic belongs to the phase that trained it
@@ -137,6 +136,11 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
     elif optimizer is not None:
         optimizer.load_state_dict(stored["optimizer"])
     return trainer
+
+
+def _object(found: Any) -> dict[str, Any]:
+    """A JSON object; whatever else stands there has none of its keys."""
+    return dict(found) if is_mapping(found) else {}
 
 
 def _loaded(path: Path, policy: Policy) -> dict[str, Any]:
