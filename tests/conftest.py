@@ -250,3 +250,19 @@ def close(a, b, bound):
     scale = max(y.abs().max().item() for y in b)
     assert scale > 0, "every gradient is zero: the comparison would say nothing"
     assert worst / scale < bound, f"gradients differ by {worst / scale:.2e} of the largest"
+
+
+def saved_bytes(policy, batch):
+    """Bytes that the graph of a pack keeps for its backward pass, weights left out, a storage counted once."""
+    from unift.model.logprobs import logprobs
+
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+
+    def see(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda x: x):
+        out = logprobs(policy, batch)
+    assert out[0].requires_grad
+    return sum(n for at, (n, _) in kept.items() if at not in weights)

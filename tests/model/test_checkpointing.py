@@ -6,11 +6,10 @@ import copy
 
 import pytest
 import torch
-from conftest import close, gradients, make_items, packed_loss, settings, tiny_policy
+from conftest import close, gradients, make_items, packed_loss, saved_bytes, settings, tiny_policy
 
 from unift.config.sections import Lora
 from unift.model import checkpointing, lora, matmul
-from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, Member, pack
 from unift.model.policy import Policy
 from unift.objectives.weights import weigh
@@ -33,20 +32,6 @@ def policy_of(kind, path, dtype=torch.float32):
                     p.normal_(0, 0.1)
         return Policy(model, policy.tokenizer, policy.device, lora=True)
     return policy
-
-
-def saved_bytes(policy, batch):
-    """Bytes that the graph of a pack keeps for its backward pass, weights left out, a storage counted once."""
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-
-    def see(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(see, lambda x: x):
-        out = logprobs(policy, batch)
-    assert out[0].requires_grad
-    return sum(n for at, (n, _) in kept.items() if at not in weights)
 
 
 @pytest.mark.parametrize(("kind", "path"), PATHS)

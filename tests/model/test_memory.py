@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import settings, tiny_policy
+from conftest import saved_bytes, settings, tiny_policy
 
 from unift.config.sections import Lora
 from unift.model import checkpointing, limits, lora, memory
-from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, Member, pack
 from unift.objectives.weights import weigh
 from unift.training.optimizer import make_optimizer
@@ -72,16 +71,7 @@ def test_activations_are_what_the_graph_keeps(kind, on):
     items = [Item([3] * 40, [5] * 10, [Member([2 + j % 30] * 60, COMPLETION, 1.0) for j in range(4)])]
     batch = pack(items, [0], weigh(items, config), config)
     checkpointing.use(policy.model, on)
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-
-    def see(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(see, lambda x: x):
-        out = logprobs(policy, batch)
-    assert out[0].requires_grad
-    seen = sum(n for at, (n, _) in kept.items() if at not in weights)
+    seen = saved_bytes(policy, batch)
     t, width = len(batch.tokens_T), shapes["hidden_size"]
     work = memory.Work(t, len(batch.target_S), 0, 50, 60, 4)
     expected = memory.activations(shapes, config.model, work, on)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_processes import REWARD, launched
+from test_processes import REWARD, cut_back, launched
 
 from unift.config.resolve import parse_overrides, resolve
 from unift.training.loop import train
@@ -185,17 +184,6 @@ def test_a_model_that_was_trained_in_shards_loads_as_any_other(one, two):
 
 
 # ---------------------------------------------------------------------------------------------- other numbers of processes
-
-
-def cut_back(source, target, step):
-    """The run as it was right after the checkpoint of ``step``."""
-    shutil.copytree(source, target)
-    for path in [*target.glob("checkpoints/step_*"), *target.glob("rollouts/step_*")]:
-        if int(path.name[5:11]) >= step + (path.parent.name == "checkpoints"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (target / "result.json").unlink()
-    shutil.rmtree(target / "model")
-    return target
 
 
 def drawn(folder, step):

@@ -18,6 +18,7 @@ from unift.types import Sample
 
 if TYPE_CHECKING:
     from unift.model.policy import Policy
+ROWS = 256  # completions that an engine of this process decodes side by side
 SEEDS = 2**62  # seeds lie below it, so that seed + sample fits 64 bits
 
 Watch = Callable[[int], Any]  # told the number of requests that are done
@@ -133,3 +134,18 @@ def batches(requests: Sequence[Request], rows: int, mixed: bool) -> list[list[in
             width = requests[i].samples
         found[-1].append(i)
     return found
+
+
+def in_batches(
+    requests: Sequence[Request],
+    cut: Sequence[Sequence[int]],
+    run: Callable[[list[Request]], Sequence[list[Sample]]],
+    watch: Watch,
+) -> list[list[Sample]]:
+    """Samples of every request, in order, batch by batch (`batches`); ``watch`` is told after each."""
+    results: list[list[Sample]] = [[] for _ in requests]
+    for batch in cut:
+        for i, samples in zip(batch, run([requests[i] for i in batch]), strict=True):
+            results[i] = samples
+        watch(sum(map(bool, results)))
+    return results

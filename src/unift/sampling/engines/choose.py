@@ -9,7 +9,7 @@ from pathlib import Path
 from unift.config.surroundings import Engine as Settings
 from unift.model.policy import Policy
 from unift.sampling.engines import native, plain
-from unift.sampling.engines.base import Engine, InProcess, Request, Watch, unwatched
+from unift.sampling.engines.base import ROWS, Engine, InProcess, Request, Watch, unwatched
 from unift.types import ConfigError, Sample
 
 
@@ -18,7 +18,7 @@ def generate(
     requests: Sequence[Request],
     max_tokens: int,
     temperature: float = 1.0,
-    rows: int = native.ROWS,
+    rows: int = ROWS,
     watch: Watch = unwatched,
 ) -> list[list[Sample]]:
     """By the engine of this process that fits the policy's path; ``rows``: so many samples at most side by side."""

@@ -17,11 +17,10 @@ from unift.model.attention.decode import DecodeLayout
 from unift.model.attention.packed import PackedLayout, make_layout
 from unift.model.policy import Policy
 from unift.sampling.engines import cuda_graph
-from unift.sampling.engines.base import Request, Watch, batches, unwatched
+from unift.sampling.engines.base import ROWS, Request, Watch, batches, in_batches, unwatched
 from unift.sampling.engines.draw import chooser, eos_ids
 from unift.types import Sample
 
-ROWS = 256  # rows decoded side by side
 BLOCK = 32  # cached member positions added at a time
 LOOK = 16  # on a GPU, steps between two looks at which rows have ended
 
@@ -35,15 +34,9 @@ def generate(
     watch: Watch = unwatched,
 ) -> list[list[Sample]]:
     """As `Engine.generate`, with this policy. ``watch`` is told after every batch."""
-    results: list[list[Sample]] = [[] for _ in requests]
     cut = batches(requests, rows, mixed=True)
     with policy.sampling(max_tokens * len(cut)):  # outside of the loop: weights made for it are kept until it ends
-        for batch in cut:
-            sampled = _run(policy, [requests[i] for i in batch], max_tokens, temperature)
-            for i, samples in zip(batch, sampled, strict=True):
-                results[i] = samples
-            watch(sum(map(bool, results)))
-    return results
+        return in_batches(requests, cut, lambda batch: _run(policy, batch, max_tokens, temperature), watch)
 
 
 class _Rows:

@@ -14,11 +14,9 @@ import torch
 from unift.model import paths
 from unift.model.plain import Decoder
 from unift.model.policy import Policy
-from unift.sampling.engines.base import Request, Watch, batches, unwatched
+from unift.sampling.engines.base import ROWS, Request, Watch, batches, in_batches, unwatched
 from unift.sampling.engines.draw import chooser, eos_ids
 from unift.types import Sample
-
-ROWS = 256  # rows decoded side by side
 
 
 def generate(
@@ -30,15 +28,9 @@ def generate(
     watch: Watch = unwatched,
 ) -> list[list[Sample]]:
     """As `Engine.generate`, with this policy."""
-    results: list[list[Sample]] = [[] for _ in requests]
     cut = batches(requests, rows, mixed=False)
     with own_attention(policy) as cached, policy.sampling(max_tokens * len(cut)):
-        for batch in cut:
-            sampled = _run(policy, [requests[i] for i in batch], max_tokens, temperature, cached)
-            for i, samples in zip(batch, sampled, strict=True):
-                results[i] = samples
-            watch(sum(map(bool, results)))
-    return results
+        return in_batches(requests, cut, lambda batch: _run(policy, batch, max_tokens, temperature, cached), watch)
 
 
 @contextmanager
