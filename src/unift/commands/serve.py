@@ -66,9 +66,8 @@ def make_folder(order: Order) -> None:
     from unift.sampling.engines.served import write_model
 
     policy = load_policy(Model(path=order.model, dtype="float32" if order.dtype == "float32" else "bfloat16"))
-    size = getattr(policy.base.config.get_text_config(), "head_dim", None) or (
-        policy.base.config.get_text_config().hidden_size // policy.base.config.get_text_config().num_attention_heads
-    )
+    shape = policy.base.config.get_text_config()
+    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     if order.cpu and size % 32:
         raise ConfigError(
             f"{order.model} has attention heads of {size} numbers; vLLM on the CPU takes multiples of 32 and fails at the first "

@@ -15,6 +15,7 @@ from unift.rows.tokens import Encoded
 from unift.types import ConfigError, DataError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}  # of a number
+ROWS = 256  # completions that this process decodes side by side
 THREADS = 8  # times the cores (and at least 256): beyond it the system may refuse, and then ends the process
 
 

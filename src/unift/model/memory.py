@@ -16,11 +16,9 @@ from unift.config import needs, words
 from unift.config.sections import Config, Model, Rules
 from unift.model import limits
 from unift.model.limits import BYTES
+from unift.model.logprobs import KEEP, LOGITS
 
 PROCESS = 450 * 2**20  # Python, PyTorch and transformers themselves
-ROWS = 256  # completions sampled side by side
-CHUNK_LOGITS = 2**25  # numbers of the logits that are made at one time,
-KEPT_LOGITS = 2**27  # and up to how many all of them are kept for the backward pass
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def work_of(config: Config, rules: Rules) -> Work:
     group = prefix + max(g, 1) * completion if g else prefix
     pack = min(prompts * group, max(rules.train.token_budget, prefix + (completion if g else 0)))
     supervised = pack if not g or needs.demonstrations(rules) else pack - min(pack // group, 1) * prefix
-    return Work(pack, supervised, min(rules.train.prompts * g, ROWS) if g else 0, prefix, completion, g)
+    return Work(pack, supervised, min(rules.train.prompts * g, limits.ROWS) if g else 0, prefix, completion, g)
 
 
 def estimate(
@@ -107,8 +105,8 @@ def estimate(
     state = words.OPTIMIZERS[rules.train.optimizer].state * trained * (wide / 4 if copies or own != 2 or lora else 0.5)
     offloaded = rules.train.offload_optimizer and not cpu
     vocabulary, width = shapes["vocab_size"], shapes["hidden_size"]
-    logits = min(CHUNK_LOGITS, work.supervised * vocabulary) * 3 * 4
-    if work.supervised * vocabulary <= KEPT_LOGITS:
+    logits = min(LOGITS, work.supervised * vocabulary) * 3 * 4
+    if work.supervised * vocabulary <= KEEP:
         logits += 4 * work.supervised * vocabulary
     weights = own * numbers + (4 * trained if lora is not None else 0)
     if model.autocast == "all" and own == 4:

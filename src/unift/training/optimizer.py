@@ -21,6 +21,7 @@ from unift.config.sections import Config, Train
 from unift.config.stages import stages
 from unift.model import precision
 from unift.model.policy import Policy
+from unift.model.sharding import sharded
 from unift.types import ConfigError
 
 Parameters = Sequence[nn.Parameter]
@@ -34,12 +35,12 @@ def make_optimizer(policy: Policy, train: Train) -> Optimizer:
     sharded weights.
     """
     parameters = policy.parameters()
-    if train.optimizer not in ("adamw", "adamw_fused") and any(hasattr(p, "placements") for p in parameters):
+    if train.optimizer not in ("adamw", "adamw_fused") and any(map(sharded, parameters)):
         raise ConfigError(
             f"train.optimizer={train.optimizer} needs whole weights, and these are sharded: use adamw_fused, or model.shard=none"
         )
     half = [p for p in parameters if _half(p)]
-    for p in (p for p in half if not hasattr(p, "placements")):  # FSDP2 settles the type of its own
+    for p in (p for p in half if not sharded(p)):  # FSDP2 settles the type of its own
         _set_gradient_type(p, torch.float32 if train.master_weights else p.dtype)
     if not train.master_weights:
         said = precision.warning(precision.of_model(parameters), train.lr)
@@ -65,11 +66,8 @@ def make_optimizer(policy: Policy, train: Train) -> Optimizer:
 def check_optimizers(config: Config) -> None:
     """Raise ConfigError, before a model is loaded, for an optimizer whose package is not installed."""
     for name in {stage.rules.train.optimizer for stage in stages(config)}:
-        if name == "adamw_8bit" and not any(map(importlib.util.find_spec, EIGHT_BIT)):
-            raise ConfigError(
-                "train.optimizer=adamw_8bit needs bitsandbytes (or torchao), which is not installed. Install it with `pip "
-                "install bitsandbytes`, or use train.optimizer=adamw_fused"
-            )
+        if name == "adamw_8bit":
+            _eight_bit()
         if name == "muon" and not hasattr(torch.optim, "Muon"):
             raise ConfigError(
                 f"train.optimizer=muon needs torch 2.9 or newer, found {torch.__version__}: use adamw_fused"
@@ -197,11 +195,19 @@ def _adamw_fused(own: Parameters, train: Train) -> Optimizer:
 EIGHT_BIT = ("bitsandbytes", "torchao")  # packages that have it, the preferred one first
 
 
-def _adamw_8bit(own: Parameters, train: Train) -> Optimizer:
+def _eight_bit() -> str:
+    """The package to take it from. ConfigError where none is installed."""
     found = next((name for name in EIGHT_BIT if importlib.util.find_spec(name)), None)
     if found is None:
-        raise ConfigError("train.optimizer=adamw_8bit needs bitsandbytes: `pip install bitsandbytes`")
-    kind = importlib.import_module(f"{found}.optim").AdamW8bit
+        raise ConfigError(
+            "train.optimizer=adamw_8bit needs bitsandbytes (or torchao), which is not installed. Install it with `pip "
+            "install bitsandbytes`, or use train.optimizer=adamw_fused"
+        )
+    return found
+
+
+def _adamw_8bit(own: Parameters, train: Train) -> Optimizer:
+    kind = importlib.import_module(f"{_eight_bit()}.optim").AdamW8bit
     return kind(own, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
 
 

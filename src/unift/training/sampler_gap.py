@@ -27,11 +27,14 @@ def importance(batch: PackedBatch, l_S: Tensor, cap: float) -> Tensor:
     return ratio_S.to(batch.policy_w_S.dtype)
 
 
-def corrected(batch: PackedBatch, l_S: Tensor, settings: Settings) -> PackedBatch:
-    """The pack, its sampled tokens weighed anew where ``engine.gap`` is "correct"."""
+def corrected(batch: PackedBatch, l_S: Tensor, settings: Settings) -> tuple[PackedBatch, dict[str, Tensor]]:
+    """The pack, and where ``engine.gap`` is "correct" its sampled tokens weighed anew and the sum of their weights, as
+    ``importance``."""
     if settings.gap != "correct":
-        return batch
-    return replace(batch, policy_w_S=batch.policy_w_S * importance(batch, l_S, settings.cap))
+        return batch, {}
+    weight_S = importance(batch, l_S, settings.cap)
+    total = weight_S[batch.role_S == COMPLETION].sum()
+    return replace(batch, policy_w_S=batch.policy_w_S * weight_S), {"importance": total}
 
 
 def check(mean: float, settings: Settings) -> None:

@@ -161,9 +161,6 @@ def apply(
         if losses:
             with torch.no_grad():
                 tally.see(losses, l_S, entropy_S, batch, rules)
-                if order.engine.gap == "correct":
-                    own_S = batch.role_S == COMPLETION
-                    tally.importance += float(sampler_gap.importance(batch, l_S, order.engine.cap)[own_S].sum())
     real = [b for b in packs if not b.filler]
     tally.forwarded = sum(policy.tokens_forwarded(b) for b in real)
     tally.supervised = sum(len(b.target_S) for b in real)
@@ -192,15 +189,15 @@ def outputs_of(policy: Policy, batch: PackedBatch, rules: Rules) -> tuple[Tensor
 def losses_of(
     l_S: Tensor, entropy_S: Tensor, v_S: Tensor | None, batch: PackedBatch, rules: Rules, engine: Engine
 ) -> dict[str, Tensor]:
-    """Losses of both streams; the critic's loss is a part of the policy stream's."""
+    """Losses of both streams; the critic's loss is a part of the policy stream's. With them what else is summed up."""
     with_entropy = entropy_S if rules.policy.entropy or rules.policy.off_policy_top < 1 else None
     kl = rules.reference
-    weighed = sampler_gap.corrected(batch, l_S, engine)
+    weighed, told = sampler_gap.corrected(batch, l_S, engine)
     losses = objectives.losses(l_S, with_entropy, weighed, rules.policy, kl.estimator, rules.likelihood, kl.clamp)
     if v_S is not None:
         losses["value"] = rules.credit.value_weight * objectives.value_loss(v_S, batch, rules.credit.value_clip)
         losses["policy"] = losses["policy"] + losses["value"]
-    return losses
+    return losses | told
 
 
 def _metrics(tally: Tally, policy: Policy, rules: Rules) -> dict[str, float]:

@@ -18,7 +18,6 @@ from unift.types import Sample
 
 if TYPE_CHECKING:
     from unift.model.policy import Policy
-ROWS = 256  # completions that an engine of this process decodes side by side
 SEEDS = 2**62  # seeds lie below it, so that seed + sample fits 64 bits
 
 Watch = Callable[[int], Any]  # told the number of requests that are done

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unift.config.surroundings import Engine as Settings
+from unift.model.limits import ROWS
 from unift.model.policy import Policy
 from unift.sampling.engines import native, plain
-from unift.sampling.engines.base import ROWS, Engine, InProcess, Request, Watch, unwatched
+from unift.sampling.engines.base import Engine, InProcess, Request, Watch, unwatched
 from unift.types import ConfigError, Sample
 
 

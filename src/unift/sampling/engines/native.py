@@ -15,9 +15,10 @@ from torch import Tensor
 
 from unift.model.attention.decode import DecodeLayout
 from unift.model.attention.packed import PackedLayout, make_layout
+from unift.model.limits import ROWS
 from unift.model.policy import Policy
 from unift.sampling.engines import cuda_graph
-from unift.sampling.engines.base import ROWS, Request, Watch, batches, in_batches, unwatched
+from unift.sampling.engines.base import Request, Watch, batches, in_batches, unwatched
 from unift.sampling.engines.draw import chooser, eos_ids
 from unift.types import Sample
 

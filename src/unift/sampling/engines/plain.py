@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import torch
 
 from unift.model import paths
+from unift.model.limits import ROWS
 from unift.model.plain import Decoder
 from unift.model.policy import Policy
-from unift.sampling.engines.base import ROWS, Request, Watch, batches, in_batches, unwatched
+from unift.sampling.engines.base import Request, Watch, batches, in_batches, unwatched
 from unift.sampling.engines.draw import chooser, eos_ids
 from unift.types import Sample
 

@@ -37,13 +37,11 @@ def write(weights: Mapping[str, Tensor], folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     with writing("the weights for the server", folder.parent):
         temporary.mkdir(parents=True)
-        own: dict[str, Tensor] = {}
-        for name, tensor in weights.items():
-            kept = tensor.detach().to("cpu", torch.float32 if tensor.dtype == torch.float64 else tensor.dtype)
-            own[name] = (
-                kept.clone() if kept.data_ptr() == tensor.data_ptr() else kept
-            )  # the file takes no shared memory
-            own[name] = own[name].contiguous()
+        # A copy of each: the file takes no memory that two names share.
+        own = {
+            name: w.detach().to("cpu", torch.float32 if w.dtype == torch.float64 else w.dtype, copy=True).contiguous()
+            for name, w in weights.items()
+        }
         save_file(own, str(temporary / "model.safetensors"), metadata={"format": "pt"})
         publish_folder(temporary, folder)
 
