@@ -66,11 +66,12 @@ def evaluate_suite(config: Config, order: Order, say: Say = lambda text: None) -
         prompt = max(len(e.prompt) for column in encoded.values() for e in column)
         most = answer_tokens(config, prompt)
         policy = load_policy(config.model, None, prompt + most)
-        settings = _settings(config, order, most) | {"weights": fingerprint(policy)}
+        weights = fingerprint(policy)
+        settings = _settings(config, order, most) | {"weights": weights}
         processes.lead("the folder of the suite", lambda: records.open_folder(order.folder, settings))
         began, done = time.perf_counter(), {}
         with open_engine(config.engine, policy, order.folder, prompt + most) as engine:
-            engine.sync(policy, partial(fingerprint, policy))
+            engine.sync(policy, lambda: weights)
             answers = _Answerer(engine, policy.tokenizer, order.samples, config.seed, most)
             for name, rows in problems.columns.items():
                 work = _Column(name, problems.titles[name], rows, encoded[name])
