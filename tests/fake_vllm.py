@@ -1,8 +1,11 @@
 """A server that speaks vLLM's routes, with a model of its own that it reads from the folder it is given: completions and
-log-probs are real, and weights that do not arrive are not there. ``mode`` names a fault."""
+log-probs are real, and weights that do not arrive are not there. ``mode`` names a fault.
+
+As a program it takes the command line of a vLLM server, and serves the folder that `unift serve` made."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import threading
 import time
@@ -24,17 +27,21 @@ VERSION = "default"  # of a server that nobody gave weights
 
 
 class Fake:
-    """``after``: requests for completions after which ``mode`` begins."""
+    """``after``: requests for completions after which ``mode`` begins. ``at``: host and port; 0 is a free one. ``made``: the
+    folder is there already."""
 
-    def __init__(self, folder: Path, mode: str = "", after: int = 0, length: int = 64) -> None:
-        write_model(load_policy(Model(path="embedded:lock", device="cpu")), folder)
+    def __init__(
+        self, folder: Path, mode: str = "", after: int = 0, length: int = 64, at=("127.0.0.1", 0), made: bool = False
+    ) -> None:
+        if not made:
+            write_model(load_policy(Model(path="embedded:lock", device="cpu")), folder)
         self.folder, self.mode, self.after, self.length = folder, mode, after, length
         self.asked, self.resets, self.cached = 0, 0, False
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.start_over()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
+        self.server = ThreadingHTTPServer(at, self.handler())
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.url = f"http://{at[0]}:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def start_over(self) -> None:
@@ -176,3 +183,18 @@ def wait(condition, seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--max-model-len", type=int)
+    order, _ = parser.parse_known_args()
+    fake = Fake(order.model, length=order.max_model_len, at=(order.host, order.port), made=True)
+    fake.stopped.wait()
+
+
+if __name__ == "__main__":
+    main()

