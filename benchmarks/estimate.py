@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, shapes in MODELS.items():
         for gpus in (8, 64):
             n = best_share(shapes, batch, middle, gpus)
-            print(f"{name}: {n} of {gpus} for the server, a step {step(shapes, batch, middle, gpus, n).seconds:.0f} s (estimate)")
+            print(
+                f"{name}: {n} of {gpus} for the server, a step {step(shapes, batch, middle, gpus, n).seconds:.0f} s (estimate)"
+            )
 
 
 if __name__ == "__main__":

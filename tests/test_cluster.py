@@ -28,7 +28,7 @@ pytestmark = [
     ),
 ]
 FOLDER = Path(__file__).parents[1] / "examples" / "cluster"
-LIMIT = 400  # seconds that a script may take
+LIMIT = 600  # seconds that a script may take
 # What a laptop needs; everything else is the files' own.
 SMALL = [
     "model.path=embedded:lock", "model.device=cpu", "train.steps=5", "train.prompts=6", "train.lr=1e-3",
@@ -146,7 +146,9 @@ def test_two_nodes_stop_and_go_on(place):
     assert len(saved) == 1 and 1 <= saved[0] < 5, said
     assert left_over(place) == []
     number = str(free_port() % 10000)
-    again = started(place, "slurm.sbatch", "two_nodes.yaml", **SLURM | {"SLURM_JOB_ID": number, "SLURM_RESTART_COUNT": "1"})
+    again = started(
+        place, "slurm.sbatch", "two_nodes.yaml", **SLURM | {"SLURM_JOB_ID": number, "SLURM_RESTART_COUNT": "1"}
+    )
     code, said = ended(again, place)
     assert code == 0 and len(asked(place)) == 1, said
     assert_whole(place, shards=True)
@@ -158,7 +160,9 @@ def test_a_server_that_is_lost_queues_the_job_again(place):
     number = str(free_port() % 10000)
     process = started(place, "slurm.sbatch", "two_nodes.yaml", **SLURM | {"SLURM_JOB_ID": number})
     reached(place, 1, process)
-    served = subprocess.run(["pgrep", "-f", f"fake_vllm.py.*{place.parent}"], capture_output=True, text=True).stdout.split()
+    served = subprocess.run(
+        ["pgrep", "-f", f"fake_vllm.py.*{place.parent}"], capture_output=True, text=True
+    ).stdout.split()
     assert len(served) == 1
     os.kill(int(served[0]), signal.SIGKILL)
     code, said = ended(process, place)

@@ -196,7 +196,11 @@ def core_table() -> str:
 # ---------------------------------------------------------------------------------------------- recipes
 
 CLUSTER = ROOT / "examples" / "cluster"
-PLACES = {"one_node.yaml": (6, 80), "two_nodes.yaml": (14, 80), "lora_24gb.yaml": (1, 24)}  # processes that train, GB a card
+PLACES = {
+    "one_node.yaml": (6, 80),
+    "two_nodes.yaml": (14, 80),
+    "lora_24gb.yaml": (1, 24),
+}  # processes that train, GB a card
 
 
 def cluster_recipes() -> dict[str, tuple[Config, int, int]]:

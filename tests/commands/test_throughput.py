@@ -57,12 +57,16 @@ def test_a_step_of_several_gpus():
     assert got.sampling == pytest.approx((6 + 4) * ((96 + 8 * 7 * 8) / 50 + 0.25) + 4 * 2 * LAYERS * 4 / 400)
     assert got.sync == 2 * 96 / 4
     far = step(SHAPES, BATCH, MACHINE, 11, 2)
-    assert far.training == pytest.approx(work / 2 + 2 * 2 * (8 / 9) * 192 / 5), "more than 8 train: one group each, a slower link"
+    assert far.training == pytest.approx(work / 2 + 2 * 2 * (8 / 9) * 192 / 5), (
+        "more than 8 train: one group each, a slower link"
+    )
 
 
 def test_rounds_that_are_bound_by_their_products():
     fast = Machine(**{**vars(MACHINE), "bandwidth": 1e9})
-    assert step(SHAPES, BATCH, fast, 1, 0).sampling == pytest.approx(16 * (2 * 48 * 8 / 400 + 0.25) + 8 * 2 * LAYERS * 4 / 400)
+    assert step(SHAPES, BATCH, fast, 1, 0).sampling == pytest.approx(
+        16 * (2 * 48 * 8 / 400 + 0.25) + 8 * 2 * LAYERS * 4 / 400
+    )
 
 
 def test_the_best_share_is_the_shortest_step():

@@ -150,9 +150,7 @@ def serve(
 
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype!r}: expected float32 or bfloat16")
-    order = server.Order(
-        model, folder.absolute(), python, length, samples, port, dtype, cpu, nccl, host, copies, parts
-    )
+    order = server.Order(model, folder.absolute(), python, length, samples, port, dtype, cpu, nccl, host, copies, parts)
     typer.echo(server.text(order))
     if not show:
         server.start(order)

@@ -65,26 +65,33 @@ def table() -> str:
 
 def peak(shapes: Mapping[str, int | bool], config: Config, processes: int = 1) -> float:
     """Bytes of the fullest of so many GPUs. With ``model.shard=full`` each holds its part of what stays and of the gradients,
-    and all weights while they are gathered for a sampler; a server's GPUs hold the keys and values."""
+    and all weights while they are gathered for a sampler."""
     work = memory.work_of(config, config)
     m = memory.estimate(shapes, config.model, config, work, config.log.gradients_every > 0, cpu=False)
     if m is None:
         raise ValueError("the shapes are incomplete")
     n = processes if config.model.shard == "full" else 1
     whole = limits.BYTES[config.model.dtype] * (limits.parameters(shapes) or 0) * (1 - 1 / n)
-    served = config.engine.kind == "vllm"
     training = (m.gradients + m.streams) / n + whole / int(shapes["num_hidden_layers"]) + m.activations + m.logits
-    sampling = whole + (0 if served else m.sampling)
-    return m.process + (m.weights + m.optimizer + m.reference) / n + max(training, sampling)
+    return m.process + (m.weights + m.optimizer + m.reference) / n + max(training, whole + m.sampling)
 
 
 def recipes(found: Mapping[str, tuple[Config, int, int]]) -> str:
     """``found``: by file name, the settings, how many processes train, and GiB of their cards."""
-    lines = ["| file | model | trained | processes | tokens of a forward | peak, GiB | card |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| file | model | trained | processes | tokens of a forward | peak, GiB | card |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for file, (config, processes, card) in found.items():
         shapes = MODELS[config.model.path]
-        trained = limits.parameters(shapes) if config.model.lora is None else limits.adapters(shapes, config.model.lora.rank)
+        trained = (
+            limits.parameters(shapes) if config.model.lora is None else limits.adapters(shapes, config.model.lora.rank)
+        )
         cells = [f"`{file}`", config.model.path.partition("/")[2], f"{(trained or 0) / 1e6:,.0f} M", str(processes)]
-        cells += [f"{memory.work_of(config, config).pack:,}", f"{peak(shapes, config, processes) / 2**30:.1f}", f"{card} GB"]
+        cells += [
+            f"{memory.work_of(config, config).pack:,}",
+            f"{peak(shapes, config, processes) / 2**30:.1f}",
+            f"{card} GB",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
