@@ -81,6 +81,7 @@ def environment(place, **more):
 
 def started(place, script, config, **variables):
     words = ["bash", str(place / script), str(place / config), str(place.parent / "run"), *SMALL]
+    words += ["model.autocast=none"]  # what is left of the gap is then float32's
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(place, **variables),
         start_new_session=True, cwd=place.parent,
@@ -119,11 +120,12 @@ def left_over(place):
     return found.stdout.split()
 
 
-def assert_whole(place, shards):
+def assert_whole(place, shards, gap):
+    """All steps, sampled by weights that the trainer had: log-probs differ by ``gap`` at most (rounding)."""
     run = place.parent / "run"
     metrics = read_metrics(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(6)) and (run / "result.json").is_file()
-    assert all(m[GAP] < 0.1 for m in metrics[1:]), "the server did not sample with the weights of the step"
+    assert all(m[GAP] < gap for m in metrics[1:]), "the server did not sample with the weights of the step"
     assert any(m["grad/norm"] > 0 for m in metrics[1:])
     last = run / "checkpoints" / checkpoint.step_name(5)
     assert (last / "shards").is_dir() == shards
@@ -151,7 +153,7 @@ def test_two_nodes_stop_and_go_on(place):
     )
     code, said = ended(again, place)
     assert code == 0 and len(asked(place)) == 1, said
-    assert_whole(place, shards=True)
+    assert_whole(place, shards=True, gap=1e-5)
     calls = [json.loads(line) for line in (place.parent / "slurm.json.srun").read_text().splitlines()]
     assert [call["nodes"] for call in calls] == [["127.0.0.1"], ["127.0.0.1", "localhost"]] * 2
 
@@ -192,7 +194,7 @@ def test_one_node(place):
     assert left_over(place) == []
     code, said = ended(started(place, "one_node.sh", "one_node.yaml", **variables), place)
     assert code == 0, said
-    assert_whole(place, shards=False)
+    assert_whole(place, shards=False, gap=0.05)  # bfloat16 beside float32
 
 
 def test_a_server_that_does_not_start(place):

@@ -17,6 +17,7 @@ from unift.commands.doctor.dry_run import describe
 from unift.commands.settings import resolved
 from unift.config.identity import flat
 from unift.config.resolve import resolve
+from unift.config.stages import stages
 from unift.hints.schedules import expected_share
 from unift.model import limits, memory
 from unift.rows.inspect import write_rows
@@ -80,6 +81,15 @@ def test_the_papers_settings(name):
     assert (c.reward.format_score, c.eval.every, c.eval.samples, c.seed) == (0.1, 25, 0, 0)
     shares = [expected_share(c.show, t, c.train.steps) for t in (0, 149, 299, 300)]
     assert shares == pytest.approx([0.949975, 0.5, 0.05, 0.0], abs=1e-6)  # eq. B.1
+
+
+@pytest.mark.parametrize("method", ["sft-paper", "rft-paper", "sft-rft-paper", "r3-paper", "stage-paper"])
+def test_the_papers_baselines_take_the_same_files(method):
+    for name in PAPER:
+        file = yaml.safe_load((FOLDER / name).read_text())
+        c = resolve(method, file=file)
+        assert c.method == method and c.model.path == file["model"]["path"]
+        assert all(stage.rules.train.token_budget == 16384 for stage in stages(c))
 
 
 @pytest.mark.parametrize(
