@@ -1,11 +1,18 @@
 """A server that speaks vLLM's routes, with a model of its own that it reads from the folder it is given: completions and
-log-probs are real, and weights that do not arrive are not there. ``mode`` names a fault."""
+log-probs are real, and weights that do not arrive are not there. ``mode`` names a fault.
+
+    python tests/fake_vllm.py FOLDER [MODE [AFTER [SECONDS]]]    prints its URL, and ends with its standard input
+"""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,11 +31,11 @@ VERSION = "default"  # of a server that nobody gave weights
 
 
 class Fake:
-    """``after``: requests for completions after which ``mode`` begins."""
+    """``after``: requests for completions after which ``mode`` begins. ``seconds``: that a completion takes at least."""
 
-    def __init__(self, folder: Path, mode: str = "", after: int = 0, length: int = 64) -> None:
+    def __init__(self, folder: Path, mode: str = "", after: int = 0, length: int = 64, seconds: float = 0.0) -> None:
         write_model(load_policy(Model(path="embedded:lock", device="cpu")), folder)
-        self.folder, self.mode, self.after, self.length = folder, mode, after, length
+        self.folder, self.mode, self.after, self.length, self.seconds = folder, mode, after, length, seconds
         self.asked, self.resets, self.cached = 0, 0, False
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.start_over()
@@ -94,6 +101,7 @@ class Fake:
             self.asked += 1
             if self.faulty and self.mode == "restarts" and self.version != VERSION:
                 self.start_over()
+        self.stopped.wait(self.seconds)
         if self.faulty and self.mode in ("stalls", "paused"):
             self.stopped.wait(60)
         if self.faulty and self.mode == "dies":
@@ -176,3 +184,24 @@ def wait(condition, seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
+
+
+@contextmanager
+def apart(folder: Path, mode: str = "", after: int = 0, seconds: float = 0.0) -> Iterator[str]:
+    """The URL of one in a process of its own: this one may train meanwhile, whose switches of PyTorch are its own."""
+    command = [sys.executable, __file__, str(folder), mode, str(after), str(seconds)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    place, mode, after, seconds = [*sys.argv[1:], "", "0", "0"][:4] if len(sys.argv) == 2 else sys.argv[1:]
+    with Fake(Path(place), mode, int(after), seconds=float(seconds)) as served:
+        print(served.url, flush=True)
+        sys.stdin.read()
