@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_policy
+from conftest import close, gradients, tiny_policy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -34,9 +35,9 @@ from unift.training.loop import train
 from unift.training.run import checkpoint
 from unift.training.run.metrics import read_metrics
 from unift.training.run.rollouts import read_rollouts
-from unift.types import ConfigError, EngineError
+from unift.types import ConfigError, EngineError, UniftError
 
-STEPS, GAP = 6, "sampling/sampling_logp_difference/mean"
+STEPS, GAP = 5, "sampling/sampling_logp_difference/mean"
 TINY = [
     f"train.steps={STEPS}", "train.prompts=4", "train.lr=2e-3", "train.warmup=0", "sample.completions=4", "data.train_rows=12",
     "data.test_rows=4", "eval.every=3", "eval.train_rows=0", "save.every=1", "save.keep=20", "save.rollouts=true",
@@ -88,7 +89,7 @@ def test_a_step_trains_on_what_the_weights_before_it_drew(whole):
             apart.append(
                 max(abs(a - b) for l, (_, s) in zip(own, rows, strict=True) for a, b in zip(l, s.logps, strict=True))
             )
-        assert apart[0] < 1e-4 < 100 * apart[0] < apart[1]
+        assert apart[0] < 1e-5 and apart[1] > 1e-3
     metrics = read_metrics(whole / "metrics.jsonl")[1:]
     assert [m["sampling/staleness"] for m in metrics] == [0.0] + [1.0] * (STEPS - 1)
     assert metrics[0][GAP] < 1e-5 and all(m[GAP] > 1e-4 for m in metrics[1:])
@@ -111,7 +112,7 @@ def test_the_first_step_of_a_stage_is_drawn_by_its_own_weights(url, tmp_path):
     """Nothing is drawn for a stage without completions, nor over its end."""
     train(tiny(url, method="sft-rft"), tmp_path)
     metrics = read_metrics(tmp_path / "metrics.jsonl")[1:]
-    assert [m.get("sampling/staleness") for m in metrics] == [None, None, 0.0, 1.0, 1.0, 1.0]
+    assert [m.get("sampling/staleness") for m in metrics] == [None, None, 0.0, 1.0, 1.0]
     assert metrics[2][GAP] < 1e-5 < metrics[3][GAP]
 
 
@@ -161,7 +162,7 @@ def test_the_wait_is_gone(url, tmp_path):
 # ---------------------------------------------------------------------------------------------- kills
 
 
-@pytest.mark.parametrize("k", [1, 3, 4])
+@pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("place", ["drawn", "scored", "updated", "saving"])
 def test_a_kill_loses_nothing_and_repeats_nothing(whole, url, tmp_path, monkeypatch, k, place):
     """In step k + 1: once its completions are there, once they are scored and the next ones are under way, after the update and
@@ -221,14 +222,8 @@ def test_a_checkpoint_without_what_was_drawn_is_damaged(url, tmp_path):
     for path in (tmp_path / "result.json", tmp_path / "checkpoints" / checkpoint.step_name(2) / checkpoint.AHEAD):
         path.unlink()
     assert not (tmp_path / "checkpoints" / checkpoint.step_name(3) / checkpoint.AHEAD).exists()  # no step after it
-    for name in (tmp_path / "checkpoints" / checkpoint.step_name(3)).rglob("*"):
-        if name.is_file():
-            name.unlink()
-    with (
-        pytest.raises(ConfigError, match="no checkpoint")
-        if False
-        else pytest.raises(Exception, match="delete this folder")
-    ):
+    shutil.rmtree(tmp_path / "checkpoints" / checkpoint.step_name(3))
+    with pytest.raises(UniftError, match="ahead.jsonl.gz cannot be read .*delete this folder"):
         train(tiny(url, "train.steps=3", "eval.every=0"), tmp_path)
 
 
@@ -349,7 +344,7 @@ def by_hand(loss, model, q, low, high, cap, correct):
     """Gradients of -sum_t f(l_t) / Z written down from the papers, on the plain model."""
     logps, _ = token_logprobs(model, [PROMPT + HINT + t for t in TOKENS])
     total = 0.0
-    for l_all, tokens, a, q_t in zip(logps, TOKENS, SCORES, q, strict=True):
+    for l_all, a, q_t in zip(logps, SCORES, q, strict=True):
         l = l_all[len(PROMPT + HINT) - 1 :]
         rho = torch.exp(l - torch.tensor(q_t, dtype=torch.float64))
         if correct:  # the policy at the start of the step is this one, so its own ratio is 1
@@ -369,7 +364,7 @@ def by_hand(loss, model, q, low, high, cap, correct):
         total = total + terms.sum()
     model.zero_grad()
     (-total / sum(map(len, TOKENS))).backward()
-    return [p.grad.clone() for p in model.parameters()]
+    return gradients(model)
 
 
 @pytest.mark.parametrize("loss", ["clip", "ratio", "cispo", "gspo", "reinforce"])
@@ -396,12 +391,12 @@ def test_the_recorded_logprobs_are_the_denominator(tmp_path, loss, gap):
     low, high = rules.policy.low, rules.policy.high
     expected = by_hand(loss, plain, q, low, high, 1.5, gap == "correct")
     ignored = by_hand(loss, plain, own, low, high, 1.5, gap == "correct")
-    assert max((a - b).abs().max() for a, b in zip(expected, ignored, strict=True)) > 1e-3
+    with pytest.raises(AssertionError):
+        close(expected, ignored, 0.1)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     for packs in update.prepare(policy, items, rules, None):
         found = update.apply(policy, optimizer, packs, rules, update.Order(0.0, False, tmp_path / "dump", engine))
-        for (name, p), e in zip(policy.model.named_parameters(), expected, strict=True):
-            assert torch.allclose(p.grad, e, rtol=1e-9, atol=1e-12), name
+        close([p.grad for p in policy.parameters()], expected, 5e-6)  # norms multiply in float32
         drift = [abs(d) for ds in APART for d in ds]
         assert found[GAP] == pytest.approx(sum(drift) / len(drift))  # of the second update, too
         weighed = gap == "correct" or loss == "reinforce"
