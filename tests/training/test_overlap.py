@@ -110,8 +110,12 @@ def test_clocks_decide_nothing(whole, url, tmp_path, monkeypatch):
 
 def test_the_first_step_of_a_stage_is_drawn_by_its_own_weights(url, tmp_path):
     """Nothing is drawn for a stage without completions, nor over its end."""
-    train(tiny(url, method="sft-rft"), tmp_path)
-    metrics = read_metrics(tmp_path / "metrics.jsonl")[1:]
+    items = [i for i in TINY if not i.startswith("sample.completions")]  # each phase as it is
+    reward = tmp_path / "reward.py"
+    reward.write_text(REWARD)  # every group has an advantage, so every step an update
+    items += [f"engine.url={url}", f"reward.function={reward}:score"]
+    train(resolve("sft-rft", recipe="lock", overrides=parse_overrides(items)), tmp_path / "run")
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]
     assert [m.get("sampling/staleness") for m in metrics] == [None, None, 0.0, 1.0, 1.0]
     assert metrics[2][GAP] < 1e-5 < metrics[3][GAP]
 
@@ -412,7 +416,7 @@ def test_the_recorded_logprobs_are_the_denominator(tmp_path, loss, gap):
     [
         ("uft", ["engine.kind=native"], "engine.kind=native draws them with this process's own weights"),
         ("uft", ["engine.kind=auto"], "Use engine.kind=vllm"),
-        ("uft", ["train.budget=1M sampled"], "engine.overlap=true with train.budget"),
+        ("uft", ["train.budget=sampled=1M"], "engine.overlap=true with train.budget"),
         ("adaptive", [], "show.schedule=adaptive follows those scores"),
         ("adaback", [], "show.schedule=bisection follows those scores"),
         ("dpo", ["sample.completions=4"], "policy.loss=dpo compares whole sequences"),
