@@ -92,6 +92,9 @@ class Model(Section):
         return {"rank": value} if isinstance(value, int) else value
 
 
+BESIDE = ("vllm",)  # engines that sample outside of this process
+
+
 class Engine(Section):
     """Who completes the prompts: this process, or a server beside it."""
 
@@ -111,6 +114,11 @@ class Engine(Section):
     transfer: Literal["folder", "nccl"] = Field(
         default="folder", description="vllm: how weights travel; nccl: from GPU to GPU, not tested"
     )
+    overlap: bool = Field(
+        default=False,
+        description="vllm: the completions of the next step are drawn while this one trains, by weights that are one step older; "
+        "ratios and weights take the sampler's own log-probs",
+    )
     gap: Literal["warn", "correct", "fail"] = Field(
         default="warn",
         description="where log-probs of trainer and sampler differ: say so or stop above gap_limit; correct: weigh every "
@@ -119,7 +127,11 @@ class Engine(Section):
     gap_limit: float = Field(
         default=0.1, gt=0, description="mean difference of a step's log-probs, nats, above which gap=warn and fail act"
     )
-    cap: float = Field(default=2.0, gt=0, description="of the importance weights of gap=correct")
+    cap: float = Field(
+        default=2.0,
+        gt=0,
+        description="of the importance weights of gap=correct, and of overlap where the loss has no ratio",
+    )
 
 
 class Data(Section):
