@@ -58,8 +58,7 @@ def train(
     """
     given = given or Given()
     check_trackers(config)
-    check_optimizers(config)
-    launcher.shards(config.model)
+    check_optimizers(config, launcher.shards(config.model) and processes.size() > 1)
     use_threads(config.threads)
     with processes.joined(pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
         tokenizer = load_tokenizer(config.model)
@@ -78,14 +77,16 @@ def train(
                     return run_to_end(Run(config, folder, policy, engine, scorer, data, report, track, watch), asked)
 
 
-def load(config: Config, tokenizer: Any) -> Policy:
-    """The policy that a run begins with; of several processes that share its weights, this one's part."""
+def load(config: Config, tokenizer: Any, frozen: bool = False) -> Policy:
+    """The policy that a run begins with; of several processes that share its weights, this one's part. frozen: it is not
+    trained."""
     torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
     policy = load_policy(config.model, tokenizer, longest(config))
     if processes.size() == 1 or not launcher.shards(config.model):
         return policy
     valued = any(needs.critic(stage.rules) for stage in stages(config))
-    return policy.sharded(critic.new_critic(policy) if valued else None)
+    masters = not frozen and all(stage.rules.train.master_weights for stage in stages(config))
+    return policy.sharded(critic.new_critic(policy) if valued else None, masters)
 
 
 def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def begin_stage(run: Run, stage: Stage) -> State:
     optimizer = make_optimizer(run.policy, rules.train)
     reference = None
     if needs.reference(rules):
-        twin = None if run.policy.root is None else partial(load, run.config, run.policy.tokenizer)
+        twin = None if run.policy.root is None else partial(load, run.config, run.policy.tokenizer, frozen=True)
         reference = Reference(run.policy, run.folder, run.start_of(stage), rules.sample.temperature, twin)
     state = State(optimizer, reference)
     if run.done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
