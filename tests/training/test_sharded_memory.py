@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from test_processes import REWARD, cut_back, launched
 from test_sharding import COMMON, SUPERVISED, WIDE, assert_same, drawn, sharded, weights

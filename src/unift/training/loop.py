@@ -24,7 +24,7 @@ from unift.config.identity import config_hash
 from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest, stages
 from unift.files import write_atomic, writing
-from unift.model import checkpointing, critic
+from unift.model import checkpointing, critic, quantize
 from unift.model.limits import check_positions, longest_context, use_threads
 from unift.model.load import load_policy, load_tokenizer, pick_device, save_adapter, save_pretrained
 from unift.model.policy import Policy
@@ -60,7 +60,9 @@ def train(
     check_trackers(config)
     check_optimizers(config, launcher.shards(config.model) and processes.size() > 1)
     use_threads(config.threads)
-    with processes.joined(pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
+    device = pick_device(config.model.device)
+    quantize.check(config.model, device)
+    with processes.joined(device.type == "cuda"), asked_to_stop() as asked:
         tokenizer = load_tokenizer(config.model)
         data = dataset.encode(tokenizer, dataset.load(config, given.rows), config)
         check_positions(config, data)
