@@ -356,5 +356,5 @@ def settings_of(model: Any, recipe: str | None, config: Any, over: Mapping[str, 
         raise ConfigError(
             f"{folder} holds an unfinished run (no model/). Continue it first, or name a checkpoint's model/"
         )
-    own = {"model.path": str(weights), "model.lora": None, "model.gguf": None}
+    own = {"model.path": str(weights), "model.lora": None, "model.gguf": None, "model.quantize": None}
     return resolve(None, file=read_yaml(folder / "config.yaml"), overrides=layers.nested({**over, **own}))
