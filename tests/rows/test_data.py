@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import FakeTokenizer
+from conftest import FakeTokenizer, settings
 
 from unift.config.surroundings import WeightedReward
 from unift.rows.inspect import inspect, overlap, write_rows
@@ -338,3 +338,18 @@ def test_a_solution_that_says_otherwise_is_counted():
         assert inspect(rows)["solution ends with another answer"] == 1
     assert rows_of([headed] * 3)[0].ending == "\n<answer> 9 </answer>"
     assert not contradictions([replace(row, task="mine") for row in rows_of(given)]), "no task of ours, no mark of ours"
+
+
+def test_doctor_names_a_row_that_contradicts_itself():
+    from unift.commands.doctor import try_reward
+
+    texts = [("It is $\\boxed{4}$.", "4"), ("It is $\\boxed{5}$.", "6"), ("It is $\\boxed{6}$.", "6")]
+    rows = rows_of(
+        [{"id": a + b, "prompt": a + b, "steps": [a], "answer": b, "task": "math"} for a, b in texts]
+        + [{"id": "plain", "prompt": "p", "steps": ["It is 9."], "answer": "9", "task": "math"}]
+    )
+    assert all(row.ending.startswith("\n<answer>") for row in rows)  # the verifier accepts all of them
+    check, _ = try_reward(settings("uft"), rows)
+    assert not check.ok and "ends with '5', its column 'answer' has '6'" in check.text
+    check, _ = try_reward(settings("uft"), [rows[0], *rows[2:]])
+    assert check.ok
