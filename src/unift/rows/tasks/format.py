@@ -63,8 +63,8 @@ def all_marked(rows: Iterable[tuple[int, Row]], name: str) -> bool:
         number, row, other = faulty[0]
         raise DataError(
             f"{name}, row {number}, column 'answer': {row.answer!r:.60}, but the row's own solution ends with {other!r:.60}; "
-            f"{len(faulty)} of the {tried} rows tried contradict themselves so. Mend the rows; if the mark is no answer, say in "
-            "a column 'ending' what follows the steps"
+            f"{len(faulty)} of the {tried} rows tried contradict themselves so. Mend the rows; if they are meant so "
+            "(wrong answers with scores, or the mark is no answer), say in a column 'ending' what follows the steps, if only ''"
         )
     return tried > 0 and right >= ENOUGH * tried
 
@@ -177,6 +177,14 @@ def check_format(rows: Sequence[Row], function: object = "auto", rule: str = "un
         f"reward.rule={rule} (row {row.id!r}: {score.note or 'wrong'}), so completions in their form would earn nothing. "
         f"{advice or 'No other place of the answer does better: mend the solutions or the answers'}."
     )
+
+
+def meant_right(rows: Sequence[Row], label: str | None) -> Sequence[Row]:
+    """The rows that `check_format` may judge: where a column scores them (``sample.label``), none below half."""
+    if label is None:
+        return rows
+    scored = ((row, row.extra.get(label)) for row in rows)
+    return list(islice((row for row, x in scored if not (isinstance(x, (bool, int, float)) and x < 0.5)), TRIED))
 
 
 def places(rows: Sequence[Row], function: object = "auto") -> Counter[str]:
