@@ -150,7 +150,12 @@ def labels(study: Study) -> str:
 
     def make(name: str, seed: int) -> Job:
         method, rows, *own = arms[name]
-        files = (f"data.train={places[rows]}", f"data.test={places['test']}", "model.path=embedded:lock")
+        files = (
+            "data.task=null",
+            f"data.train={places[rows]}",
+            f"data.test={places['test']}",
+            "model.path=embedded:lock",
+        )
         return study.job(
             name.replace(", ", "-").replace(" ", "-"), seed, "lock", method, "train.steps=1000", *own, *files
         )
@@ -199,10 +204,10 @@ STUDIES: dict[str, tuple[Callable[[Study], str], str]] = {
 
 def write(name: str, text: str, page: str) -> None:
     """Between the markers of the study in its page; where there are none, the text is only printed."""
-    path, begin, end = PAGES / f"{page}.md", f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    path, begin, end = PAGES / f"{page}.md", f"<!-- {name} -->\n", f"<!-- /{name} -->"
     old = path.read_text(encoding="utf-8")
     if begin in old:
-        path.write_text(old[: old.index(begin) + len(begin)] + text + old[old.index(end) :], encoding="utf-8")
+        path.write_text(old[: old.index(begin) + len(begin)] + text + "\n" + old[old.index(end) :], encoding="utf-8")
 
 
 def main() -> None:
