@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 import typer.core
@@ -362,9 +362,9 @@ def merge_models(
     from unift.commands.settings import quiet_libraries
 
     quiet_libraries()
-    from unift.commands.merge import merge
+    from unift.commands.merge import Mixing, Rule, merge
 
-    done = merge(base, models, out, rule, numbers, density, seed)
+    done = merge(base, models, out, Mixing(cast(Rule, rule), numbers, density, seed))
     typer.echo(f"{rule} merge of {len(models)} models, {done['parameters']:,} parameters -> {out}")
 
 

@@ -79,7 +79,15 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
             results, failure = error.results, error
             if not results:
                 raise
-        judged = suites.judge(plan.suite, folder, configs, results, workers, say, stop) if plan.suite else []
+        judged: list[str] = []
+        if plan.suite:
+            judged = suites.judge(
+                plan.suite,
+                folder,
+                configs,
+                results,
+                lambda jobs: run_many(jobs, workers, lambda t: say(f"suite {t}"), stop),
+            )
     notes = (
         [f"**Not complete: {len(jobs) - len(results)} of {len(jobs)} runs failed and are missing here.**"]
         if failure
