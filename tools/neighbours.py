@@ -22,7 +22,7 @@ from statistics import mean
 from typing import Any
 
 from unift.commands.compare import Job, run_many, train_job
-from unift.intervals import interval
+from unift.commands.compare.table import accuracy_of
 from unift.rows.inspect import write_rows
 from unift.rows.tasks import make_rows
 from unift.rows.tasks.lock import LETTERS, code_table
@@ -66,15 +66,11 @@ class Study:
         return f"model.path={self.folder / f'{name}-seed{seed}' / 'model'}"
 
 
-def percent(values: Sequence[float]) -> str:
-    """Mean, interval over seeds (Student's t), each seed; in per cent."""
-    low, high = interval(values) if len(values) > 1 else (float("nan"), float("nan"))
-    each = " ".join(f"{100 * v:.1f}" for v in values)
-    return f"{100 * mean(values):.1f} | {100 * max(low, 0):.1f} to {100 * min(high, 1):.1f} | {each}"
-
-
-def accuracy(runs: Sequence[dict[str, Any]]) -> list[float]:
-    return [r["test"]["accuracy"] for r in runs]
+def percent(runs: Sequence[dict[str, Any]]) -> str:
+    """Held-out accuracy in per cent: mean, 95 % interval (Student's t over seeds, never narrower than Wilson's), each seed."""
+    middle, low, high = accuracy_of(runs)
+    each = " ".join(f"{100 * r['test']['accuracy']:.1f}" for r in runs)
+    return f"{100 * middle:.1f} | {100 * max(low, 0):.1f} to {100 * min(high, 1):.1f} | {each}"
 
 
 def sft_then_dpo(study: Study) -> str:
@@ -89,7 +85,7 @@ def sft_then_dpo(study: Study) -> str:
     )
     lines = ["| rate of SFT | after SFT | 95 % | each seed | after DPO | 95 % | each seed |", "|---" * 7 + "|"]
     for rate in RATES:
-        both = percent(accuracy(before[f"sft-{rate}"])), percent(accuracy(after[f"dpo-{rate}"]))
+        both = percent(before[f"sft-{rate}"]), percent(after[f"dpo-{rate}"])
         lines.append(f"| {rate} | {both[0]} | {both[1]} |")
     return "\n".join(lines)
 
@@ -106,11 +102,11 @@ def first_tokens(study: Study) -> str:
     names = [*(f"upft-{t}" for t in FIRST), "upft-6-eos"]
     after = study.run(make, names)
     lines = ["| first tokens | held-out % | 95 % | each seed | tokens sampled |", "|---" * 5 + "|"]
-    lines.append(f"| before | {percent(accuracy(before))} | - |")
+    lines.append(f"| before | {percent(before)} | - |")
     for name in names:
         label = name.removeprefix("upft-").replace("-eos", ", then EOS under the plain prompt")
         sampled = mean(r["tokens_sampled"] for r in after[name])
-        lines.append(f"| {label} | {percent(accuracy(after[name]))} | {sampled:,.0f} |")
+        lines.append(f"| {label} | {percent(after[name])} | {sampled:,.0f} |")
     return "\n".join(lines)
 
 
@@ -157,14 +153,14 @@ def labels(study: Study) -> str:
             "model.path=embedded:lock",
         )
         return study.job(
-            name.replace(", ", "-").replace(" ", "-"), seed, "lock", method, "train.steps=1000", *own, *files
+            name.replace(", ", "-").replace(" ", "-"), seed, "lock", method, "train.steps=600", *own, *files
         )
 
     found = study.run(make, list(arms))
     lines = ["| method | held-out % | 95 % | each seed | tokens trained |", "|---" * 5 + "|"]
     for name, runs in found.items():
         trained = mean(r["tokens_trained"] for r in runs)
-        lines.append(f"| {name} | {percent(accuracy(runs))} | {trained / 1e6:.2f} M |")
+        lines.append(f"| {name} | {percent(runs)} | {trained / 1e6:.2f} M |")
     return "\n".join(lines)
 
 
