@@ -73,7 +73,7 @@ def main() -> None:
     folder: Path = args.folder
     under, of = ("over the recipe's steps", "steps") if args.steps else ("under one budget", "budget")
     begin, end = (
-        ("<!-- steps -->\n", "\n<!-- /steps -->") if args.steps else ("<!-- family -->\n", "\n<!-- /family -->")
+        ("<!-- steps -->\n", "<!-- /steps -->") if args.steps else ("<!-- family -->\n", "<!-- /family -->")
     )
     results: list[Result] = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*/result.json"))]
     groups = by_method(results)
@@ -81,7 +81,7 @@ def main() -> None:
     page = DOCS / "family.md"
     text = page.read_text()
     body = table([r for m in order for r in groups[m]])
-    page.write_text(text[: text.index(begin) + len(begin)] + body + text[text.index(end) :])
+    page.write_text(text[: text.index(begin) + len(begin)] + body + "\n" + text[text.index(end) :])
     (DOCS / "methods" / "curves").mkdir(exist_ok=True)
     metrics = {m: [read_metrics(folder / f"{m}-seed{r['seed']}" / "metrics.jsonl") for r in groups[m]] for m in order}
     if not args.steps:
