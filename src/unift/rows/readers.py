@@ -21,7 +21,7 @@ from unift.rows import store
 from unift.rows.files import records, streamed, streams
 from unift.rows.ids import told_apart
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
-from unift.rows.tasks.format import all_marked, own_endings, with_own_ending
+from unift.rows.tasks.format import all_marked, with_own_ending
 from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
@@ -69,9 +69,7 @@ def rows_of(
         (check_steps(row, f"{name}, row {number}", need_steps), written)
         for number, (row, written) in enumerate(_read(records, name, format), start=1)
     ]
-    own = iter(own_endings([row for row, written in found if written]))
-    rows = [next(own) if written else row for row, written in found]
-    return told_apart(rows, name)
+    return told_apart(list(_ended(found, all_marked(_written(found), name))), name)
 
 
 def open_rows(
@@ -90,8 +88,7 @@ def open_rows(
         return _read(islice(records, limit), path, format)
 
     def rows() -> Iterator[Row]:
-        marked = all_marked(row for row, written in found() if written)
-        yield from (with_own_ending(row) if written and marked else row for row, written in found())
+        yield from _ended(found(), all_marked(_written(found()), path))
 
     kept = store.stored(
         source,
@@ -144,6 +141,15 @@ def _read(records: Iterable[Any], name: str, format: str) -> Iterator[tuple[Row,
         row = _READERS[layout](record, where)
         _check_text(row, where)
         yield row, layout in ("unift", "reasoning-gym") and record.get("ending") is None and bool(row.ending)
+
+
+def _written(found: Iterable[tuple[Row, bool]]) -> Iterator[tuple[int, Row]]:
+    """(number from 1, row) of the rows whose ending was written for them."""
+    return ((number, row) for number, (row, written) in enumerate(found, start=1) if written)
+
+
+def _ended(found: Iterable[tuple[Row, bool]], marked: bool) -> Iterator[Row]:
+    return (with_own_ending(row) if written and marked else row for row, written in found)
 
 
 def check_steps(row: Row, where: str, need_steps: bool) -> Row:
@@ -307,7 +313,7 @@ def _own_id(record: Mapping[str, Any]) -> str:
 
 def _unift(record: Mapping[str, Any], where: str) -> Row:
     """``ending`` is what follows the steps; without one it is written from the answer in answer tags (but see
-    `tasks.format.own_endings`)."""
+    `tasks.format.all_marked`)."""
     answer, column = record.get("answer"), "steps" if record.get("steps") is not None else "solution"
     steps = _steps(record.get(column) or (record.get("completion") if column == "solution" else None), where, column)
     if column == "steps" and record.get("steps") is not None and not record["steps"]:

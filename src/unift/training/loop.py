@@ -31,7 +31,7 @@ from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.rewards import open_scorer
 from unift.rows import dataset
-from unift.rows.tasks.format import check_format
+from unift.rows.tasks.format import check_format, meant_right
 from unift.sampling.ahead import Drawing
 from unift.sampling.engines.choose import open_engine
 from unift.training import evaluate
@@ -73,7 +73,8 @@ def train(
             if finished is not None:
                 return finished
             with open_scorer(config.reward, data.train.rows, given.reward) as scorer, trackers(config, folder) as track:
-                check_format(data.train.rows, config.reward.function, config.reward.rule, scorer.answer)
+                judged_rows = meant_right(data.train.rows, config.sample.label)
+                check_format(judged_rows, config.reward.function, config.reward.rule, scorer.answer)
                 scorer.check(data.train.rows[0])
                 policy = load(config, tokenizer)
                 with open_engine(config.engine, policy, folder, longest_context(config, data)) as engine:
