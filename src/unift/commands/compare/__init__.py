@@ -21,8 +21,8 @@ DEFAULT = "sft,rft,sft-rft,r3,stage,uft"  # methods, where none are named
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison. ``settings``: key=value words for every run. ``budget``: "sampled=2M", "trained=2M" or "seconds=60".
-    ``suite``: problem sets that the base and every run are judged on afterwards."""
+    """A comparison. ``settings``: key=value words for every run. ``budget``: "sampled=2M", "trained=2M", "tokens=4M"
+    (both added up) or "seconds=60". ``suite``: problem sets that the base and every run are judged on afterwards."""
 
     methods: Sequence[str]
     seeds: int
