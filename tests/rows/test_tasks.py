@@ -25,8 +25,7 @@ OPTIONS = {
             "operations": st.sampled_from([3, 5, (2, 4)]),
             "signs": st.sampled_from(["+", "+-", "*+", "+-*"]),
             "spaces": st.booleans(),
-            "answer": st.sampled_from(["tags", "hash"]),
-            "chat": st.booleans(),
+            "example": st.booleans(),
         }
     ),
     "countdown": st.fixed_dictionaries(
@@ -283,24 +282,27 @@ def test_a_chain_is_calculated_from_the_left(seed, options):
     """Lines continue one another, each is true, none leaves the range, and the last result alone is right."""
     task = get_task("chain")
     (row,) = make_rows("chain", 1, seed, "train", **options)
-    asked = row.prompt[0]["content"] if options["chat"] else row.prompt
-    assert not options["chat"] or row.prompt == ({"role": "user", "content": asked},)
-    text, form = asked.splitlines()[1], "<answer>{}</answer>" if options["answer"] == "tags" else "#### {}"
+    *before, text = row.prompt.splitlines()
+    if options["example"]:
+        problem, *worked = before[1:-1]
+        assert worked[-1] == f"<answer>{left_to_right(problem.replace(' ', ''))}</answer>" and before[-1] == ""
+        other = make_rows("chain", 1, seed + 1, "test", **options)[0]
+        assert other.prompt.splitlines()[:-1] == before, "the same example for all rows"
+    else:
+        assert len(before) == 1
     lines = [re.split(r" ?([+*-]|=) ?", step.strip()) for step in row.steps]
     assert all(eval(a + sign + b) == int(c) and 0 <= int(c) <= 99 for a, sign, b, _, c in lines)
     assert [line[0] for line in lines[1:]] == [line[4] for line in lines[:-1]]
     assert "".join([lines[0][0], *(line[1] + line[2] for line in lines)]) == text.replace(" ", "")
     result = left_to_right(text)
-    assert row.ending == form.format(result)
+    assert row.ending == f"<answer>{result}</answer>"
     for said, value in ((f" {result} ", 1.0), (f"+{result}", 1.0), (f"**{result}**", 1.0), (f"{result + 1}", 0.1),
                         (text, 0.0), (f"{result}.0", 0.0), (f"{result - 1}+1", 0.0)):  # fmt: skip
-        scored = task.score(form.format(said), row, format_score=0.1, answer=options["answer"])
-        assert scored.value == value, said
+        assert task.score(f"<answer>{said}</answer>", row, format_score=0.1).value == value, said
 
 
 def test_ranges_of_a_chain_that_hold_nothing_are_an_error():
-    for options in ({"values": (50, 60), "signs": "*"}, {"signs": "/"}, {"signs": ""}, {"operations": 0},
-                    {"answer": "boxed"}):  # fmt: skip
+    for options in ({"values": (50, 60), "signs": "*"}, {"signs": "/"}, {"signs": ""}, {"operations": 0}):
         with pytest.raises(ConfigError):
             make_rows("chain", 1, 0, "train", **options)
 
@@ -370,7 +372,6 @@ def test_splits_are_disjoint_for_any_seed_and_options(name):
         assert {split_of(task.canonical(r)) for r in test} == {"test"}
         forms = [task.canonical(r) for r in (*train, *test)]
         assert len(set(forms)) == len(forms)
-        place = {"answer": options["answer"]} if "answer" in options else {}
-        assert all(task.score(r.solution, r, **place).right for r in (*train, *test))
+        assert all(task.score(r.solution, r).right for r in (*train, *test))
 
     check()

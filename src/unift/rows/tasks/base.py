@@ -59,12 +59,7 @@ def content_id(prompt: Any, steps: Iterable[str], ending: str, answer: Any) -> s
 
 
 def build_row(
-    task: str,
-    prompt: str | tuple[Mapping[str, str], ...],
-    steps: Iterable[str],
-    ending: str,
-    answer: Any,
-    extra: Mapping[str, Any] | None = None,
+    task: str, prompt: str, steps: Iterable[str], ending: str, answer: Any, extra: Mapping[str, Any] | None = None
 ) -> Row:
     """A Row of this task whose id is the hash of its content."""
     steps = tuple(steps)
