@@ -233,7 +233,9 @@ def compare(
     workers: Annotated[int, typer.Option(help="runs side by side, one thread each")] = 2,
     budget: Annotated[
         Optional[str],
-        typer.Option(help="of each run: sampled=2M or trained=2M (tokens), or seconds=60; default: the recipe's steps"),
+        typer.Option(
+            help="of each run: sampled=2M, trained=2M or tokens=4M (both), or seconds=60; default: the recipe's"
+        ),
     ] = None,
     vary: Annotated[
         Optional[list[str]],
