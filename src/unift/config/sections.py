@@ -52,7 +52,10 @@ class Show(Section):
     until: float = Field(
         default=0.6, ge=0, le=1, description="share of the steps with hints (cosine, staircase, window); then none"
     )
-    draw: words.DrawName = Field(default="binomial", description="k ~ Binomial(cuts, p), or k = round(cuts * p)")
+    draw: words.DrawName = Field(
+        default="binomial",
+        description="k ~ Binomial(cuts, p), k one of the two whole numbers around cuts * p with this mean, or k = round(cuts * p)",
+    )
     stages: Literal["equal", "floored"] = Field(
         default="equal",
         description="staircase: T_hint / (num + 1) steps each, or as floored by the official code of UFT",

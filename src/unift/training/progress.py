@@ -17,6 +17,7 @@ from unift.model.policy import Policy
 from unift.rewards.journal import COUNTS
 from unift.rewards.pool import Scorer
 from unift.rows.dataset import Data
+from unift.sampling.ahead import Drawing
 from unift.sampling.engines.base import Engine
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
@@ -146,6 +147,7 @@ class State:
     optimizer: torch.optim.Optimizer
     reference: Reference | None
     memory: RowMemory = field(default_factory=RowMemory)
+    ahead: Drawing | None = None  # the next step's completions, with engine.overlap
 
 
 class Clock:
