@@ -60,9 +60,17 @@ class Lora(Section):
 
 
 class Model(Section):
-    path: str = Field(default="embedded:lock", description="folder, or embedded:NAME for a base inside the package")
-    gguf: str | None = Field(default=None, description="GGUF file inside the folder")
+    path: str = Field(
+        default="embedded:lock",
+        description="folder, .gguf file, owner/name on the Hub, embedded:NAME (a base inside unift) or package:NAME (a model "
+        "inside an installed Python package)",
+    )
+    gguf: str | None = Field(default=None, description="name of the GGUF file inside the folder")
     dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="of the weights")
+    quantize: Literal["nf4", "fp4"] | None = Field(
+        default=None,
+        description="the frozen weights below adapters in 4 bits (QLoRA; a GPU and bitsandbytes); null = as model.dtype",
+    )
     device: str = Field(default="auto", description="cpu, cuda, cuda:1; auto: cuda if there is one")
     forward: Literal["auto", "shared", "plain"] = Field(
         default="auto", description="shared prefixes, or the model's own forward"

@@ -24,14 +24,14 @@ from unift.config.identity import config_hash
 from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest, stages
 from unift.files import write_atomic, writing
-from unift.model import checkpointing, critic
+from unift.model import checkpointing, critic, quantize
 from unift.model.limits import check_positions, longest_context, use_threads
 from unift.model.load import load_policy, load_tokenizer, pick_device, save_adapter, save_pretrained
 from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.rewards import open_scorer
 from unift.rows import dataset
-from unift.rows.tasks.format import check_format
+from unift.rows.tasks.format import check_format, meant_right
 from unift.sampling.ahead import Drawing
 from unift.sampling.engines.choose import open_engine
 from unift.training import evaluate
@@ -59,10 +59,11 @@ def train(
     """
     given = given or Given()
     check_trackers(config)
-    check_optimizers(config)
-    launcher.shards(config.model)
+    check_optimizers(config, launcher.shards(config.model) and processes.size() > 1)
     use_threads(config.threads)
-    with processes.joined(pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
+    device = pick_device(config.model.device)
+    quantize.check(config.model, device)
+    with processes.joined(device.type == "cuda"), asked_to_stop() as asked:
         tokenizer = load_tokenizer(config.model)
         data = dataset.encode(tokenizer, dataset.load(config, given.rows), config)
         check_positions(config, data)
@@ -72,21 +73,24 @@ def train(
             if finished is not None:
                 return finished
             with open_scorer(config.reward, data.train.rows, given.reward) as scorer, trackers(config, folder) as track:
-                check_format(data.train.rows, config.reward.function, config.reward.rule, scorer.answer)
+                judged_rows = meant_right(data.train.rows, config.sample.label)
+                check_format(judged_rows, config.reward.function, config.reward.rule, scorer.answer)
                 scorer.check(data.train.rows[0])
                 policy = load(config, tokenizer)
                 with open_engine(config.engine, policy, folder, longest_context(config, data)) as engine:
                     return run_to_end(Run(config, folder, policy, engine, scorer, data, report, track, watch), asked)
 
 
-def load(config: Config, tokenizer: Any) -> Policy:
-    """The policy that a run begins with; of several processes that share its weights, this one's part."""
+def load(config: Config, tokenizer: Any, frozen: bool = False) -> Policy:
+    """The policy that a run begins with; of several processes that share its weights, this one's part. frozen: it is not
+    trained."""
     torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
     policy = load_policy(config.model, tokenizer, longest(config))
     if processes.size() == 1 or not launcher.shards(config.model):
         return policy
     valued = any(needs.critic(stage.rules) for stage in stages(config))
-    return policy.sharded(critic.new_critic(policy) if valued else None)
+    masters = not frozen and all(stage.rules.train.master_weights for stage in stages(config))
+    return policy.sharded(critic.new_critic(policy) if valued else None, masters)
 
 
 def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
@@ -185,7 +189,7 @@ def begin_stage(run: Run, stage: Stage) -> State:
     optimizer = make_optimizer(run.policy, rules.train)
     reference = None
     if needs.reference(rules):
-        twin = None if run.policy.root is None else partial(load, run.config, run.policy.tokenizer)
+        twin = None if run.policy.root is None else partial(load, run.config, run.policy.tokenizer, frozen=True)
         reference = Reference(run.policy, run.folder, run.start_of(stage), rules.sample.temperature, twin)
     state = State(optimizer, reference)
     if run.done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer

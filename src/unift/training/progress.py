@@ -105,7 +105,8 @@ class Run:
 
     def used(self) -> float:
         """Tokens that the budget counts, so far; 0 without one, or with one of seconds."""
-        kinds = {"sampled": self.progress.tokens_sampled, "trained": self.progress.tokens_trained}
+        sampled, trained = self.progress.tokens_sampled, self.progress.tokens_trained
+        kinds = {"sampled": sampled, "trained": trained, "tokens": sampled + trained}
         return kinds.get(self.budget.kind, 0) if self.budget else 0
 
     def expected(self) -> int:

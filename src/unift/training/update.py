@@ -185,9 +185,8 @@ def losses_of(
 ) -> dict[str, Tensor]:
     """Losses of both streams; the critic's loss is a part of the policy stream's. With them what else is summed up."""
     with_entropy = entropy_S if rules.policy.entropy or rules.policy.off_policy_top < 1 else None
-    kl = rules.reference
     weighed, told = sampler_gap.corrected(batch, l_S, rules.policy.loss, engine)
-    losses = objectives.losses(l_S, with_entropy, weighed, rules.policy, kl.estimator, rules.likelihood, kl.clamp)
+    losses = objectives.losses(l_S, with_entropy, weighed, rules)
     if v_S is not None:
         losses["value"] = rules.credit.value_weight * objectives.value_loss(v_S, batch, rules.credit.value_clip)
         losses["policy"] = losses["policy"] + losses["value"]

@@ -138,7 +138,7 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
         raise UniftError(f"{where} was saved from another model: its parameters have other names")
     if not stored:
         with _readable(where):
-            shards.read(parts, optimizer, own)
+            shards.read(parts, policy, optimizer, own)
         return trainer
     from unift.model.sharding import assign
 
@@ -192,8 +192,8 @@ def fingerprint(policy: Policy) -> str:
     from unift.model.sharding import full
 
     value = 0
-    for p in policy.parameters():
-        whole = full(p.detach())
+    for name, p in policy.named_parameters():
+        whole = policy.seen(name, full(p.detach()))
         if policy.root is None or processes.first():
             value = zlib.crc32(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
