@@ -14,7 +14,7 @@ from typing import Any
 
 from unift.config import needs, words
 from unift.config.sections import Config, Model, Rules
-from unift.model import limits
+from unift.model import limits, quantize
 from unift.model.limits import BYTES
 from unift.model.logprobs import KEEP, LOGITS
 
@@ -110,6 +110,9 @@ def estimate(
     if work.supervised * vocabulary <= KEEP:
         logits += 4 * work.supervised * vocabulary
     weights = own * numbers + (4 * trained if lora is not None else 0)
+    if model.quantize is not None:  # and one matrix at a time is unpacked
+        inside, largest = limits.linear(shapes)
+        weights += (quantize.BYTES - own) * inside + own * largest
     if model.autocast == "all" and own == 4:
         weights += 2 * numbers  # the products' own copies, while a pack is computed
     packs = cpu and work.completion >= 8 and work.rows > 0 and limits.packs()

@@ -14,13 +14,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeGuard, cast
 
 from unift.rows import store
 from unift.rows.files import records, streamed, streams
 from unift.rows.ids import told_apart
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
-from unift.rows.tasks.format import all_marked, own_endings, with_own_ending
+from unift.rows.tasks.format import all_marked, with_own_ending
 from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
@@ -68,9 +69,7 @@ def rows_of(
         (check_steps(row, f"{name}, row {number}", need_steps), written)
         for number, (row, written) in enumerate(_read(records, name, format), start=1)
     ]
-    own = iter(own_endings([row for row, written in found if written]))
-    rows = [next(own) if written else row for row, written in found]
-    return told_apart(rows, name)
+    return told_apart(list(_ended(found, all_marked(_written(found), name))), name)
 
 
 def open_rows(
@@ -89,8 +88,7 @@ def open_rows(
         return _read(islice(records, limit), path, format)
 
     def rows() -> Iterator[Row]:
-        marked = all_marked(row for row, written in found() if written)
-        yield from (with_own_ending(row) if written and marked else row for row, written in found())
+        yield from _ended(found(), all_marked(_written(found()), path))
 
     kept = store.stored(
         source,
@@ -143,6 +141,15 @@ def _read(records: Iterable[Any], name: str, format: str) -> Iterator[tuple[Row,
         row = _READERS[layout](record, where)
         _check_text(row, where)
         yield row, layout in ("unift", "reasoning-gym") and record.get("ending") is None and bool(row.ending)
+
+
+def _written(found: Iterable[tuple[Row, bool]]) -> Iterator[tuple[int, Row]]:
+    """(number from 1, row) of the rows whose ending was written for them."""
+    return ((number, row) for number, (row, written) in enumerate(found, start=1) if written)
+
+
+def _ended(found: Iterable[tuple[Row, bool]], marked: bool) -> Iterator[Row]:
+    return (with_own_ending(row) if written and marked else row for row, written in found)
 
 
 def check_steps(row: Row, where: str, need_steps: bool) -> Row:
@@ -209,6 +216,8 @@ def _is_message(value: Any) -> bool:
 
 
 def _are_texts(value: object) -> TypeGuard[Sequence[str]]:
+    if type(value) is list:  # as JSON has it
+        return set(map(type, cast("list[Any]", value))) <= {str}
     return isinstance(value, Sequence) and all(isinstance(s, str) for s in cast("Sequence[Any]", value))
 
 
@@ -241,6 +250,10 @@ def _string(value: Any, where: str, column: str) -> str:
 
 def _check_text(row: Row, where: str) -> None:
     """JSON can spell half a surrogate pair, which no tokenizer takes and no file in UTF-8 holds."""
+    if isinstance(row.prompt, str):  # the usual row has few texts, which need not be looked for
+        flat = [row.prompt, row.ending, row.id, row.task, row.answer, *row.steps, *row.extra, *row.extra.values()]
+        if all(map(_has_no_texts, flat)) and _is_text("".join([v for v in flat if isinstance(v, str)])):
+            return
     columns = {"prompt": row.prompt, "steps": row.solution, "id": row.id, "answer": row.answer, "task": row.task}
     for column, value in {**columns, **row.extra}.items():
         for text in _texts([column, value]):
@@ -250,6 +263,19 @@ def _check_text(row: Row, where: str) -> None:
                 raise DataError(
                     f"{where}, column {column!r}: {text[error.start]!r} is no character (half a pair)"
                 ) from None
+
+
+def _has_no_texts(value: Any) -> bool:
+    """Is it a text itself, or nothing that could hold one?"""
+    return type(value) in (str, int, float, bool, NoneType)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _texts(value: Any) -> list[str]:
@@ -271,8 +297,9 @@ def _build(
     prompt: Any, steps: tuple[str, ...], ending: str, answer: Any, record: Mapping[str, Any], used: Iterable[str]
 ) -> Row:
     source = str(record.get("task") or record.get("data_source") or "")
-    task = TASK_OF.get(source, "math" if "math" in source.lower() else source)
-    extra = {k: v for k, v in record.items() if k not in {*used, "id", "task"}}
+    task = TASK_OF.get(source) or ("math" if "math" in source.lower() else source)
+    apart = {*used, "id", "task"}
+    extra = {k: v for k, v in record.items() if k not in apart}
     content = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
     return Row(
         _own_id(record) or content_id(content, steps, ending, answer), prompt, steps, ending, answer, task, extra
@@ -286,7 +313,7 @@ def _own_id(record: Mapping[str, Any]) -> str:
 
 def _unift(record: Mapping[str, Any], where: str) -> Row:
     """``ending`` is what follows the steps; without one it is written from the answer in answer tags (but see
-    `tasks.format.own_endings`)."""
+    `tasks.format.all_marked`)."""
     answer, column = record.get("answer"), "steps" if record.get("steps") is not None else "solution"
     steps = _steps(record.get(column) or (record.get("completion") if column == "solution" else None), where, column)
     if column == "steps" and record.get("steps") is not None and not record["steps"]:

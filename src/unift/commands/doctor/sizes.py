@@ -40,6 +40,7 @@ WAYS: Mapping[str, str] = {
     "full, bfloat16, copies, 8-bit": f"{HALF} train.optimizer=adamw_8bit",
     "the same, offload": f"{HALF} train.optimizer=adamw_8bit train.offload_optimizer=true",
     "LoRA, bfloat16": f"{HALF} model.lora=16",
+    "LoRA on 4 bits": f"{HALF} model.lora=16 model.quantize=nf4",
 }
 CARDS = (24, 80)  # GiB
 ROOM = 0.9  # of a card, the rest is the allocator's
