@@ -79,13 +79,14 @@ def size(number: float) -> str:
 
 
 def work_of(config: Config, rules: Rules) -> Work:
-    """The longest step that the settings allow."""
+    """The longest step that the settings allow. What a server samples takes no memory here."""
     g, completion, prefix = rules.sample.completions, rules.sample.max_tokens, config.data.max_prompt
     prompts = -(-rules.train.prompts // rules.train.updates)
     group = prefix + max(g, 1) * completion if g else prefix
     pack = min(prompts * group, max(rules.train.token_budget, prefix + (completion if g else 0)))
     supervised = pack if not g or needs.demonstrations(rules) else pack - min(pack // group, 1) * prefix
-    return Work(pack, supervised, min(rules.train.prompts * g, limits.ROWS) if g else 0, prefix, completion, g)
+    rows = 0 if config.engine.kind == "vllm" else min(rules.train.prompts * g, limits.ROWS)
+    return Work(pack, supervised, rows, prefix, completion, g)
 
 
 def estimate(

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from unift.rows.files import json_line
-from unift.rows.readers import read_record
+from unift.rows.readers import ended, read_record
 from unift.rows.store import Part, Unfit, part_of
-from unift.rows.tasks.format import with_own_ending
 from unift.types import Row, UniftError
 
 CHUNK = 2**20  # bytes of lines that a helper gets at a time
@@ -43,7 +42,7 @@ class Reading:
 
     name: str  # of the file, for messages
     layout: str
-    marked: bool  # rows whose ending was written end with the mark of their own solution (`tasks.format.own_endings`)
+    marked: bool  # rows whose ending was written end with the mark of their own solution (`tasks.format.all_marked`)
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,11 @@ def examined(chunk: Chunk) -> Part:
     """The rows of a chunk, checked. Raises DataError for the first one that is not usable."""
     how = chunk.reading
 
-    def rows() -> Iterator[Row]:
-        for row_number, (number, line) in enumerate(chunk.lines, start=chunk.row):
-            row, written = read_record(json_line(line, how.name, number), how.name, row_number, how.layout)
-            yield with_own_ending(row) if written and how.marked else row
+    def rows() -> Iterator[tuple[Row, bool]]:
+        for number, (at, line) in enumerate(chunk.lines, start=chunk.row):
+            yield read_record(json_line(line, how.name, at), how.name, number, how.layout)
 
-    return part_of(rows(), is_json=True)
+    return part_of(ended(rows(), how.marked), is_json=True)
 
 
 def chunks(lines: Iterable[tuple[int, bytes]], reading: Reading) -> Iterator[Chunk]:

@@ -10,8 +10,8 @@ from typing import Any, cast
 from unift import processes
 from unift.rows import crew, store
 from unift.rows.files import is_one_list, json_line, numbered_lines, streamed, streams
-from unift.rows.readers import check_steps, layout_of, read_record, read_records, read_rows
-from unift.rows.tasks.format import all_marked, with_own_ending
+from unift.rows.readers import check_steps, ended, layout_of, read_record, read_records, read_rows, with_written_ending
+from unift.rows.tasks.format import all_marked
 from unift.types import DataError, Row
 
 PER_HELPER = 32 * 2**20  # bytes of a file for each process that reads it: 2 s of work, .5 s of starting
@@ -69,15 +69,14 @@ def _of_lines(path: str, source: Path, format: str, limit: int | None) -> Iterat
         read_record(json_line(line, path, at), path, number, layout)
         for number, (at, line) in enumerate(lines(), start=1)
     )
-    marked = all_marked(row for row, written in read if written)  # ends at the first solution that marks no answer
+    marked = all_marked(with_written_ending(read), path)  # ends at the first solution that marks no answer
     helpers = min(crew.cores() // processes.size(), crew.MOST, source.stat().st_size // PER_HELPER)
     return crew.mapped(crew.chunks(lines(), crew.Reading(path, layout, marked)), helpers)
 
 
 def _of_records(records: Callable[[], Iterable[Any]], path: str, format: str, is_json: bool) -> Iterator[store.Part]:
-    marked = all_marked(row for row, written in read_records(records(), path, format) if written)
-    read = read_records(records(), path, format)
-    rows = (with_own_ending(row) if written and marked else row for row, written in read)
+    marked = all_marked(with_written_ending(read_records(records(), path, format)), path)
+    rows = ended(read_records(records(), path, format), marked)
     while batch := list(islice(rows, PART)):
         yield store.part_of(batch, is_json)
 

@@ -19,7 +19,7 @@ from typing import Any, TypeGuard, cast
 from unift.rows.files import records
 from unift.rows.ids import told_apart
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
-from unift.rows.tasks.format import own_endings
+from unift.rows.tasks.format import all_marked, with_own_ending
 from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
@@ -67,9 +67,7 @@ def rows_of(
         (check_steps(row, f"{name}, row {number}", need_steps), written)
         for number, (row, written) in enumerate(read_records(records, name, format), start=1)
     ]
-    own = iter(own_endings([row for row, written in found if written]))
-    rows = [next(own) if written else row for row, written in found]
-    return told_apart(rows, name)
+    return told_apart(list(ended(found, all_marked(with_written_ending(found), name))), name)
 
 
 def read_records(records: Iterable[Any], name: str, format: str) -> Iterator[tuple[Row, bool]]:
@@ -96,6 +94,16 @@ def read_record(record: Any, name: str, number: int, layout: str) -> tuple[Row, 
     row = _READERS[layout](record, where)
     _check_text(row, where)
     return row, layout in ("unift", "reasoning-gym") and record.get("ending") is None and bool(row.ending)
+
+
+def with_written_ending(found: Iterable[tuple[Row, bool]]) -> Iterator[tuple[int, Row]]:
+    """(number from 1, row) of the rows whose ending was written for them."""
+    return ((number, row) for number, (row, written) in enumerate(found, start=1) if written)
+
+
+def ended(found: Iterable[tuple[Row, bool]], marked: bool) -> Iterator[Row]:
+    """The rows; with the mark of their own solutions as the ending that was written for them, where all are ``marked``."""
+    return (with_own_ending(row) if written and marked else row for row, written in found)
 
 
 def check_steps(row: Row, where: str, need_steps: bool) -> Row:
@@ -259,7 +267,7 @@ def _own_id(record: Mapping[str, Any]) -> str:
 
 def _unift(record: Mapping[str, Any], where: str) -> Row:
     """``ending`` is what follows the steps; without one it is written from the answer in answer tags (but see
-    `tasks.format.own_endings`)."""
+    `tasks.format.all_marked`)."""
     answer, column = record.get("answer"), "steps" if record.get("steps") is not None else "solution"
     steps = _steps(record.get(column) or (record.get("completion") if column == "solution" else None), where, column)
     if column == "steps" and record.get("steps") is not None and not record["steps"]:
