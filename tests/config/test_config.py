@@ -86,6 +86,18 @@ def test_hash_ignores_what_does_not_move_numbers():
     assert differences(make(), make("uft", "train.lr=1e-5")) == ["train.lr: 1e-06 -> 1e-05"]
 
 
+def test_an_item_of_a_list_is_set_by_its_place():
+    """``phases.0.share`` changes that phase alone; a place that is not there is refused."""
+    words = ["phases.0.share=0.2", "phases.1.share=0.8", "phases.1.train.lr=0.5"]
+    plain, changed = (resolve("sft-rft", recipe="lock", overrides=parse_overrides(w)) for w in ([], words))
+    assert [(p.method, p.share) for p in changed.phases] == [("sft", 0.2), ("rft", 0.8)]
+    assert [p.train.lr for p in changed.phases] == [plain.phases[0].train.lr, 0.5]
+    assert changed.phases[0].model_copy(update={"share": plain.phases[0].share}) == plain.phases[0]
+    for word in ("phases.2.share=1", "phases.first.share=1"):
+        with pytest.raises(ConfigError, match=r"phases is a list of 2; expected phases\.0 to phases\.1"):
+            resolve("sft-rft", recipe="lock", overrides=parse_overrides([word]))
+
+
 def test_phases():
     config = resolve("sft-rft", recipe="lock")
     one, two = stages(config)

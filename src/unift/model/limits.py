@@ -61,6 +61,12 @@ def adapters(settings: Mapping[str, Any], rank: int) -> int:
     return settings["num_hidden_layers"] * sum(rank * (rows + columns) for rows, columns in _matrices(settings))
 
 
+def linear(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Numbers of all linear layers of the decoder, and of the largest one."""
+    sizes = [rows * columns for rows, columns in _matrices(settings)]
+    return settings["num_hidden_layers"] * sum(sizes), max(sizes)
+
+
 def _matrices(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
     """(outputs, inputs) of a layer's products: q, k, v, o, gate, up, down."""
     width = settings["hidden_size"]

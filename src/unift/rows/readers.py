@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeGuard, cast
 
 from unift.rows import store
@@ -215,6 +216,8 @@ def _is_message(value: Any) -> bool:
 
 
 def _are_texts(value: object) -> TypeGuard[Sequence[str]]:
+    if type(value) is list:  # as JSON has it
+        return set(map(type, cast("list[Any]", value))) <= {str}
     return isinstance(value, Sequence) and all(isinstance(s, str) for s in cast("Sequence[Any]", value))
 
 
@@ -247,6 +250,10 @@ def _string(value: Any, where: str, column: str) -> str:
 
 def _check_text(row: Row, where: str) -> None:
     """JSON can spell half a surrogate pair, which no tokenizer takes and no file in UTF-8 holds."""
+    if isinstance(row.prompt, str):  # the usual row has few texts, which need not be looked for
+        flat = [row.prompt, row.ending, row.id, row.task, row.answer, *row.steps, *row.extra, *row.extra.values()]
+        if all(map(_has_no_texts, flat)) and _is_text("".join([v for v in flat if isinstance(v, str)])):
+            return
     columns = {"prompt": row.prompt, "steps": row.solution, "id": row.id, "answer": row.answer, "task": row.task}
     for column, value in {**columns, **row.extra}.items():
         for text in _texts([column, value]):
@@ -256,6 +263,19 @@ def _check_text(row: Row, where: str) -> None:
                 raise DataError(
                     f"{where}, column {column!r}: {text[error.start]!r} is no character (half a pair)"
                 ) from None
+
+
+def _has_no_texts(value: Any) -> bool:
+    """Is it a text itself, or nothing that could hold one?"""
+    return type(value) in (str, int, float, bool, NoneType)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _texts(value: Any) -> list[str]:
@@ -277,8 +297,9 @@ def _build(
     prompt: Any, steps: tuple[str, ...], ending: str, answer: Any, record: Mapping[str, Any], used: Iterable[str]
 ) -> Row:
     source = str(record.get("task") or record.get("data_source") or "")
-    task = TASK_OF.get(source, "math" if "math" in source.lower() else source)
-    extra = {k: v for k, v in record.items() if k not in {*used, "id", "task"}}
+    task = TASK_OF.get(source) or ("math" if "math" in source.lower() else source)
+    apart = {*used, "id", "task"}
+    extra = {k: v for k, v in record.items() if k not in apart}
     content = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
     return Row(
         _own_id(record) or content_id(content, steps, ending, answer), prompt, steps, ending, answer, task, extra

@@ -104,9 +104,13 @@ def problem_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
+_lenient = json.JSONEncoder(default=str).encode
+_strict = json.JSONEncoder().encode
+
+
 def digest_row(digest: Any, row: Row) -> None:
     """Feed a row's content to the fingerprint of its data set."""
-    digest.update(json.dumps([row.id, row.prompt, row.steps, row.ending, row.answer], default=str).encode())
+    digest.update(_lenient([row.id, row.prompt, row.steps, row.ending, row.answer]).encode())
 
 
 def stored(
@@ -159,9 +163,10 @@ def _key(source: Path, settings: Sequence[Any]) -> str:
 # ---------------------------------------------------------------------------------------------- one row
 
 
-def _packed(row: Row) -> str:
-    prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
-    return json.dumps([row.id, prompt, row.steps, row.ending, row.answer, row.task, row.extra])
+def _packed(row: Row) -> tuple[str, str]:
+    """(the row as JSON, what `digest_row` feeds to the fingerprint: the same text but for its last two entries)."""
+    content = _strict([row.id, row.prompt, row.steps, row.ending, row.answer])
+    return f"{content[:-1]}, {_strict(row.task)}, {_strict(row.extra)}]", content
 
 
 def _unpacked(text: str) -> Row:
@@ -230,14 +235,14 @@ class _Seen:
         for index, row in enumerate(rows):
             self.n = index + 1
             try:
-                text = _packed(row)
+                text, content = _packed(row)
             except (TypeError, ValueError):
                 raise _Unfit from None
             if (
                 not is_json and (back := _unpacked(text)) != row and repr(back) != repr(row)
             ):  # repr: NaN is unequal to itself
                 raise _Unfit
-            digest_row(self.digest, row)
+            self.digest.update(content.encode("ascii"))
             self.ids.append(problem_hash(row.id))
             self.problems.append(problem_hash(canonical(row)))
             if not row.steps and self.without_steps is None:
@@ -245,8 +250,10 @@ class _Seen:
             if row.answer is None and self.without_answer is None:
                 self.without_answer = self.n
             self.tasks.add(row.task)
-            self.columns |= {column for column, value in row.extra.items() if value is not None}
-            self._weigh(len(row.solution) + _characters(row), index)
+            for column, value in row.extra.items():
+                if value is not None:
+                    self.columns.add(column)
+            self._weigh(sum(map(len, row.steps)) + len(row.ending) + _characters(row), index)
             yield text
 
     def _weigh(self, characters: int, index: int) -> None:

@@ -194,9 +194,9 @@ def update_charts(run: RunData) -> list[Html]:
         _chart(run, "Entropy", [_line(run, "entropy", "per completion token", "c3", raw=True)], unit="nats", limits=(0, 0)),
         _chart(run, "KL to the reference", [_line(run, "kl", "per completion token", "c4", raw=True)], unit="nats"),
         _chart(run, "Clipped tokens", clip, unit="% of tokens", limits=(0, 0.1),
-               note="Only updates after the first of a step (train.updates) can clip."),
+               note="Only updates after the first of a step (train.updates) can clip; with engine.overlap, all."),
         _chart(run, "Sampler against trainer", gap, unit="difference of log-probs", log=True,
-               note="At the first update of a step; rounding only, if both are the same model."),
+               note="At the start of a step; rounding only, if both are the same model."),
         _chart(run, "Learning rate", [_line(run, "lr", "lr", "c7")]),
     )  # fmt: skip
 
