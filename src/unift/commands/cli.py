@@ -183,20 +183,17 @@ def evaluate(
     processes.end_with_parent()
     from unift.commands.api import settings_of
     from unift.commands.settings import quiet_libraries
-    from unift.config.resolve import dotted, parse_overrides, read_yaml, resolve
+    from unift.config.resolve import dotted
     from unift.training.evaluate import evaluate_split
 
     if vote and (retention or suite):
         raise ConfigError("--vote is of a split: leave out --retention and --suite")
     if retention:
-        folder = Path(model)
-        if not (folder / "config.yaml").is_file():
-            raise ConfigError(f"--retention compares a run with its base; {model!r} is no run folder (no config.yaml)")
-        from unift.commands.retention import describe, measure
+        from unift.commands.retention import describe, measure, settings_of_run
 
-        of_run = resolve(None, file=read_yaml(folder / "config.yaml"), overrides=parse_overrides(settings or []))
+        of_run = settings_of_run(model, settings or [])
         quiet_libraries(of_run)
-        typer.echo(describe(measure(folder, retention, of_run)))
+        typer.echo(describe(measure(Path(model), retention, of_run)))
         return
     if suite is None and (data or rows or out or export):
         raise ConfigError("--data, --rows, --out and --export belong to a suite: add --suite uft, or leave them out")
@@ -347,8 +344,8 @@ def theory(
         raise ConfigError(
             f"expected at least 2 seeds and height {HEIGHTS[0]}, found --seeds {seeds} --max-height {max_height}"
         )
-    heights = [h for h in HEIGHTS if h <= max_height]
-    typer.echo(run(out, [int(w) for w in words], heights, range(seeds), lambda text: typer.echo(text, err=True)))
+    sizes = [int(w) for w in words], [h for h in HEIGHTS if h <= max_height], range(seeds)
+    typer.echo(run(out, *sizes, lambda text: typer.echo(text, err=True)))
     typer.echo(f"\nfiles: {out}/table.md, theory.json, theory.png")
 
 
@@ -367,13 +364,13 @@ def merge_models(
     seed: Annotated[int, typer.Option(help="of the entries that dare drops")] = 0,
 ) -> None:
     """Merge checkpoints of one base: base + sum of weight * (model - base), TIES or DARE."""
+    from unift.commands.merge import Mixing, Rule, merge, read_weights
     from unift.commands.settings import quiet_libraries
 
     quiet_libraries()
-    from unift.commands.merge import Mixing, Rule, merge, read_weights
 
-    numbers = read_weights(weights, len(models), rule)
-    done = merge(base, models, out, Mixing(cast(Rule, rule), numbers, density, seed))
+    how = Mixing(cast(Rule, rule), read_weights(weights, len(models), rule), density, seed)
+    done = merge(base, models, out, how)
     typer.echo(f"{rule} merge of {len(models)} models, {done['parameters']:,} parameters -> {out}")
 
 
