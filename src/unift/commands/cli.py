@@ -359,18 +359,12 @@ def merge_models(
     seed: Annotated[int, typer.Option(help="of the entries that dare drops")] = 0,
 ) -> None:
     """Merge checkpoints of one base: base + sum of weight * (model - base), TIES or DARE."""
-    if weights is None:
-        numbers = [1.0 if rule == "ties" else 1 / len(models)] * len(models)
-    else:
-        try:
-            numbers = [float(w) for w in weights.split(",")]
-        except ValueError as error:
-            raise ConfigError(f"--weights {weights!r}: expected numbers, e.g. 0.5,0.5") from error
     from unift.commands.settings import quiet_libraries
 
     quiet_libraries()
-    from unift.commands.merge import Mixing, Rule, merge
+    from unift.commands.merge import Mixing, Rule, merge, read_weights
 
+    numbers = read_weights(weights, len(models), rule)
     done = merge(base, models, out, Mixing(cast(Rule, rule), numbers, density, seed))
     typer.echo(f"{rule} merge of {len(models)} models, {done['parameters']:,} parameters -> {out}")
 
