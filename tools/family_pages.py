@@ -72,9 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     folder: Path = args.folder
     under, of = ("over the recipe's steps", "steps") if args.steps else ("under one budget", "budget")
-    begin, end = (
-        ("<!-- steps -->\n", "<!-- /steps -->") if args.steps else ("<!-- family -->\n", "<!-- /family -->")
-    )
+    begin, end = ("<!-- steps -->\n", "<!-- /steps -->") if args.steps else ("<!-- family -->\n", "<!-- /family -->")
     results: list[Result] = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*/result.json"))]
     groups = by_method(results)
     order = sorted(groups, key=lambda m: -sum(r["test"]["accuracy"] for r in groups[m]) / len(groups[m]))

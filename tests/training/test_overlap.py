@@ -262,9 +262,9 @@ def test_random_sigkill(url, tmp_path):
 
 def test_a_failure_of_the_drawing_is_told_at_the_next_step(whole, url, tmp_path):
     """With its cause, and the same command goes on where a server does its work."""
-    base = 4 + 4  # completions of the evaluation before the steps and of the first step
-    with apart(tmp_path / "served", "fails", base + 3 * 4 + 1) as bad:
-        with pytest.raises(EngineError, match=r"drawing the completions of step \d ahead: .*EngineCore encountered"):
+    asked = 4 + 3 * 4  # for the evaluation before the steps, and for three steps
+    with apart(tmp_path / "served", "fails", asked + 1) as bad:
+        with pytest.raises(EngineError, match=r"drawing the completions of step 4 ahead: .*EngineCore encountered"):
             train(tiny(bad), tmp_path / "run")
     assert 0 < checkpoint.steps_saved(tmp_path / "run")[-1] < STEPS
     train(tiny(url), tmp_path / "run")
@@ -274,7 +274,7 @@ def test_a_failure_of_the_drawing_is_told_at_the_next_step(whole, url, tmp_path)
 def test_two_interrupts_end_a_run_whose_server_hangs(tmp_path):
     with apart(tmp_path / "served", "stalls", 4 + 2 * 4) as bad:
         command = [sys.executable, "-m", "unift", "train", "--recipe", "lock", "--method", "uft", "--quiet"]
-        command += ["--run", str(tmp_path / "run"), *TINY, f"engine.url={bad}", "engine.timeout=60"]
+        command += ["--run", str(tmp_path / "run"), *TINY, f"engine.url={bad}", "engine.timeout=300"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             wait_for(process, lambda: 1 in checkpoint.steps_saved(tmp_path / "run"))
@@ -283,11 +283,11 @@ def test_two_interrupts_end_a_run_whose_server_hangs(tmp_path):
             for _ in range(2):
                 process.send_signal(signal.SIGINT)
                 time.sleep(0.3)
-            out, _ = process.communicate(timeout=20)
+            out, _ = process.communicate(timeout=90)
         finally:
             process.kill()
     assert process.returncode not in (0, None) and "Fatal" not in out and "Traceback" not in out, out
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 def test_a_run_that_ends_leaves_no_thread_behind(url, tmp_path, monkeypatch):

@@ -57,6 +57,16 @@ class Mixing:
         return 1.0 if self.density is None else self.density
 
 
+def read_weights(words: str | None, models: int, rule: str) -> list[float]:
+    """Of the models, as a user writes them: "0.5,0.5". None: 1/models, and 1 for ties, which averages what agrees in sign."""
+    if words is None:
+        return [1.0 if rule == "ties" else 1 / models] * models
+    try:
+        return [float(w) for w in words.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--weights {words!r}: expected numbers, e.g. 0.5,0.5") from error
+
+
 WEIGHTS = ("model.safetensors", "model-")  # a single file, or the beginning of the names of shards
 
 # ---------------------------------------------------------------------------------------------- rules

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from unift.config import needs
 from unift.config.sections import Config
 from unift.config.stages import evaluation_tokens, stages
 from unift.model.folder import locate, model_settings
+from unift.rows.crew import cores
 from unift.rows.dataset import Data, Encodings
 from unift.rows.tokens import Encoded
 from unift.types import ConfigError, DataError
@@ -17,11 +17,6 @@ from unift.types import ConfigError, DataError
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}  # of a number
 ROWS = 256  # completions that this process decodes side by side
 THREADS = 8  # times the cores (and at least 256): beyond it the system may refuse, and then ends the process
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_threads(wanted: int | None) -> None:

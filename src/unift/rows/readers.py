@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeGuard, cast
 
-from unift.rows import store
-from unift.rows.files import records, streamed, streams
+from unift.rows.files import records
 from unift.rows.ids import told_apart
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
 from unift.rows.tasks.format import all_marked, with_own_ending
@@ -67,88 +65,44 @@ def rows_of(
         return told_apart(records, name)
     found = [
         (check_steps(row, f"{name}, row {number}", need_steps), written)
-        for number, (row, written) in enumerate(_read(records, name, format), start=1)
+        for number, (row, written) in enumerate(read_records(records, name, format), start=1)
     ]
-    return told_apart(list(_ended(found, all_marked(_written(found), name))), name)
+    return told_apart(list(ended(found, all_marked(with_written_ending(found), name))), name)
 
 
-def open_rows(
-    path: str, *, format: str = "auto", split: str | None = None, limit: int | None = None, need_steps: bool = True
-) -> Sequence[Row]:
-    """As `read_rows`, but rows of a large source (`rows.store.LARGE`) stay on disk, in the cache of `rows.store`: JSON Lines,
-    Parquet and what ``datasets`` saved (``hf:FOLDER``)."""
-    source = Path(path.removeprefix("hf:")).expanduser()
-    if path.startswith("hf:") and (source / "dataset_dict.json").is_file():
-        source /= split or "train"
-    if not large(source, hub=path.startswith("hf:")) or (limit is not None and limit < 1):
-        return read_rows(path, format=format, split=split, limit=limit, need_steps=need_steps)
-
-    def found() -> Iterator[tuple[Row, bool]]:
-        records = _saved(source, split or "train") if path.startswith("hf:") else streamed(path)
-        return _read(islice(records, limit), path, format)
-
-    def rows() -> Iterator[Row]:
-        yield from _ended(found(), all_marked(_written(found()), path))
-
-    kept = store.stored(
-        source,
-        [format, split, limit, path.startswith("hf:")],
-        rows,
-        path,
-        source.suffix in (".jsonl", ".ndjson", ".gz"),
-    )
-    if kept is None or not len(kept):
-        return read_rows(path, format=format, split=split, limit=limit, need_steps=need_steps)
-    if need_steps and kept.facts.without_steps is not None:
-        number = kept.facts.without_steps
-        check_steps(kept[number - 1], f"{path}, row {number}", need_steps)
-    return kept
-
-
-def large(source: Path, hub: bool = False) -> bool:
-    """Is it a source of rows that can be read row by row, and too large to be kept in memory?"""
-    if hub:
-        return (source / "state.json").is_file() and sum(f.stat().st_size for f in source.iterdir()) > store.LARGE
-    return source.is_file() and streams(source) and source.stat().st_size > store.LARGE
-
-
-def _saved(folder: Path, split: str) -> Iterator[Any]:
-    """Rows of a folder that datasets saved, from its Arrow files."""
-    import datasets  # pyright: ignore[reportMissingTypeStubs]
-
-    try:
-        found = cast(Any, datasets).load_from_disk(str(folder))
-    except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
-        raise DataError(
-            f"hf:{folder} (split {split!r}) could not be loaded: {type(error).__name__}: {error}"
-        ) from error
-    for batch in found.iter(batch_size=1000):
-        names = list(batch)
-        yield from (dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True))
-
-
-def _read(records: Iterable[Any], name: str, format: str) -> Iterator[tuple[Row, bool]]:
+def read_records(records: Iterable[Any], name: str, format: str) -> Iterator[tuple[Row, bool]]:
     """(row, was its ending written for it?) of records of one layout, one by one."""
-    layout = format
+    layout = ""
     for number, record in enumerate(records, start=1):
-        if number == 1:
-            layout = detect(record, name) if format == "auto" else format
-            if layout not in _READERS:
-                raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
-        where = f"{name}, row {number}"
-        if not is_mapping(record):
-            raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
-        row = _READERS[layout](record, where)
-        _check_text(row, where)
-        yield row, layout in ("unift", "reasoning-gym") and record.get("ending") is None and bool(row.ending)
+        layout = layout or layout_of(record, name, format)
+        yield read_record(record, name, number, layout)
 
 
-def _written(found: Iterable[tuple[Row, bool]]) -> Iterator[tuple[int, Row]]:
+def layout_of(first: Any, name: str, format: str) -> str:
+    """``format``, or where it is auto, what the first record says. DataError where that is no layout."""
+    layout = detect(first, name) if format == "auto" else format
+    if layout not in _READERS:
+        raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
+    return layout
+
+
+def read_record(record: Any, name: str, number: int, layout: str) -> tuple[Row, bool]:
+    """(row, was its ending written for it?) of the record of row ``number`` (from 1). Raises DataError."""
+    where = f"{name}, row {number}"
+    if not is_mapping(record):
+        raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
+    row = _READERS[layout](record, where)
+    _check_text(row, where)
+    return row, layout in ("unift", "reasoning-gym") and record.get("ending") is None and bool(row.ending)
+
+
+def with_written_ending(found: Iterable[tuple[Row, bool]]) -> Iterator[tuple[int, Row]]:
     """(number from 1, row) of the rows whose ending was written for them."""
     return ((number, row) for number, (row, written) in enumerate(found, start=1) if written)
 
 
-def _ended(found: Iterable[tuple[Row, bool]], marked: bool) -> Iterator[Row]:
+def ended(found: Iterable[tuple[Row, bool]], marked: bool) -> Iterator[Row]:
+    """The rows; with the mark of their own solutions as the ending that was written for them, where all are ``marked``."""
     return (with_own_ending(row) if written and marked else row for row, written in found)
 
 

@@ -48,13 +48,17 @@ class Drawing:
         self.thread.start()
 
     def wait(self) -> list[Group]:
-        """The groups, once they are complete. The engine has deadlines of its own. Raises what went wrong in the thread."""
-        if self.thread is not None:
-            self.thread.join()
+        """The groups, once they are complete in all processes, which call this together: the first one syncs the engine for all of
+        them. The engine has deadlines of its own. Raises what went wrong in the thread."""
+        thread, self.thread = self.thread, None
+        if thread is not None:
+            thread.join()
         for error in self.failed:
             if isinstance(error, UniftError):
                 raise type(error)(f"drawing the completions of step {self.step + 1} ahead: {error}") from error
             raise error
+        if thread is not None:
+            processes.gather("what was drawn ahead", None)
         return self.groups
 
     def share(self, waiting: bool = True) -> list[Group]:

@@ -102,7 +102,7 @@ def packages() -> Check:
 def threads(config: Config) -> Check:
     import torch
 
-    from unift.model.limits import cores as usable
+    from unift.rows.crew import cores as usable
 
     cores = usable()
     used = config.threads or torch.get_num_threads()
