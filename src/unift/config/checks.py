@@ -52,6 +52,10 @@ def check(config: Config) -> None:
                 f"engine.gap=correct weighs tokens one by one; policy.loss={phase.policy.loss} compares whole sequences. Use "
                 "warn or fail"
             )
+        if sample.draft != "none" and config.engine.kind not in ("auto", "native"):
+            raise ConfigError(
+                f"sample.draft={sample.draft} is of the native engine; found engine.kind={config.engine.kind}. Set it to none"
+            )
         _check_together(phase)
         if phase.show.low > phase.show.high:
             raise ConfigError(f"show.low={phase.show.low} is above show.high={phase.show.high}")

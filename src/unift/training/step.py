@@ -42,6 +42,7 @@ def one_step(run: Run, moment: Moment, state: State) -> Metrics:
     updates += _waiting(run, state, groups, rules)
     shown = _share_shown(state, groups, moment, rules)
     state.memory.see(groups, rules.show)
+    state.memory.keep(groups, rules.sample)
     clock.lap("reference")
     order = Order(
         lr=update.learning_rate(rules.train, moment.within, moment.stage.total),
@@ -102,13 +103,14 @@ def sampled_groups(
         return groups
     places = processes.share(len(groups))
     own = [groups[i] for i in places]
+    drafts = [state.memory.drafts(g, run.data.train.encoded[g.row].solution, moment.rules.sample) for g in own]
     if SOURCES[moment.rules.sample.source].reference and state.reference is not None:
         with state.reference.policy() as frozen:
             run.engine.sync(frozen, lambda: f"reference-{moment.stage.start}")
-            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
+            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt, drafts)
     else:
         run.engine.sync(run.policy, partial(checkpoint.fingerprint, run.policy))
-        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
+        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt, drafts)
     clock.lap("generate")
     judge(run.scorer, run.data.train.rows, own, moment.rules, run.policy.tokenizer)
     clock.lap("score")
