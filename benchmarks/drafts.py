@@ -1,6 +1,6 @@
 """Drafts for sampling: the row's own solution, or its completions of the epoch before, checked in blocks of one forward.
 
-    python benchmarks/drafts.py MODEL [--name NAME] [--rows 8,16,64] [key=value ...]
+    python benchmarks/drafts.py --name NAME [--rows 8,64] model.path=FOLDER data.task=chain sample.max_tokens=40 ...
 
 A token is the inverse CDF of an addressed uniform, so a drafted token is accepted exactly when it is the token that would have
 been drawn: the samples are those of the native engine, with fewer forwards. The same completions are sampled by both, alternating
@@ -22,6 +22,7 @@ import torch
 from common import machine, save, spread
 
 from unift.config.resolve import parse_overrides, resolve
+from unift.config.sections import SampleFrom
 from unift.model.load import load_policy
 from unift.model.policy import Policy
 from unift.rows import dataset
@@ -33,15 +34,15 @@ Tokens = list[int]
 
 
 def with_drafts(
-    policy: Policy, requests: Sequence[Request], drafts: Sequence[Sequence[Tokens]], max_tokens: int
+    policy: Policy, requests: Sequence[Request], drafts: Sequence[Sequence[Tokens]], max_tokens: int, temperature: float
 ) -> tuple[list[list[Sample]], dict[str, int]]:
     """Samples of one batch, and what it took: as `drafted.generate`, which does not count."""
     asked = [Request(r.prompt, r.draws, texts) for r, texts in zip(requests, drafts, strict=True)]
     with torch.no_grad(), policy.sampling(max_tokens):
-        rows = drafted.DraftedRows(policy, asked, max_tokens, 1.0)
+        rows = drafted.DraftedRows(policy, asked, max_tokens, temperature)
         while rows.advance():
             pass
-    return rows.samples(), rows.counts_of_work
+    return rows.samples(), rows.work
 
 
 SOURCES = ("solution", "last")  # values of sample.draft
@@ -60,12 +61,14 @@ def requests_of(
     return found
 
 
-def measure(policy: Policy, data: Any, rows: int, share: float, a: argparse.Namespace, max_tokens: int) -> list[dict]:
+def measure(
+    policy: Policy, data: Any, rows: int, share: float, a: argparse.Namespace, sample: SampleFrom
+) -> list[dict]:
     """A line a source of drafts, for ``rows`` completions side by side."""
-    count = max(rows // a.g, 1)
+    count, max_tokens, temperature = max(rows // a.g, 1), sample.max_tokens, sample.temperature
     asked = requests_of(data, count, share, a.g, max_tokens, 0)
     with torch.no_grad():
-        last = native.generate(policy, [r for r, _ in asked], max_tokens, 1.0, rows)
+        last = native.generate(policy, [r for r, _ in asked], max_tokens, temperature, rows)
     asked = requests_of(data, count, share, a.g, max_tokens, 1)
     requests = [r for r, _ in asked]
     drafts = {
@@ -78,9 +81,10 @@ def measure(policy: Policy, data: Any, rows: int, share: float, a: argparse.Name
         for name in seen:
             cpu, wall = time.process_time(), time.perf_counter()
             if name == "plain":
-                plain, counts = native.generate(policy, requests, max_tokens, 1.0, rows), {}
+                plain, counts = native.generate(policy, requests, max_tokens, temperature, rows), {}
             else:
-                got, counts = with_drafts(policy, requests, drafts[name], max_tokens)
+                got, counts = with_drafts(policy, requests, drafts[name], max_tokens, temperature)
+            # Under the load of other jobs CPU seconds alone can be compared.
             seen[name].append({"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, **counts})
             if name != "plain":
                 pairs = [(x, y) for g, h in zip(plain, got, strict=True) for x, y in zip(g, h, strict=True)]
@@ -133,11 +137,18 @@ def main() -> None:
         line
         for share in map(float, a.shares.split(","))
         for rows in map(int, a.rows.split(","))
-        for line in measure(policy, data, rows, share, a, config.sample.max_tokens)
+        for line in measure(policy, data, rows, share, a, config.sample)
     ]
     save(
         f"drafts-{a.name}",
-        {"name": a.name, "rows": lines, "g": a.g, "note": a.note, "machine": machine()},
+        {
+            "name": a.name,
+            "temperature": config.sample.temperature,
+            "rows": lines,
+            "g": a.g,
+            "note": a.note,
+            "machine": machine(),
+        },
     )
 
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_policy
+from conftest import VOCAB, tiny_policy
 
 from unift.config.resolve import parse_overrides, resolve
 from unift.rng import generator
@@ -37,7 +37,7 @@ def run(policy, asked):
     rows = drafted.DraftedRows(policy, asked, MOST, 0.9)
     while rows.advance():
         pass
-    return rows.samples(), rows.counts_of_work
+    return rows.samples(), rows.work
 
 
 def same(found, expected, atol=1e-9):
@@ -54,8 +54,9 @@ def spoilt(tokens, every):
 
 
 def misleading(tokens):
-    """A text with every token of the completion after the first, each followed by another token than there."""
-    return [x for a, b, c in zip(tokens, tokens[1:], tokens[2:]) for x in (a, b, 20 + c % 10)]
+    """A text with every two tokens of the completion, each followed by a token that the completion does not have."""
+    absent = next(t for t in range(VOCAB) if t not in tokens)
+    return [absent, *(x for pair in zip(tokens, tokens[1:]) for x in (*pair, absent))]
 
 
 DRAFTS = {
@@ -99,8 +100,8 @@ def test_float32_differs_by_rounding_alone():
 
 @torch.no_grad()
 def test_right_drafts_save_forwards_and_wrong_ones_cost_little():
-    """Right drafts of 4, 8, 16, ... tokens, each with the token after it: 1 + 5 + 9 + 17 + 8 = 40 tokens take 4 forwards. Where no draft
-    comes true, one comes in forward 1, 3, 7, 15, 31: five of them in 39, one token each but the first."""
+    """Right drafts of 2, 4, 8, 16 tokens, each with the token after it: 1 + 3 + 5 + 9 + 17 + 5 = 40 tokens take 5 forwards. Where no
+    draft comes true, one comes in forward 2, 4, 8, 16, 32: five of them in 39, one token each but the first."""
     policy, _ = tiny_policy(torch.float64)
     rng = generator("drafts", 2)
     asked = [Request(rng.integers(3, 20, n).tolist(), rng.random((1, MOST))) for n in PROMPTS]
@@ -111,9 +112,9 @@ def test_right_drafts_save_forwards_and_wrong_ones_cost_little():
     tokens = sum(len(s.tokens) - 1 for g in plain for s in g)
     longest = max(len(s.tokens) for g in plain for s in g)
     assert longest == MOST and none == {"forwards": MOST - 1, "forwarded": tokens, "drafted": 0, "accepted": 0}
-    assert right["forwards"] == 4 and right["accepted"] == right["drafted"] and right["forwarded"] == tokens
+    assert right["forwards"] == 5 and right["accepted"] == right["drafted"] and right["forwarded"] == tokens
     assert wrong["forwards"] == MOST - 1 and wrong["accepted"] == 0
-    assert 8 <= wrong["drafted"] <= 8 * len(PROMPTS) and wrong["forwarded"] == tokens + wrong["drafted"]
+    assert 6 <= wrong["drafted"] <= 6 * len(PROMPTS) and wrong["forwarded"] == tokens + wrong["drafted"]
 
 
 def test_a_draft_goes_on_where_the_completion_left_its_text():
@@ -122,7 +123,17 @@ def test_a_draft_goes_on_where_the_completion_left_its_text():
     assert texts.draft([7, 7, 3, 4], 2) == [5, 6]  # two tokens in either text: the first
     assert texts.draft([7, 9, 3, 4], 9) == [8, 7]  # three in the second
     assert texts.draft([4], 5) == texts.draft([6, 1], 5) == []
+    assert drafted.Texts([[1, 2, 0, 3], [0]], {0}).draft([1], 4) == [2]  # 0 ends a completion
     assert drafted.Texts([]).draft([1, 2], 4) == drafted.Texts([[], [3]]).draft([3], 4) == []
+
+
+def test_pauses_grow_while_drafts_fail():
+    patience, drafted_at = drafted.Patience(), []
+    for forward in range(1, 40):
+        if not patience.wait():
+            drafted_at.append(forward)
+            patience.learn(forward == 15)
+    assert drafted_at == [1, 3, 7, 15, 16, 18, 22, 30]
 
 
 # ---------------------------------------------------------------------------------------------- in a run
@@ -134,7 +145,7 @@ LOCK = ["train.steps=6", "train.prompts=8", "data.train_rows=12", "eval.every=0"
 def lock(folder, *settings):
     config = resolve("uft", recipe="lock", overrides=parse_overrides([*LOCK, *settings]))
     train(config, folder)
-    return [read_rollouts(folder, step)[1] for step in range(1, 7)]
+    return [read_rollouts(folder, step)[1] for step in range(6)]
 
 
 def test_a_run_samples_the_same_tokens_with_drafts(tmp_path, monkeypatch):

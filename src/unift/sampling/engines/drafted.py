@@ -8,8 +8,9 @@ that the request names: the row's solution, its earlier completions. On the CPU 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from unift.sampling.engines.base import Request, Watch, batches, in_batches, unw
 from unift.types import Sample
 
 Tokens = list[int]
-FIRST, MOST = 4, 16  # tokens of a row's first draft, and of any
+FIRST, MOST = 2, 16  # tokens of a row's first draft, and of any
+WORTH = 0.7  # share of a forward's drafted tokens that must be accepted: below it, more is computed than is saved
 LEAST, FAR = 2, 8  # tokens of a completion's end that a text is looked up by, at least and at most
 
 
@@ -54,12 +56,12 @@ def run_batch(policy: Policy, requests: Sequence[Request], max_tokens: int, temp
 
 
 class Texts:
-    """Where a group's drafts come from."""
+    """Where a group's drafts come from. What ends a completion is never drafted: it is drawn after the last token before it."""
 
-    def __init__(self, texts: Sequence[Tokens]) -> None:
-        self.texts = texts
+    def __init__(self, texts: Sequence[Tokens], stops: Collection[int] = ()) -> None:
+        self.texts = [[*takewhile(lambda t: t not in stops, text)] for text in texts]
         self._after: dict[tuple[int, ...], list[tuple[Tokens, int]]] = {}  # LEAST tokens -> texts, and where they go on
-        for text in texts:
+        for text in self.texts:
             for end in range(LEAST, len(text)):
                 self._after.setdefault(tuple(text[end - LEAST : end]), []).append((text, end))
 
@@ -81,6 +83,23 @@ class Texts:
 
 
 @dataclass
+class Patience:
+    """Ever longer pauses while drafts do not come true: of a row, and of a whole batch."""
+
+    misses: int = 0  # in a row
+    pause: int = 0  # forwards until the next draft
+
+    def wait(self) -> bool:
+        """Whether this forward is a part of a pause."""
+        self.pause -= (waits := self.pause > 0)
+        return waits
+
+    def learn(self, hit: bool) -> None:
+        self.misses = 0 if hit else self.misses + 1
+        self.pause = 2**self.misses - 1
+
+
+@dataclass
 class Row:
     """A completion while it is sampled."""
 
@@ -89,29 +108,23 @@ class Row:
     logps: list[float]
     ended: bool  # by EOS; or there is no such sample
     block: int = FIRST  # tokens to draft next
-    misses: int = 0  # drafts in a row of which nothing was accepted
-    pause: int = 0  # forwards until the next draft
+    patience: Patience = field(default_factory=Patience)
 
     def draft(self, room: int) -> Tokens:
-        if self.pause:
-            self.pause -= 1
-            return []
-        return self.texts.draft(self.tokens, min(self.block, room)) if room > 0 else []
+        return [] if self.patience.wait() or room <= 0 else self.texts.draft(self.tokens, min(self.block, room))
 
     def take(self, draft: Tokens, drawn: Tokens, logps: list[float], stops: set[int]) -> int:
         """``drawn``: the token after the last one, then after each drafted one; they count up to the first that the draft does
-        not have, or that ends the completion. Returns how many drafted ones were accepted."""
-        n = 0
-        while n < len(draft) and draft[n] == drawn[n] and drawn[n] not in stops:
-            n += 1
-        self.tokens += drawn[: n + 1]
-        self.logps += logps[: n + 1]
-        self.ended = drawn[n] in stops
-        accepted = n + (n < len(draft) and draft[n] == drawn[n])
-        if draft:  # twice as many after a draft that came true, and ever longer pauses where none does
+        not have. Returns how many drafted ones were accepted."""
+        accepted = 0
+        while accepted < len(draft) and draft[accepted] == drawn[accepted]:
+            accepted += 1
+        self.tokens += drawn[: accepted + 1]
+        self.logps += logps[: accepted + 1]
+        self.ended = drawn[accepted] in stops
+        if draft:
             self.block = min(2 * self.block, MOST) if accepted == len(draft) else max(accepted, 1)
-            self.misses = 0 if accepted else self.misses + 1
-            self.pause = 2**self.misses - 1 if self.misses else 0
+            self.patience.learn(accepted > 0)
         return accepted
 
 
@@ -120,11 +133,12 @@ class DraftedRows(native.Rows):
 
     def __init__(self, policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> None:
         super().__init__(policy, requests, max_tokens, temperature)
-        texts = [Texts(r.drafts) for r in requests]
+        self.stops = set(self.eos.tolist())
+        texts = [Texts(r.drafts, self.stops) for r in requests]
         first = zip(self.token_N.tolist(), self.logps_NL[:, 0].tolist(), self.done_N.tolist(), strict=True)
         self.rows = [Row(texts[i // self.grid.shape[1]], [t], [p], over) for i, (t, p, over) in enumerate(first)]
-        self.stops = set(self.eos.tolist())
-        self.counts_of_work = dict.fromkeys(("forwards", "forwarded", "drafted", "accepted"), 0)
+        self.patience = Patience()
+        self.work = dict.fromkeys(("forwards", "forwarded", "drafted", "accepted"), 0)
 
     def advance(self) -> bool:
         """One forward of all rows that go on. False where none does."""
@@ -132,13 +146,14 @@ class DraftedRows(native.Rows):
         if not open_N.any():
             return False
         self.drop(open_N.reshape(self.state.shape))
+        drafts, worked = not self.patience.wait(), dict(self.work)
         going: list[tuple[Row, Tokens]] = []
         flat: list[tuple[int, int, int]] = []  # row of the present state, position, token
         for n, slot in enumerate(self.slot_N.tolist()):
             row = self.rows[slot]
             if self._open(row):
                 drawn = len(row.tokens)
-                draft = row.draft(self.max_tokens - drawn - 1)
+                draft = row.draft(self.max_tokens - drawn - 1) if drafts else []
                 going.append((row, draft))
                 flat += [(n, drawn - 1 + j, token) for j, token in enumerate([row.tokens[-1], *draft])]
         row_T, at_T, token_T = torch.tensor(flat, device=self.policy.device).unbind(1)
@@ -154,6 +169,9 @@ class DraftedRows(native.Rows):
             self._count(drafted=len(draft), accepted=accepted)
             first = last
         self._count(forwards=1, forwarded=len(flat))
+        drafted, accepted = (self.work[name] - worked[name] for name in ("drafted", "accepted"))
+        if drafted:
+            self.patience.learn(accepted >= WORTH * drafted)
         return True
 
     def _open(self, row: Row) -> bool:
@@ -167,7 +185,7 @@ class DraftedRows(native.Rows):
 
     def _count(self, **more: int) -> None:
         for name, n in more.items():
-            self.counts_of_work[name] += n
+            self.work[name] += n
 
     def samples(self) -> list[list[Sample]]:
         found = [[self.rows[s] for s in self.grid[i, :count]] for i, count in enumerate(self.counts)]
