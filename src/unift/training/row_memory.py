@@ -39,8 +39,8 @@ class RowMemory:
     def load(cls, stored: Mapping[str, Any] | None) -> RowMemory:
         stored = stored or {}
         pairs = {k: (v[0], v[1]) for k, v in stored.get("hints", {}).items()}
-        waiting, partition, last = (stored.get(name) or {} for name in ("waiting", "partition", "last"))
-        return cls(pairs, list(waiting), dict(partition), dict(last))
+        partition, last = dict(stored.get("partition", {})), dict(stored.get("last", {}))
+        return cls(pairs, list(stored.get("waiting", [])), partition, last)
 
     def see(self, groups: Sequence[Group], show: Show) -> None:
         """Hint lengths after a step, in the order of the groups (a row may come twice)."""

@@ -138,7 +138,7 @@ class DraftedRows(native.Rows):
         first = zip(self.token_N.tolist(), self.logps_NL[:, 0].tolist(), self.done_N.tolist(), strict=True)
         self.rows = [Row(texts[i // self.grid.shape[1]], [t], [p], over) for i, (t, p, over) in enumerate(first)]
         self.patience = Patience()
-        self.work = dict.fromkeys(("forwards", "forwarded", "drafted", "accepted"), 0)
+        self.work: dict[str, int] = dict.fromkeys(("forwards", "forwarded", "drafted", "accepted"), 0)
 
     def advance(self) -> bool:
         """One forward of all rows that go on. False where none does."""
