@@ -360,6 +360,7 @@ def test_of_many_methods_the_best_have_names(tmp_path):
     [
         ("sampled=2M", "sampled", 2e6),
         ("trained=500k", "trained", 5e5),
+        ("tokens=3M", "tokens", 3e6),
         ("seconds=1.5", "seconds", 1.5),
         (" Sampled = 1e6 ", "sampled", 1e6),
     ],
@@ -369,7 +370,7 @@ def test_budgets_are_read(text, kind, amount):
 
 
 @pytest.mark.parametrize(
-    "text", ["2M", "tokens=2M", "sampled=", "sampled=0", "seconds=-3", "sampled=2 X", "sampled=1.2.3"]
+    "text", ["2M", "token=2M", "sampled=", "sampled=0", "seconds=-3", "sampled=2 X", "sampled=1.2.3"]
 )
 def test_a_budget_that_cannot_be_read_says_what_is_expected(text):
     with pytest.raises(ConfigError, match="expected sampled=TOKENS"):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from unift.config.identity import config_hash, differences, to_yaml
-from unift.config.packaged import preset_names, recipe_text
+from unift.config.identity import config_hash, differences, flat, to_yaml
+from unift.config.packaged import preset_names, recipe_names, recipe_text
 from unift.config.resolve import parse_overrides, resolve, validate
 from unift.config.stages import stages
+from unift.rows.tasks import get_task, make_rows
 from unift.types import ConfigError
 
 
@@ -55,6 +56,22 @@ def test_layers():
     assert resolve("sft", recipe="lock", file=file).train.lr == 0.5
     both = resolve("sft", recipe="lock", file=file, overrides=parse_overrides(["train.lr=0.25"]))
     assert (both.train.lr, both.train.warmup) == (0.25, 3)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_resolves_for_its_methods(recipe):
+    """Each method keeps what the recipe says about it, it samples where its preset does, and the rows can be made."""
+    tree = yaml.safe_load(recipe_text(recipe))
+    for method in {"uft", "r3", *tree["baselines"], *tree["methods"]}:
+        config, own = resolve(method, recipe=recipe), tree["methods"].get(method, {})
+        found = flat(config.model_dump())
+        for key, value in flat({k: v for k, v in own.items() if k != "phases"}).items():
+            assert found[key] == (tuple(value) if isinstance(value, list) else value), (method, key)
+        for stage in stages(config):
+            samples = make(stage.rules.method).sample.completions > 0
+            assert (stage.rules.sample.completions > 0) == samples, method
+    row = make_rows(config.data.task, 1, 0, "train", **config.data.options)[0]
+    assert get_task(config.data.task).score(row.solution, row).right
 
 
 @pytest.mark.parametrize("method", preset_names())

@@ -294,8 +294,8 @@ def compare(
     """Several methods, several seeds, one task, each run in a process of its own; repeating the call continues.
 
     methods: presets, or "all". train, test: rows as `load_rows` takes them; they are kept in the run folder. model, reward:
-    by name, since the runs are processes of their own. budget: of each run, "sampled=2M", "trained=2M" (tokens) or
-    "seconds=60". vary: values by dotted name, each of which is changed alone: {"show.cuts": [1, 2]}.
+    by name, since the runs are processes of their own. budget: of each run, "sampled=2M", "trained=2M" (tokens), "tokens=4M"
+    (both added up) or "seconds=60". vary: values by dotted name, each of which is changed alone: {"show.cuts": [1, 2]}.
     """
     from unift.commands.compare import Plan, compare_methods
 
@@ -359,5 +359,5 @@ def settings_of(model: Any, recipe: str | None, config: Any, over: Mapping[str, 
         raise ConfigError(
             f"{folder} holds an unfinished run (no model/). Continue it first, or name a checkpoint's model/"
         )
-    own = {"model.path": str(weights), "model.lora": None, "model.gguf": None}
+    own = {"model.path": str(weights), "model.lora": None, "model.gguf": None, "model.quantize": None}
     return resolve(None, file=read_yaml(folder / "config.yaml"), overrides=layers.nested({**over, **own}))

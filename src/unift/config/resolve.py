@@ -143,7 +143,7 @@ def _no_path(key: str, value: str) -> bool:
     """Names of things of the package, of the Hub, of modules, and what was handed over from Python."""
     if key == "reward.function":
         return ".py:" not in value
-    return value.startswith(("embedded:", "hf:", f"{HANDED}:")) or value == HANDED
+    return value.startswith(("embedded:", "package:", "hf:", f"{HANDED}:")) or value == HANDED
 
 
 def _method_layers(method: str, recipe: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:

@@ -252,8 +252,8 @@ class Train(Section):
     steps: int = Field(default=500, ge=1, description="of the whole run, all phases together")
     budget: str | None = Field(
         default=None,
-        description="sampled=2M, trained=2M (tokens) or seconds=60: the run goes on until so much is used, and train.steps "
-        "is the unit in which schedules and phases count its share",
+        description="sampled=2M, trained=2M (tokens), tokens=4M (both added up) or seconds=60: the run goes on until so "
+        "much is used, and train.steps is the unit in which schedules and phases count its share",
     )
     prompts: int = Field(default=32, ge=1, description="prompts a step (rows, not completions)")
     updates: int = Field(default=1, ge=1, description="optimizer updates a step; must divide prompts")

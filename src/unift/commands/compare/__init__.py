@@ -22,9 +22,9 @@ DEFAULT = "sft,rft,sft-rft,r3,stage,uft"  # methods, where none are named
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison. ``settings``: key=value words for every run. ``budget``: "sampled=2M", "trained=2M" or "seconds=60".
-    ``suite``: problem sets that the base and every run are judged on afterwards. ``vary``: "key=value,value", settings of the
-    methods that are changed one at a time (`compare.vary`)."""
+    """A comparison. ``settings``: key=value words for every run. ``budget``: "sampled=2M", "trained=2M", "tokens=4M"
+    (both added up) or "seconds=60". ``suite``: problem sets that the base and every run are judged on afterwards.
+    ``vary``: "key=value,value", settings of the methods that are changed one at a time (`compare.vary`)."""
 
     methods: Sequence[str]
     seeds: int
@@ -93,7 +93,15 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
             results, failure = error.results, error
             if not results:
                 raise
-        judged = suites.judge(plan.suite, folder, configs, results, workers, say, stop) if plan.suite else []
+        judged: list[str] = []
+        if plan.suite:
+            judged = suites.judge(
+                plan.suite,
+                folder,
+                configs,
+                results,
+                lambda jobs: run_many(jobs, workers, lambda t: say(f"suite {t}"), stop),
+            )
     notes = (
         [f"**Not complete: {len(jobs) - len(results)} of {len(jobs)} runs failed and are missing here.**"]
         if failure

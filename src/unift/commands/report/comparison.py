@@ -12,7 +12,7 @@ from unift.commands import display
 from unift.commands.compare.plots import COLOURS, over_seeds, series
 from unift.commands.compare.table import accuracy_of, reading
 from unift.commands.report import cards, sections, words
-from unift.commands.report.charts import Line, chart
+from unift.commands.report.charts import Line, Look, chart
 from unift.commands.report.diagnosis import percent
 from unift.commands.report.gather import RunData
 from unift.commands.report.markup import Content, Html, document, fold, footer, table, tag
@@ -131,7 +131,7 @@ def _curves(runs: Sequence[RunData], methods: Sequence[str], colours: dict[str, 
         share = 0.0 if name == "eval/test/accuracy" else 0.03
         lines = [_mean_line(runs, m, name, unit, colours[m], share) for m in methods]
         drawn = [line for line in lines if line is not None]
-        found.append(chart(title, drawn, total=100, xlabel="share of the run's steps, %", note=shade, **options))
+        found.append(chart(title, drawn, Look(total=100, xlabel="share of the run's steps, %", note=shade, **options)))
     return [c for c in found if c is not None]
 
 

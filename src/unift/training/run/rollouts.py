@@ -21,7 +21,14 @@ def rollouts_path(folder: Path, step: int) -> Path:
 
 
 def write_rollouts(folder: Path, step: int, weights: str, groups: list[Group], texts: list[tuple[str, str]]) -> None:
-    """One line a group: ids, texts, tokens, log-probs, scores. ``weights``: fingerprint of the policy that sampled."""
+    path = rollouts_path(folder, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, encoded(step, weights, groups, texts))
+
+
+def encoded(step: int, weights: str, groups: list[Group], texts: list[tuple[str, str]]) -> bytes:
+    """One line a group: ids, texts (prompt, hint), tokens, log-probs, scores. ``weights``: fingerprint of the policy that
+    sampled."""
     lines = [json.dumps({"step": step, "weights": weights, "groups": len(groups)})]
     for group, (prompt, hint) in zip(groups, texts, strict=True):
         record = {
@@ -37,9 +44,7 @@ def write_rollouts(folder: Path, step: int, weights: str, groups: list[Group], t
             "samples": [_sample_record(s) for s in group.samples],
         }
         lines.append(json.dumps(record, ensure_ascii=False))
-    path = rollouts_path(folder, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0))
+    return gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0)
 
 
 def _sample_record(s: Sample) -> dict[str, Any]:
@@ -70,13 +75,16 @@ def read_rollouts(folder: Path, step: int) -> tuple[str, list[Group]] | None:
     path = rollouts_path(folder, step)
     if not path.is_file():
         return None
+    return read(path, "delete it, and the step is sampled again, to the same numbers")
+
+
+def read(path: Path, todo: str) -> tuple[str, list[Group]]:
+    """(fingerprint, groups) of a file. UniftError with what to do where it is damaged."""
     try:
         head, *records = read_records(path)
         return head["weights"], [_group(record) for record in records]
     except UNREADABLE as error:
-        raise UniftError(
-            f"{path} cannot be read ({error!r}): delete it, and the step is sampled again, to the same numbers"
-        ) from None
+        raise UniftError(f"{path} cannot be read ({error!r}): {todo}") from None
 
 
 def read_records(path: Path) -> list[Any]:
