@@ -136,7 +136,7 @@ def labels(study: Study) -> str:
         write_rows(rows, places["graded"])
         write_rows([row for row in rows if row.extra["right"]], places["solved"])
         write_rows(make_rows("lock", 500, 0, "test", length=5), places["test"])
-    una = ("una", "graded", "sample.completions=0", "train.prompts=64")
+    una = ("una", "graded", "sample.completions=0", "train.prompts=64", "policy.beta=0.3")
     arms: dict[str, tuple[str, ...]] = {
         "sft, solutions alone": ("sft", "solved"),
         "sft, all answers": ("sft", "graded", "train.prompts=64"),
