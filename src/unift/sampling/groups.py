@@ -65,39 +65,43 @@ class _Wanted:
     requests: list[Request] = field(default_factory=list[Request])
     owners: list[tuple[Group, list[int]]] = field(default_factory=list[tuple[Group, list[int]]])
 
-    def add(self, group: Group, given: list[int], draws: Draws) -> None:
+    def add(self, group: Group, given: list[int], draws: Draws, texts: Sequence[list[int]]) -> None:
         if draws.n:
-            self.requests.append(Request(group.prompt + (given or group.hint), draws))
+            shown = given or group.hint
+            # What follows the hint, where a text begins with it; of others, parts may come.
+            drafts = [t[len(shown) :] if t[: len(shown)] == shown else t for t in texts]
+            self.requests.append(Request(group.prompt + shown, draws, drafts))
             self.owners.append((group, given))
 
 
 def complete(
     engine: Engine,
     tokenizer: Any,
-    groups: Sequence[Group],
-    places: Sequence[int],
+    groups: Mapping[int, Group],
     moment: Moment,
     attempt: int = 0,
+    drafts: Sequence[Sequence[list[int]]] | None = None,
 ) -> None:
     """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those.
 
-    places: each group's position in the batch of all processes. It is part of the address of its random numbers, since a
-    small data set may bring a row twice in one step.
+    groups: by position in the batch of all processes, which is part of the address of a group's random numbers, since a small
+    data set may bring a row twice in one step.
+    drafts: of each group, in order, texts that may come after its prompt (``sample.draft``).
     """
     sample, members, seed, step = moment.rules.sample, moment.rules.show.members, moment.seed, moment.step
     whole = _Wanted(sample.max_tokens)
     short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens))  # only the first tokens
-    for i, group in zip(places, groups, strict=True):
+    for (i, group), texts in zip(groups.items(), drafts or [()] * len(groups), strict=True):
         place = ("sample", seed, step, i, group.row_id, *([attempt] if attempt else []))
         draws = Draws(place, sample.completions, sample.completions, sample.max_tokens)
         wanted = short if cut_short(sample, seed, step, group.row_id) else whole
         if members is None:
-            wanted.add(group, [], draws)
+            wanted.add(group, [], draws, texts)
             continue
         bare, hint = sample.completions - members, group.hint
         group.hint = []
-        wanted.add(group, [], replace(draws, n=bare))
-        wanted.add(group, hint, replace(draws, n=members, first=bare))
+        wanted.add(group, [], replace(draws, n=bare), texts)
+        wanted.add(group, hint, replace(draws, n=members, first=bare), texts)
     with engine.sampling():  # once, though not every process has requests of both lengths
         for wanted in (whole, short):
             if not wanted.requests:

@@ -54,6 +54,9 @@ class Request:
 
     prompt: list[int]
     draws: Draws | np.ndarray | None
+    drafts: Sequence[
+        list[int]
+    ] = ()  # completions, or texts with parts of one, that may well come: a hint for speed alone
 
     @property
     def samples(self) -> int:
