@@ -12,10 +12,10 @@ import torch
 
 from unift import processes
 from unift.files import publish_folder, writing
-from unift.model import attention, lora, matmul, paths, sharding
+from unift.model import attention, lora, matmul, paths, sharding, vision
 from unift.model.folder import adapter_folder, adapter_settings, base_name, locate, model_settings, reading
 from unift.model.policy import Policy
-from unift.rows import tokens
+from unift.rows import processor, tokens
 from unift.types import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
         extra = {"gguf_file": gguf} if gguf else {}
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
     known = {} if gguf else model_settings(folder)
+    if known.get(vision.TOWER):
+        with reading("processor", folder):
+            tokenizer = vision.load_reader(tokenizer, folder, known)
     if known:
         size = (known.get("text_config") or known).get("vocab_size")
         if isinstance(size, int):
@@ -43,7 +46,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 def expected_path(config: ModelConfig, longest: float) -> str:
     """What ``load`` would choose as far as class and config tell, without reading weights. For people."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if config.forward == "plain":
         return "plain (model.forward=plain)"
@@ -53,7 +56,7 @@ def expected_path(config: ModelConfig, longest: float) -> str:
         extra = {"gguf_file": gguf} if gguf else {}
         settings = AutoConfig.from_pretrained(str(folder), local_files_only=True, **extra)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings)
+        model = vision.model_class(settings).from_config(settings)
     reason = paths.obstacle(model, longest)
     if reason and config.forward == "shared":
         raise ConfigError(
@@ -99,8 +102,6 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
 
     longest: tokens of the longest sequence of the run, which an attention window must not cut on the shared-prefix path.
     """
-    from transformers import AutoModelForCausalLM
-
     attention.register()
     folder, gguf = locate(config.path), _gguf(config)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config)
@@ -108,12 +109,14 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
     with reading("causal language model", folder):
         extra = {"gguf_file": gguf} if gguf else {}
         dtype = getattr(torch, config.dtype)
-        model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=dtype, **extra)
+        kind = vision.model_class({} if gguf else model_settings(folder))
+        model = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype, **extra)
     if device.type == "cpu":
         matmul.route()
     tokens.check_rows(tokenizer, len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
     model = model.to(device=device).eval()  # type: ignore[call-arg]  # eval: no dropout; gradients flow all the same
-    model.config.use_cache = False
+    for settings in vision.configs(model):
+        settings.use_cache = False
     if gguf:
         _forget_gguf(model)
     policy = Policy(model, tokenizer, device, autocast=config.autocast, cuda_graphs=config.cuda_graphs)
@@ -137,13 +140,15 @@ def _forget_gguf(model: Any) -> None:
 
 
 def save_pretrained(policy: Policy, folder: Path) -> None:
-    """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained and vLLM read. Sharded weights
+    """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained (AutoModelForImageTextToText
+    with a vision tower) and vLLM read. Sharded weights
     are whole by then (`Policy.whole`)."""
     shutil.rmtree(folder, ignore_errors=True)
     base = policy.base
-    implementation = base.config._attn_implementation
-    base.config._attn_implementation_internal = None  # not a property of the weights
-    base.config.use_cache = True
+    kept = [(settings, settings._attn_implementation) for settings in vision.configs(base)]
+    for settings, _ in kept:
+        settings._attn_implementation_internal = None  # not a property of the weights
+        settings.use_cache = True
     generation = getattr(base, "generation_config", None)
     if generation is not None:
         ends = policy.end_ids
@@ -156,9 +161,16 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
         else:
             base.save_pretrained(folder)
     finally:
-        base.config._attn_implementation_internal = implementation
-        base.config.use_cache = False
-    policy.tokenizer.save_pretrained(folder)
+        for settings, implementation in kept:
+            settings._attn_implementation_internal = implementation
+            settings.use_cache = False
+    save_tokenizer(policy.tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The tokenizer, and the processor that came with it."""
+    reader = processor.reader_of(tokenizer)
+    (tokenizer if reader is None else reader.processor).save_pretrained(folder)
 
 
 def save_adapter(policy: Policy, config: ModelConfig, folder: Path) -> None:
@@ -168,7 +180,7 @@ def save_adapter(policy: Policy, config: ModelConfig, folder: Path) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)
     lora.save(policy.model, folder, base_name(config.path))
-    policy.tokenizer.save_pretrained(folder)
+    save_tokenizer(policy.tokenizer, folder)
 
 
 def keep_model(model: Any, tokenizer: Any, folder: Path) -> Path:

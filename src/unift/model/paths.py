@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unift.model import attention, plain
+from unift.model import attention, plain, vision
 from unift.types import ConfigError
 
 if TYPE_CHECKING:
@@ -79,9 +79,10 @@ def _probe(model: Any, device: torch.device) -> list[tuple[Tensor, list[Tensor]]
     """(prompt, members) of each group. Ids with a meaning of their own are left out."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     special: set[int] = set()
-    for name, value in model.config.get_text_config().to_dict().items():
-        if name.endswith(("token_id", "token_index")) and value is not None:
-            special |= set(value if isinstance(value, list) else [value])
+    for config in vision.configs(model):
+        for name, value in config.to_dict().items():
+            if name.endswith(("token_id", "token_index")) and value is not None:
+                special |= set(value if isinstance(value, list) else [value])
     usable = np.array([i for i in range(vocabulary) if i not in special])
     rng = np.random.default_rng(0)
     draw = lambda n: torch.from_numpy(rng.choice(usable, n)).to(device)  # noqa: E731
@@ -110,7 +111,7 @@ def check_shared(model: Any, device: torch.device, longest: float = math.inf) ->
     reason = obstacle(model, longest)
     if reason:
         raise Misfit(f"{name}: {reason}")
-    stock = model.config._attn_implementation
+    stock = vision.implementation(model)
     try:
         reason = _head(model, device) or _packed(model, device, longest)
     except NotImplementedError as error:
@@ -120,7 +121,7 @@ def check_shared(model: Any, device: torch.device, longest: float = math.inf) ->
     except Exception as error:  # whatever a model does that the path does not expect, it is not the path for it
         reason = f"the shared-prefix path does not fit it ({error})"
     if reason:
-        model.set_attn_implementation(stock)
+        vision.set_implementation(model, stock)
         raise Misfit(f"{name}: {reason}")
 
 
@@ -170,7 +171,7 @@ def _packed(model: Any, device: torch.device, longest: float) -> str:
         prefixes.append(own[0])
         spans.append(own[1:])
     layout = replace(make_layout(prefixes, spans, total).to(device), longest=longest)
-    model.set_attn_implementation(attention.NAME)
+    vision.set_implementation(model, attention.NAME)
     with attention.layout(layout):
         hidden = model.base_model(
             input_ids=torch.cat(flat)[None], position_ids=torch.cat(positions)[None], use_cache=False

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
-from unift.rows import store
+from unift.rows import pictures, store
 from unift.rows.files import records, streamed, streams
 from unift.rows.ids import told_apart
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
@@ -24,7 +24,7 @@ from unift.rows.tasks.format import all_marked, own_endings, with_own_ending
 from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
-_MATH = ("math", "aime", "amc", "openai/gsm8k", "gsm8k", "minerva", "olympiad_bench", "cais/hle")
+_MATH = ("math", "aime", "amc", "openai/gsm8k", "gsm8k", "minerva", "olympiad_bench", "cais/hle", "hiyouga/geometry3k")
 _PUZZLES = {"kk_logic": "knights"} | {name: name for name in ("chain", "countdown", "knights", "lock")}
 TASK_OF = _PUZZLES | dict.fromkeys(_MATH, "math")
 
@@ -49,7 +49,7 @@ def rows_of(
     """Rows of an iterable of mappings (or of Rows), of a ``datasets.Dataset`` or of a pandas frame; ``name`` is what messages
     call it. Raises DataError."""
     if hasattr(source, "to_list"):  # datasets
-        source = source.to_list()
+        source = pictures.packed_columns(source).to_list()
     elif hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
         frame: list[dict[str, Any]] = source.to_dict("records")  # a frame holds NaN where a row has nothing
         source = [{k: None if isinstance(v, float) and v != v else v for k, v in record.items()} for record in frame]
@@ -119,7 +119,7 @@ def _saved(folder: Path, split: str) -> Iterator[Any]:
     import datasets  # pyright: ignore[reportMissingTypeStubs]
 
     try:
-        found = cast(Any, datasets).load_from_disk(str(folder))
+        found = pictures.packed_columns(cast(Any, datasets).load_from_disk(str(folder)))
     except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
         raise DataError(
             f"hf:{folder} (split {split!r}) could not be loaded: {type(error).__name__}: {error}"
@@ -131,7 +131,7 @@ def _saved(folder: Path, split: str) -> Iterator[Any]:
 
 def _read(records: Iterable[Any], name: str, format: str) -> Iterator[tuple[Row, bool]]:
     """(row, was its ending written for it?) of records of one layout, one by one."""
-    layout = format
+    layout, folder = format, pictures.folder_of(name)
     for number, record in enumerate(records, start=1):
         if number == 1:
             layout = detect(record, name) if format == "auto" else format
@@ -140,7 +140,7 @@ def _read(records: Iterable[Any], name: str, format: str) -> Iterator[tuple[Row,
         where = f"{name}, row {number}"
         if not is_mapping(record):
             raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
-        row = _READERS[layout](record, where)
+        row = _READERS[layout](pictures.normalised(record, where, folder), where)
         _check_text(row, where)
         yield row, layout in ("unift", "reasoning-gym") and record.get("ending") is None and bool(row.ending)
 
@@ -159,7 +159,7 @@ def _hub(name: str, split: str) -> list[Any]:
         saved = [f for f in ("dataset_dict.json", "state.json") if (Path(name) / f).is_file()]
         hub = cast(Any, datasets)
         found = hub.load_from_disk(name) if saved else hub.load_dataset(name, split=split)
-        return (found[split] if isinstance(found, hub.DatasetDict) else found).to_list()
+        return pictures.packed_columns(found[split] if isinstance(found, hub.DatasetDict) else found).to_list()
     except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
         raise DataError(f"hf:{name} (split {split!r}) could not be loaded: {type(error).__name__}: {error}") from error
 
@@ -272,11 +272,12 @@ def _build(
 ) -> Row:
     source = str(record.get("task") or record.get("data_source") or "")
     task = TASK_OF.get(source, "math" if "math" in source.lower() else source)
-    extra = {k: v for k, v in record.items() if k not in {*used, "id", "task"}}
+    images = pictures.of_record(record)
+    extra = {k: v for k, v in record.items() if k not in {*used, "id", "task", *(["images"] if images else [])}}
     content = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
-    return Row(
-        _own_id(record) or content_id(content, steps, ending, answer), prompt, steps, ending, answer, task, extra
-    )
+    shown = [content, *(found.digest for found in images)] if images else content
+    own = _own_id(record) or content_id(shown, steps, ending, answer)
+    return Row(own, prompt, steps, ending, answer, task, extra, images)
 
 
 def _own_id(record: Mapping[str, Any]) -> str:
@@ -306,9 +307,10 @@ def _unift(record: Mapping[str, Any], where: str) -> Row:
 
 
 def _verl(record: Mapping[str, Any], where: str) -> Row:
-    """The UFT release: the content of a single user message is the whole prompt text (no template)."""
+    """The UFT release: the content of a single user message is the whole prompt text (no template). With pictures, as verl
+    writes them, it stays a message."""
     prompt = _prompt(record.get("prompt"), where)
-    if not isinstance(prompt, str) and len(prompt) == 1:
+    if not isinstance(prompt, str) and len(prompt) == 1 and not pictures.of_record(record):
         prompt = prompt[0]["content"]
     hint = record.get("hint")
     if is_list_or_tuple(hint) and all(text == "" for text in hint):

@@ -24,6 +24,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 import numpy as np
 
 from unift.files import publish_folder, writing
+from unift.rows import pictures
 from unift.rows.ids import Names
 from unift.types import DataError, Row
 
@@ -107,6 +108,8 @@ def problem_hash(text: str) -> int:
 def digest_row(digest: Any, row: Row) -> None:
     """Feed a row's content to the fingerprint of its data set."""
     digest.update(json.dumps([row.id, row.prompt, row.steps, row.ending, row.answer], default=str).encode())
+    for found in row.images:
+        digest.update(found.digest.encode())
 
 
 def stored(
@@ -161,12 +164,15 @@ def _key(source: Path, settings: Sequence[Any]) -> str:
 
 def _packed(row: Row) -> str:
     prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
-    return json.dumps([row.id, prompt, row.steps, row.ending, row.answer, row.task, row.extra])
+    shown = [[found.digest, pictures.as_json(found)] for found in row.images]
+    return json.dumps([row.id, prompt, row.steps, row.ending, row.answer, row.task, row.extra, shown])
 
 
 def _unpacked(text: str) -> Row:
-    name, prompt, steps, ending, answer, task, extra = json.loads(text)
-    return Row(name, prompt if isinstance(prompt, str) else tuple(prompt), tuple(steps), ending, answer, task, extra)
+    name, prompt, steps, ending, answer, task, extra, shown = json.loads(text)
+    prompt = prompt if isinstance(prompt, str) else tuple(prompt)
+    images = tuple(pictures.of_json(digest, value) for digest, value in shown)
+    return Row(name, prompt, tuple(steps), ending, answer, task, extra, images)
 
 
 # ---------------------------------------------------------------------------------------------- the pass

@@ -15,6 +15,7 @@ from unift.hints import schedules
 from unift.rewards import score_groups
 from unift.rewards.pool import Scorer
 from unift.rows.dataset import Split
+from unift.rows.tokens import Encoded
 from unift.sampling.engines.base import Draws, Engine, Request, Watch, unwatched
 from unift.types import Group, Row, Sample, Score
 
@@ -62,12 +63,14 @@ class _Wanted:
     """Requests of one length limit, and whose each is: a group, and the hint that its members alone have seen."""
 
     max_tokens: int
+    encoded: Sequence[Encoded]
     requests: list[Request] = field(default_factory=list[Request])
     owners: list[tuple[Group, list[int]]] = field(default_factory=list[tuple[Group, list[int]]])
 
     def add(self, group: Group, given: list[int], draws: Draws) -> None:
         if draws.n:
-            self.requests.append(Request(group.prompt + (given or group.hint), draws))
+            images = self.encoded[group.row].images if self.encoded else ()
+            self.requests.append(Request(group.prompt + (given or group.hint), draws, images))
             self.owners.append((group, given))
 
 
@@ -78,15 +81,17 @@ def complete(
     places: Sequence[int],
     moment: Moment,
     attempt: int = 0,
+    encoded: Sequence[Encoded] = (),
 ) -> None:
-    """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those.
+    """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those. ``encoded``:
+    all rows of the split, by ``group.row``, for their pictures.
 
     places: each group's position in the batch of all processes. It is part of the address of its random numbers, since a
     small data set may bring a row twice in one step.
     """
     sample, members, seed, step = moment.rules.sample, moment.rules.show.members, moment.seed, moment.step
-    whole = _Wanted(sample.max_tokens)
-    short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens))  # only the first tokens
+    whole = _Wanted(sample.max_tokens, encoded)
+    short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens), encoded)  # only the first tokens
     for i, group in zip(places, groups, strict=True):
         place = ("sample", seed, step, i, group.row_id, *([attempt] if attempt else []))
         draws = Draws(place, sample.completions, sample.completions, sample.max_tokens)

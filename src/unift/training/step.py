@@ -101,14 +101,14 @@ def sampled_groups(
     if moment.rules.sample.completions == 0:
         return groups
     places = processes.share(len(groups))
-    own = [groups[i] for i in places]
+    own, encoded = [groups[i] for i in places], run.data.train.encoded
     if SOURCES[moment.rules.sample.source].reference and state.reference is not None:
         with state.reference.policy() as frozen:
             run.engine.sync(frozen, lambda: f"reference-{moment.stage.start}")
-            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
+            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt, encoded)
     else:
         run.engine.sync(run.policy, partial(checkpoint.fingerprint, run.policy))
-        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
+        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt, encoded)
     clock.lap("generate")
     judge(run.scorer, run.data.train.rows, own, moment.rules, run.policy.tokenizer)
     clock.lap("score")
@@ -163,7 +163,7 @@ def _waiting(run: Run, state: State, groups: Sequence[Group], rules: Rules) -> l
     rows = [run.data.train.encoded[r] for r in state.memory.collect(groups, rules.likelihood)]
     if not rows:
         return []
-    alone = [Item(e.prompt, [], [Member(e.solution, DEMO)]) for e in rows]
+    alone = [Item(e.prompt, [], [Member(e.solution, DEMO)], images=e.images) for e in rows]
     return update.prepare(run.policy, alone, annealing.one_update(rules), state.reference)
 
 

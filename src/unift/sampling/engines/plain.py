@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from unift.model import paths
+from unift.model import paths, vision
 from unift.model.limits import ROWS
 from unift.model.plain import Decoder
 from unift.model.policy import Policy
@@ -40,12 +40,12 @@ def own_attention(policy: Policy) -> Iterator[bool]:
     if not policy.shared:
         yield policy.cached
         return
-    model, kept = policy.base, policy.base.config._attn_implementation
-    model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+    model, kept = policy.base, vision.implementation(policy.base)
+    vision.set_implementation(model, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
     try:
         yield paths.check_plain(model, policy.device)
     finally:
-        model.set_attn_implementation(kept)
+        vision.set_implementation(model, kept)
 
 
 @torch.no_grad()
