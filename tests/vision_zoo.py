@@ -159,17 +159,42 @@ def internvl():
     return t.InternVLForConditionalGeneration(config), processor
 
 
+class Lines:
+    """What the processor of Pixtral does, which itself needs torchvision: pictures as they are, filled up to the largest, with
+    their sizes; 16 pixels a token, and a token at the end of each line."""
+
+    image_token = "[IMG]"
+
+    def __init__(self, tokenizer, image_processor):
+        self.tokenizer, self.image_processor, self.chat_template = tokenizer, image_processor, plain_template("[IMG]")
+        self.image_token_id = tokenizer.convert_tokens_to_ids("[IMG]")
+
+    def __call__(self, text, images=(), **how):
+        flat = [np.asarray(image).astype(np.float32) / 127.5 - 1 for own in images for image in own]
+        sizes, texts = [image.shape[:2] for image in flat], []
+        left = iter(sizes)
+        for line in text:
+            head, *rest = line.split("[IMG]")
+            for part in rest:
+                h, w = next(left)
+                lines = [["[IMG]"] * (w // 16) + ["[IMG_BREAK]"]] * (h // 16)
+                head += "".join("".join(one) for one in lines).removesuffix("[IMG_BREAK]") + "[IMG_END]" + part
+            texts.append(head)
+        if not flat:
+            return self.tokenizer(texts, **how)
+        pixels = np.zeros((len(flat), 3, max(h for h, _ in sizes), max(w for _, w in sizes)), dtype=np.float32)
+        for i, image in enumerate(flat):
+            pixels[i, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
+        found = dict(self.tokenizer(texts, **how))
+        return found | {"pixel_values": torch.from_numpy(pixels), "image_sizes": torch.tensor(sizes)}
+
+
 def mistral3():
     """Pictures of any size, a token every 16 pixels and one at the end of a line."""
     import transformers as t
 
     tokenizer = letters("[IMG]", "[IMG_BREAK]", "[IMG_END]", *CHAT)
-    images = t.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8})
-    marks = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
-    how = {"patch_size": 8, "spatial_merge_size": 2, **marks}
-    how |= {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in marks.items()}
-    kind = "pixtral.processing_pixtral.PixtralProcessor"
-    processor = unread(kind, images, tokenizer, plain_template("[IMG]"), **how)
+    processor = Lines(tokenizer, t.LlavaImageProcessorPil())
     config = t.Mistral3Config(
         vision_config=t.PixtralVisionConfig(**SIDE, image_size=64, patch_size=8, initializer_range=0.1),
         text_config=text("mistral", tokenizer, sliding_window=None, head_dim=8),
@@ -205,7 +230,9 @@ def qwen(kind):
     vision = {k: v for k, v in vision.items() if not k.startswith("num_hidden") and not k.startswith("num_attention")}
     own = {"rope_parameters": rope} | ({"head_dim": 8} if kind == "qwen3_vl" else {})
     config = getattr(t, f"{name}Config")(
-        text_config={k: v for k, v in text("", tokenizer, **own).items() if k != "model_type"}, vision_config=vision, **ids
+        text_config={k: v for k, v in text("", tokenizer, **own).items() if k != "model_type"},
+        vision_config=vision,
+        **ids,
     )
     return getattr(t, f"{name}ForConditionalGeneration")(config), processor
 
@@ -265,8 +292,9 @@ SHARED = {
     "qwen2_vl": lambda: qwen("qwen2_vl"),
     "qwen2_5_vl": lambda: qwen("qwen2_5_vl"),
     "glm4v": lambda: qwen("glm4v"),
+    "qwen3_vl": lambda: qwen("qwen3_vl"),
 }
-PLAIN = {"gemma3": gemma3, "paligemma": paligemma, "qwen3_vl": lambda: qwen("qwen3_vl")}
+PLAIN = {"gemma3": gemma3, "paligemma": paligemma}
 FAMILIES = SHARED | PLAIN
 
 
@@ -307,3 +335,27 @@ def rows(n=6, pictures=1):
             }
         )
     return out
+
+
+def policy(family, dtype=torch.float32, forward="auto", seed=0):
+    """(policy on the path that fits it, the same model untouched, its processor)."""
+    import copy
+
+    from unift.model import attention, paths
+    from unift.model.policy import Policy
+    from unift.rows import processor as processors
+
+    torch.manual_seed(seed)
+    model, processor = FAMILIES[family]()
+    model = model.to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # what is 0 or 1 at first tests nothing
+            p += 0.05 * torch.randn_like(p)
+    untouched = copy.deepcopy(model)
+    names = (f"{kind}_token_{end}" for kind in ("image", "video") for end in ("id", "index"))
+    ids = [getattr(model.config, name) for name in names if isinstance(getattr(model.config, name, None), int)]
+    processors.attach(processor.tokenizer, processor, ids)
+    attention.register()
+    made = Policy(model, processor.tokenizer, torch.device("cpu"))
+    paths.choose(made, forward, 256)
+    return made, untouched, processor

@@ -57,6 +57,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """The pictures of a prompt, and its length in tokens, placeholders included; what follows is the model's own text."""
+
+    pictures: tuple[Picture, ...]
+    prompt: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One problem with its worked solution.
 

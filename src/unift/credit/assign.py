@@ -42,7 +42,7 @@ def credited(
     policy = models.policy
     demos = [split.encoded[g.row].solution for g in groups] if needs.demonstrations(rules) else None
     made = items_of(groups, [group_advantages(g, rules) for g in groups], demos, rules, address)
-    made = [replace(item, images=split.encoded[g.row].images) for item, g in zip(made, groups, strict=True)]
+    made = [replace(item, shown=split.encoded[g.row].shown) for item, g in zip(made, groups, strict=True)]
     if rules.sample.first is not None:
         made = first_steps(made, groups, [split.encoded[g.row] for g in groups], rules, policy.end_ids, address)
     if LOSSES[rules.policy.loss].sequences:

@@ -87,6 +87,11 @@ class Policy:
         own = set() if more is None else set(more if isinstance(more, list) else [more])
         return sorted(own | chat.end_ids(self.tokenizer))
 
+    @property
+    def reader(self) -> processor.Reader | None:
+        """Of pictures; None for a model of text."""
+        return processor.reader_of(self.tokenizer)
+
     @cached_property
     def token_ids(self) -> Tensor | None:
         """Ids that the tokenizer has a token for, int64, where these are not all that the head has logits for; else None.
@@ -176,7 +181,7 @@ class Policy:
         spans = batch.layout.spans
         prefixes, members = [prefix for prefix, _ in spans], [own for _, own in spans]
         place = batch.tokens_T, batch.positions_T, prefixes, members
-        return vision.view(self.base, processor.reader_of(self.tokenizer), *place, batch.images)
+        return vision.view(self.base, self.reader, *place, batch.shown)
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         head = self.head

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unift.rows import processor
-from unift.types import ConfigError, Picture
+from unift.types import ConfigError, Shown
 
 TOWER = "vision_config"  # in config.json of a model that takes pictures
 
@@ -102,18 +102,24 @@ class View:
         return {"position_ids": self.positions[:, None], **self.tensors}
 
 
-def tensors(model: Any, reader: processor.Reader | None, images: Sequence[Sequence[Picture]], device: Any) -> dict[str, Tensor]:
+def tensors(model: Any, reader: processor.Reader | None, shown: Sequence[Shown | None]) -> dict[str, Tensor]:
     """What the processor makes of the pictures of several sequences, in the model's precision, as far as the model takes it."""
     if reader is None:
         raise ConfigError("pictures were handed to a model that has no processor")
     known = accepts(model)
-    found = {k: v for k, v in reader.tensors(tuple(tuple(own) for own in images if own)).items() if k in known and isinstance(v, Tensor)}
-    return {k: v.to(device, model.dtype if v.is_floating_point() else v.dtype) for k, v in found.items()}
+    made = reader.tensors(tuple(own.pictures for own in shown if own is not None))
+    found = {k: v for k, v in made.items() if k in known and isinstance(v, Tensor)}
+    return {k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in found.items()}
 
 
 def accepts(model: Any) -> set[str]:
     """Names of the arguments of the model's forward."""
     return set(inspect.signature(model.forward).parameters)
+
+
+def spatial_rule(model: Any) -> Any:
+    """The model's own rule for positions in three dimensions; None where it counts them in one."""
+    return getattr(model.base_model, "get_rope_index", None)
 
 
 def view(
@@ -123,25 +129,24 @@ def view(
     positions_T: Tensor,
     prefixes: Sequence[range],
     members: Sequence[Sequence[range]],
-    images: Sequence[Sequence[Picture]],
+    shown: Sequence[Shown | None],
 ) -> View | None:
     """The view of a flat row whose prefixes show these pictures; None where there are none."""
-    if not any(images):
+    if reader is None or not any(shown):
         return None
-    device = tokens_T.device
-    found = tensors(model, reader, images, device)
-    rule = getattr(model.base_model, "get_rope_index", None)
+    device, found = tokens_T.device, tensors(model, reader, shown)
+    rule = spatial_rule(model)
     if rule is None:
         return View(found, None, torch.zeros(len(prefixes), dtype=torch.long, device=device))
-    assert reader is not None
     positions_3T, shifts, seen = positions_T.expand(3, -1).clone(), [], 0
-    for prefix, own, shown in zip(prefixes, members, images, strict=True):
-        at = slice(prefix.start, prefix.stop)
-        grids = {k: v[seen : seen + len(shown)] for k, v in found.items() if k.endswith("grid_thw")}
-        seen += len(shown)
+    for prefix, own, pictures in zip(prefixes, members, shown, strict=True):
         shift = 0
-        if shown:
-            positions_3T[:, at] = spatial(rule, reader, tokens_T[at], grids)
+        if pictures is not None:
+            at, n = slice(prefix.start, prefix.stop), len(pictures.pictures)
+            grids = {k: v[seen : seen + n] for k, v in found.items() if k.endswith("grid_thw")}
+            seen += n
+            kinds = marks(reader, tokens_T[None, at])
+            positions_3T[:, at] = rule(tokens_T[None, at], mm_token_type_ids=kinds, **grids)[0][:, 0]
             shift = int(positions_3T[:, at].max()) + 1 - len(prefix)
         for span in own:
             positions_3T[:, span.start : span.stop] += shift
@@ -149,13 +154,48 @@ def view(
     return View(found, positions_3T, torch.tensor(shifts, device=device))
 
 
-def spatial(rule: Any, reader: processor.Reader, tokens_P: Tensor, grids: Mapping[str, Tensor]) -> Tensor:
-    """[3, P]: positions of one sequence by the model's own rule."""
-    kinds = kinds_of(reader, tokens_P[None])
-    return rule(tokens_P[None], mm_token_type_ids=kinds, **grids)[0][:, 0]
-
-
-def kinds_of(reader: processor.Reader, tokens_NL: Tensor) -> Tensor:
+def marks(reader: processor.Reader, tokens_NL: Tensor) -> Tensor:
     """1 at the placeholders of pictures, 0 elsewhere."""
-    marks = torch.tensor(sorted(reader.placeholders), device=tokens_NL.device)
-    return torch.isin(tokens_NL, marks).long()
+    ids = torch.tensor(sorted(reader.placeholders), device=tokens_NL.device)
+    return torch.isin(tokens_NL, ids).long()
+
+
+# ---------------------------------------------------------------------------------------------- padded rows
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Pictures of padded rows (the plain path): whose they are, and the reader that knows them."""
+
+    reader: processor.Reader
+    shown_N: Sequence[Shown | None]
+
+    def select(self, index: Sequence[int]) -> Seen:
+        return Seen(self.reader, [self.shown_N[i] for i in index])
+
+    def arguments(self, model: Any, tokens_NL: Tensor) -> dict[str, Tensor]:
+        """Of the model's own forward: tensors, kinds of tokens as its processor gives them, and positions in three dimensions
+        [3, N, L] where it has them."""
+        if not any(self.shown_N):
+            return {}
+        found, known = tensors(model, self.reader, self.shown_N), accepts(model)
+        kinds = marks(self.reader, tokens_NL)
+        rule = spatial_rule(model)
+        if rule is not None:
+            grids = {k: v for k, v in found.items() if k.endswith("grid_thw")}
+            return found | {"position_ids": rule(tokens_NL, mm_token_type_ids=kinds, **grids)[0]}
+        if "token_type_ids" in known:
+            found["token_type_ids"] = self._types(tokens_NL, kinds)
+        return found
+
+    def _types(self, tokens_NL: Tensor, marks_NL: Tensor) -> Tensor:
+        """1 at pictures, or, where the processor tells prompt and answer apart instead, 1 behind the prompt."""
+        if self.reader.marks_pictures:
+            return marks_NL
+        prompts = torch.tensor([0 if own is None else own.prompt for own in self.shown_N], device=tokens_NL.device)
+        return (torch.arange(tokens_NL.shape[1], device=tokens_NL.device) >= prompts[:, None]).long()
+
+
+def seen_by(reader: processor.Reader | None, shown: Sequence[Shown | None]) -> Seen | None:
+    """None where there are no pictures."""
+    return Seen(reader, shown) if reader is not None and any(shown) else None

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
-from unift.rows.pictures import opened
+from unift.rows.pictures import opened, picture
 from unift.types import DataError, Picture
 
 NOT_PICTURES = (
@@ -20,6 +20,7 @@ NOT_PICTURES = (
     "attention_mask",
     "token_type_ids",
     "mm_token_type_ids",
+    "labels",
 )  # what a processor makes of the text
 _ATTRIBUTE = "unift_pictures"
 
@@ -46,12 +47,15 @@ class Reader:
         self.processor = processor
         self.token = str(processor.image_token)  # what stands for a picture in a rendered text
         self.placeholders = frozenset(placeholders or {processor.tokenizer.convert_tokens_to_ids(self.token)})
+        self.marks_pictures = True  # whether the types that it gives to tokens mark the pictures
         self.tensors = lru_cache(maxsize=16)(self._tensors)  # of a pack: several passes of a step need the same
 
     def expand(self, text: str, images: Sequence[Picture], where: str) -> str:
         """A rendered text with its placeholders. DataError where it has not as many places as there are pictures."""
         places = text.count(self.token)
         if not places and not images:
+            if self.needs_pictures:
+                raise DataError(f"{where}: the row has no picture, and this model takes no prompt without one")
             return text
         if places != len(images):
             raise DataError(
@@ -62,11 +66,26 @@ class Reader:
         self._run(processor, [text], [images], where)
         return heard.text
 
+    @cached_property
+    def needs_pictures(self) -> bool:
+        """PaliGemma's processor refuses a text alone; the model would then attend in both directions over all of it."""
+        try:
+            self.processor(text=["a"])
+        except Exception:  # a processor raises many kinds
+            return True
+        return False
+
+    def tokens(self, images: tuple[Picture, ...]) -> list[int]:
+        """Ids of a text of these pictures, a line each."""
+        text = self.expand("".join(f"{self.token}\n" for _ in images), images, "pictures")
+        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def _tensors(self, sequences: tuple[tuple[Picture, ...], ...]) -> dict[str, Any]:
         """What the model is given of the pictures of several sequences, each with one at least: how a picture is cut can depend
         on how many its own sequence has."""
         texts = [self.token * len(images) for images in sequences]
         made = self._run(self.processor, texts, sequences, "pictures", return_tensors="pt", padding=True)
+        self.marks_pictures = "token_type_ids" not in made or bool((made["token_type_ids"] != 0).any())
         return {name: value for name, value in made.items() if name not in NOT_PICTURES}
 
     @staticmethod
@@ -79,6 +98,13 @@ class Reader:
         except Exception as error:  # a processor raises many kinds
             said = " ".join(str(error).split())[:200] or type(error).__name__
             raise DataError(f"{where}: the model's processor refuses the pictures: {said}") from error
+
+
+def noise(rng: Any, size: tuple[int, int]) -> Picture:
+    """A picture of random pixels, (height, width), to try a model with."""
+    from PIL import Image
+
+    return picture(Image.fromarray(rng.integers(0, 256, (*size, 3), dtype="uint8")), "pictures")
 
 
 def attach(tokenizer: Any, processor: Any, placeholders: Sequence[int] = ()) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from unift.rows import chat, processor
-from unift.types import ConfigError, DataError, Picture, Row
+from unift.types import ConfigError, DataError, Row, Shown
 
 Prompt = str | tuple[Mapping[str, str], ...]
 
@@ -31,7 +31,7 @@ class Encoded:
     forced: bool = False
     doubled: str = ""  # opening tag that prompt and solution both had; the solution's is left out
     instructed: list[int] | None = None  # prompt with the run's instruction for first steps (sample.instruction)
-    images: tuple[Picture, ...] = ()  # whose placeholders the prompt has
+    shown: Shown | None = None  # the pictures whose placeholders the prompt has
 
     @property
     def n_steps(self) -> int:
@@ -129,7 +129,7 @@ def encode_row(tokenizer: Any, row: Row, max_tokens: int, number: int | None = N
         )
     if reader is not None and not reader.placeholders.isdisjoint(solution):
         raise DataError(f"{where}: the solution holds a placeholder of a picture ({reader.token}); expected text alone")
-    return Encoded(own, solution, step_ends, forced, doubled, images=row.images)
+    return Encoded(own, solution, step_ends, forced, doubled, shown=Shown(row.images, len(own)) if row.images else None)
 
 
 def _without_tag(row: Row, tag: str, prompt: str) -> Row:

@@ -69,8 +69,8 @@ class _Wanted:
 
     def add(self, group: Group, given: list[int], draws: Draws) -> None:
         if draws.n:
-            images = self.encoded[group.row].images if self.encoded else ()
-            self.requests.append(Request(group.prompt + (given or group.hint), draws, images))
+            shown = self.encoded[group.row].shown if self.encoded else None
+            self.requests.append(Request(group.prompt + (given or group.hint), draws, shown))
             self.owners.append((group, given))
 
 

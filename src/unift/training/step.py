@@ -163,7 +163,7 @@ def _waiting(run: Run, state: State, groups: Sequence[Group], rules: Rules) -> l
     rows = [run.data.train.encoded[r] for r in state.memory.collect(groups, rules.likelihood)]
     if not rows:
         return []
-    alone = [Item(e.prompt, [], [Member(e.solution, DEMO)], images=e.images) for e in rows]
+    alone = [Item(e.prompt, [], [Member(e.solution, DEMO)], shown=e.shown) for e in rows]
     return update.prepare(run.policy, alone, annealing.one_update(rules), state.reference)
 
 

@@ -180,14 +180,14 @@ def _answered(answers: _Answerer, scorer: Scorer, column: _Column, block: Sequen
     from unift.training.evaluate import Answers, draws_of
 
     own = [block[i] for i in processes.share(len(block))]
-    rows, prompts = [column.rows[i] for i in own], [(column.encoded[i].prompt, column.encoded[i].images) for i in own]
+    rows, prompts = [column.rows[i] for i in own], [(column.encoded[i].prompt, column.encoded[i].shown) for i in own]
     ask = partial(completed, answers.engine, answers.tokenizer)
-    groups = ask([Request(prompt, None, images) for prompt, images in prompts], answers.most)
+    groups = ask([Request(prompt, None, shown) for prompt, shown in prompts], answers.most)
     if answers.samples:
         wanted = Answers(answers.samples, answers.seed)
         drawn = [
-            Request(prompt, draws_of(row, wanted, answers.most), images)
-            for row, (prompt, images) in zip(rows, prompts, strict=True)
+            Request(prompt, draws_of(row, wanted, answers.most), shown)
+            for row, (prompt, shown) in zip(rows, prompts, strict=True)
         ]
         groups = [g + more for g, more in zip(groups, ask(drawn, answers.most, wanted.temperature), strict=True)]
     flat = [(row, sample) for row, group in zip(rows, groups, strict=True) for sample in group]

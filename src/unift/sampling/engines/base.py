@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from unift import rng
-from unift.types import Picture, Sample
+from unift.types import Sample, Shown
 
 if TYPE_CHECKING:
     from unift.model.policy import Policy
@@ -54,7 +54,7 @@ class Request:
 
     prompt: list[int]
     draws: Draws | np.ndarray | None
-    images: tuple[Picture, ...] = ()  # whose placeholders the prompt has
+    shown: Shown | None = None  # the pictures whose placeholders the prompt has
 
     @property
     def samples(self) -> int:

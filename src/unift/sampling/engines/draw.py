@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from unift.model.policy import Policy
-from unift.rows import processor
 from unift.sampling.engines.base import Request
 
 VOCAB_BLOCK = 256  # tokens whose probabilities are summed first when sampling
@@ -69,6 +68,5 @@ def inverse_cdf(logp_NV: Tensor, u_N: Tensor, block: int = VOCAB_BLOCK) -> Tenso
 def eos_ids(policy: Policy) -> Tensor:
     """Tokens that end a completion, on the policy's device. A placeholder of a picture is one of them: it may be a target, but
     as an input it would ask for a picture."""
-    reader = processor.reader_of(policy.tokenizer)
-    placeholders = set() if reader is None else reader.placeholders
+    placeholders = set() if policy.reader is None else policy.reader.placeholders
     return torch.tensor(sorted({*policy.end_ids, *placeholders}), device=policy.device)

@@ -18,7 +18,6 @@ from unift.model.attention.decode import DecodeLayout
 from unift.model.attention.packed import PackedLayout, make_layout
 from unift.model.limits import ROWS
 from unift.model.policy import Policy
-from unift.rows import processor
 from unift.sampling.engines import cuda_graph
 from unift.sampling.engines.base import Request, Watch, batches, in_batches, unwatched
 from unift.sampling.engines.draw import chooser, eos_ids
@@ -87,9 +86,8 @@ class _Rows:
         layout = make_layout(spans, [[] for _ in requests], len(flat)).to(device)
         layout.keep = True
         positions = torch.tensor([p for r in requests for p in range(len(r.prompt))], device=device)
-        tokens, images = torch.tensor(flat, device=device), [r.images for r in requests]
-        reader = processor.reader_of(self.policy.tokenizer)
-        view = vision.view(self.policy.base, reader, tokens, positions, spans, [[]] * len(spans), images)
+        tokens, shown = torch.tensor(flat, device=device), [r.shown for r in requests]
+        view = vision.view(self.policy.base, self.policy.reader, tokens, positions, spans, [[]] * len(spans), shown)
         hidden = self.policy.hidden(tokens, positions, layout, view=view)
         logits = self.policy.logits(hidden[torch.from_numpy(ends - 1).to(device)])
         return logits, layout, 0 if view is None else view.shift_B

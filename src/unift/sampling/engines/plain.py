@@ -43,7 +43,7 @@ def own_attention(policy: Policy) -> Iterator[bool]:
     model, kept = policy.base, vision.implementation(policy.base)
     vision.set_implementation(model, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
     try:
-        yield paths.check_plain(model, policy.device)
+        yield paths.check_plain(model, policy.device, policy.reader)
     finally:
         vision.set_implementation(model, kept)
 
@@ -57,7 +57,7 @@ def _run(
     counts = [r.samples for r in requests]
     g = max(counts)
     choose = chooser(policy, requests, g, max_tokens, temperature)
-    decoder = Decoder(policy.base, cached)
+    decoder = Decoder(policy.base, cached, vision.seen_by(policy.reader, [r.shown for r in requests]))
     logits_NV = decoder.start(torch.tensor([r.prompt for r in requests], device=device))
     # From here on a row is a sample: its prompt's row again, and its place in the B*G grid of the uniforms.
     row_N = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], device=device)
