@@ -121,12 +121,15 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
         _forget_gguf(model)
     policy = Policy(model, tokenizer, device, autocast=config.autocast, cuda_graphs=config.cuda_graphs)
     paths.choose(policy, config.forward, longest)
+    frozen = vision.outside_text(model) if config.freeze_vision else []
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
     adapter = adapter_folder(config.path)
     if adapter is not None:
         policy.model = lora.proceed(model, adapter, adapter_settings(config.path) or {}, config.lora)
         policy.lora = policy.continues = True
     elif config.lora is not None:
-        policy.model, policy.lora = lora.adapt(model, config.lora), True
+        policy.model, policy.lora = lora.adapt(model, config.lora, frozen), True
     return policy
 
 

@@ -74,13 +74,19 @@ def configs(model: Any) -> Iterator[Any]:
         yield model.config.get_text_config()
 
 
-def freeze(model: Any) -> None:
-    """No gradient for whatever is neither text trunk nor head: tower and connector."""
-    kept = {id(p) for p in model.get_decoder().parameters()}
-    kept |= {id(p) for p in model.get_output_embeddings().parameters()}
-    for p in model.parameters():
-        if id(p) not in kept:
-            p.requires_grad_(False)
+def outside_text(model: Any) -> list[str]:
+    """Names of the modules with weights that belong neither to the text trunk nor to the head: tower and connector. ConfigError
+    for a model of text."""
+    text = model.get_decoder()
+    kept = {id(m) for part in (text, model.get_output_embeddings()) for m in part.modules()}
+    found = [
+        name
+        for name, m in model.named_modules()
+        if id(m) not in kept and next(m.parameters(recurse=False), None) is not None
+    ]
+    if not found:
+        raise ConfigError(f"model.freeze_vision=true: {type(model).__name__} takes no pictures. Leave the setting out")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- what a forward is given

@@ -147,6 +147,12 @@ def _text(content: Any, found: list[Any], where: str) -> Any:
     return text
 
 
+def shown_by(rows: Any) -> bool:
+    """Has any of these rows a picture? Rows on disk know it."""
+    facts = getattr(rows, "facts", None)
+    return any(row.images for row in rows) if facts is None else bool(facts.pictures)
+
+
 # ---------------------------------------------------------------------------------------------- one picture
 
 

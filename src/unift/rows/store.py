@@ -71,6 +71,7 @@ class Facts:
     tasks: list[str]
     columns: list[str]  # of Row.extra, with a value in at least one row
     longest: list[int]  # indices of the longest rows by characters, ascending
+    pictures: bool = False  # whether any row has one
     renamed: dict[str, str] = field(default_factory=dict[str, str])  # index: id of a further copy of a row
 
 
@@ -228,6 +229,7 @@ class _Seen:
         self.without_steps: int | None = None
         self.without_answer: int | None = None
         self.tasks, self.columns = set[str](), set[str]()
+        self.pictures = False
         self.longest: list[tuple[int, int]] = []  # a heap of (characters, index)
 
     def look(self, rows: Iterable[Row], is_json: bool) -> Iterator[str]:
@@ -251,6 +253,7 @@ class _Seen:
             if row.answer is None and self.without_answer is None:
                 self.without_answer = self.n
             self.tasks.add(row.task)
+            self.pictures |= bool(row.images)
             self.columns |= {column for column, value in row.extra.items() if value is not None}
             self._weigh(len(row.solution) + _characters(row), index)
             yield text
@@ -263,9 +266,8 @@ class _Seen:
 
     def facts(self) -> Facts:
         found = self.digest.hexdigest()[:16], self.without_steps, self.without_answer
-        return Facts(
-            self.n, *found, sorted(self.tasks), sorted(self.columns), sorted(index for _, index in self.longest)
-        )
+        lists = sorted(self.tasks), sorted(self.columns), sorted(index for _, index in self.longest)
+        return Facts(self.n, *found, *lists, pictures=self.pictures)
 
 
 def _characters(row: Row) -> int:

@@ -79,7 +79,8 @@ def groups_of_step(run: Run, moment: Moment, state: State, clock: Clock) -> list
         prompts, shown = (
             decode(x, skip_special_tokens=True) for x in ([g.prompt for g in groups], [g.hint for g in groups])
         )
-        write_rollouts(run.folder, moment.step, weights, groups, list(zip(prompts, shown, strict=True)))
+        images = [run.data.train.rows[g.row].images for g in groups]
+        write_rollouts(run.folder, moment.step, weights, groups, list(zip(prompts, shown, strict=True)), images)
         clock.lap("save")
     return groups
 

@@ -95,10 +95,9 @@ def evaluate_suite(config: Config, order: Order, say: Say = lambda text: None) -
 def answer_tokens(config: Config, prompt: int) -> int:
     """Length limit of an answer: eval.max_tokens, or else 1,024 and what the model's positions leave beyond the longest
     prompt. DataError where a prompt and its answer do not fit."""
-    from unift.model.folder import locate, model_settings
-    from unift.model.limits import positions
+    from unift.model.limits import positions, text_settings
 
-    there = positions(model_settings(locate(config.model.path)))
+    there = positions(text_settings(config.model.path))
     wanted = config.eval.max_tokens or min(TOKENS, (there or prompt + TOKENS) - prompt)
     if there is not None and (wanted < 1 or prompt + wanted > there):
         raise DataError(
