@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -102,10 +103,15 @@ def test_a_stopped_run_continues_bit_for_bit(base, tmp_path, stop):
     run("uft", base, tmp_path / "parts")
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    clean = lambda f: [
-        {k: v for k, v in m.items() if "time" not in k and "second" not in k} for m in read_metrics(f / "metrics.jsonl")
-    ]  # noqa: E731
-    assert clean(tmp_path / "whole") == clean(tmp_path / "parts")
+    clocks = ("time", "second")
+    one, two = (
+        [
+            {k: v for k, v in m.items() if not any(c in k for c in clocks)}
+            for m in read_metrics(tmp_path / n / "metrics.jsonl")
+        ]
+        for n in ("whole", "parts")
+    )
+    assert one == two
 
 
 def test_a_changed_picture_is_other_data(base, tmp_path):
@@ -151,6 +157,39 @@ def test_the_report_shows_the_pictures(base, tmp_path):
     assert "img-src data:" in page
 
 
+def test_a_model_on_the_plain_path_trains_on_pictures(tmp_path):
+    """Gemma 3 attends in both directions over a picture."""
+    base = zoo.saved(tmp_path / "base", "gemma3")
+    found = run("uft", base, tmp_path / "run", train__steps=2, data__max_prompt=200)
+    forward = found.metrics[0]["forward"]
+    assert forward.startswith("plain (Gemma3ForConditionalGeneration: ") and "differ" in forward
+    assert max(m["sampling/sampling_logp_difference/max"] for m in found.metrics[1:]) < 1e-4
+    assert any("vision_tower" in name for name in moved(tmp_path / "run", base))
+
+
+def test_a_loaded_model_comes_with_its_processor(tmp_path):
+    model, processor = zoo.idefics3()
+    how = {k: v for k, v in TINY.items() if not k.startswith("sample")} | {"train.steps": 1}
+    found = unift.train("sft", model=model, tokenizer=processor, train=ROWS[:4], run=tmp_path, quiet=True, **how)
+    assert found.result["steps"] == 1
+
+
+def test_doctor_and_a_dry_run_know_the_text_trunk(base, tmp_path, capsys, monkeypatch):
+    from unift.commands.cli import main
+    from unift.rows.inspect import write_rows
+
+    write_rows(unift.load_rows(ROWS[:6]), tmp_path / "train.jsonl")
+    words = [f"data.train={tmp_path}/train.jsonl", f"model.path={base}", "sample.max_tokens=40", "threads=1"]
+    for command in (["train", "--method", "uft", "--dry-run", *words], ["doctor", "--method", "uft", *words]):
+        monkeypatch.setattr(sys, "argv", ["unift", *command])
+        with contextlib.suppress(SystemExit):
+            main()
+        text = capsys.readouterr().out
+    assert "the model has 512 positions" in text
+    with pytest.raises(unift.UniftError, match="more than the 512 positions"):
+        unift.train("uft", model=base, train=ROWS[:4], run=tmp_path / "run", quiet=True, **{"sample.max_tokens": 500})
+
+
 @pytest.mark.dist
 def test_two_processes_make_the_update_of_one(base, tmp_path):
     from unift.rows.inspect import write_rows
@@ -162,7 +201,7 @@ def test_two_processes_make_the_update_of_one(base, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     for n in (1, 2):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m", "unift"]
-        command = [*launch, "train", "--method", "uft", "--run", str(tmp_path / f"run{n}"), *words]
+        command = [*launch, "train", "--method", "uft", f"run={tmp_path}/run{n}", *words]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     one, two = (torch.load(tmp_path / f"run{n}" / "checkpoints" / checkpoint.step_name(1) / "state.pt") for n in (1, 2))

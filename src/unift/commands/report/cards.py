@@ -50,11 +50,9 @@ def _group(group: Group) -> Html:
     facts = [group.kind, shown, f"{group.size} completions", f"row {group.row_id}"]
     text = tag("pre", cut(group.prompt), tag("mark", cut(group.hint)) if group.hint else None)
     meta = tag("p", [tag("span", fact) for fact in facts], cls="meta")
-    text = (
-        tag("div", tag("div", [_picture(p) for p in group.pictures], cls="pictures"), text, cls="shown")
-        if group.pictures
-        else text
-    )
+    if group.pictures:
+        beside = tag("div", [_picture(p) for p in group.pictures], cls="pictures")
+        text = tag("div", beside, text, cls="shown")
     return tag("div", meta, text, [_completion(c) for c in group.completions], _rest(group), cls="group")
 
 
