@@ -236,8 +236,17 @@ def machines() -> str:
     return "\n".join(lines)
 
 
+def rows() -> str:
+    cells = [
+        [f"{r['rows']:,}", r["kind"], f"{r['seconds']:.1f}", f"{r['cpu']:.1f}", f"{r['mib']:.0f}"]
+        for record in read("rows")
+        for r in record["rows"]
+    ]
+    return table(["rows", "start", "wall s", "CPU s", "MiB"], cells)
+
+
 PAGES = {
-    PAGE: (vs_trl, memory, ablation, scaling, roofline, precision, rounding, gpu, gpu_vs_trl, machines),
+    PAGE: (vs_trl, memory, ablation, scaling, roofline, precision, rounding, rows, gpu, gpu_vs_trl, machines),
     PAGE.with_name("cluster.md"): (estimate, long),
 }
 
