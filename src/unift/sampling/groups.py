@@ -81,18 +81,17 @@ def complete(
     places: Sequence[int],
     moment: Moment,
     attempt: int = 0,
-    drafts: Sequence[Sequence[list[int]]] | None = None,
 ) -> None:
     """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those.
 
     places: each group's position in the batch of all processes. It is part of the address of its random numbers, since a
     small data set may bring a row twice in one step.
-    drafts: of each group, texts that may come after its prompt (``sample.draft``).
     """
     sample, members, seed, step = moment.rules.sample, moment.rules.show.members, moment.seed, moment.step
     whole = _Wanted(sample.max_tokens)
     short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens))  # only the first tokens
-    for i, group, texts in zip(places, groups, drafts or [()] * len(groups), strict=True):
+    for i, group in zip(places, groups, strict=True):
+        texts, group.drafts = group.drafts, []
         place = ("sample", seed, step, i, group.row_id, *([attempt] if attempt else []))
         draws = Draws(place, sample.completions, sample.completions, sample.max_tokens)
         wanted = short if cut_short(sample, seed, step, group.row_id) else whole

@@ -127,14 +127,15 @@ def _drawn(run: Run, rows: Sequence[int], moment: Moment, state: State, attempt:
     groups = hinted(rows, run.data.train, moment, state.memory.hints)
     places = processes.share(len(groups))
     own = [groups[i] for i in places]
-    drafts = [state.memory.drafts(g, run.data.train.encoded[g.row].solution, moment.rules.sample) for g in own]
+    for group in own:
+        group.drafts = state.memory.drafts(group, run.data.train.encoded[group.row].solution, moment.rules.sample)
     if SOURCES[moment.rules.sample.source].reference and state.reference is not None:
         with state.reference.policy() as frozen:
             run.engine.sync(frozen, lambda: f"reference-{moment.stage.start}")
-            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt, drafts)
+            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
     else:
         run.engine.sync(run.policy, partial(checkpoint.fingerprint, run.policy))
-        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt, drafts)
+        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
     return groups
 
 
