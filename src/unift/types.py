@@ -112,9 +112,6 @@ class Group:
     cuts_total: int  # min(L, number of steps)
     samples: list[Sample] = field(default_factory=list[Sample])
     discarded: int = 0  # tokens sampled for prompts that this one replaced (dynamic sampling)
-    drafts: list[list[int]] = field(
-        default_factory=list[list[int]], compare=False
-    )  # may follow the prompt; until sampled
 
 
 @dataclass(frozen=True)

@@ -77,21 +77,21 @@ class _Wanted:
 def complete(
     engine: Engine,
     tokenizer: Any,
-    groups: Sequence[Group],
-    places: Sequence[int],
+    groups: Mapping[int, Group],
     moment: Moment,
     attempt: int = 0,
+    drafts: Sequence[Sequence[list[int]]] | None = None,
 ) -> None:
     """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those.
 
-    places: each group's position in the batch of all processes. It is part of the address of its random numbers, since a
-    small data set may bring a row twice in one step.
+    groups: by position in the batch of all processes, which is part of the address of a group's random numbers, since a small
+    data set may bring a row twice in one step.
+    drafts: of each group, in order, texts that may come after its prompt (``sample.draft``).
     """
     sample, members, seed, step = moment.rules.sample, moment.rules.show.members, moment.seed, moment.step
     whole = _Wanted(sample.max_tokens)
     short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens))  # only the first tokens
-    for i, group in zip(places, groups, strict=True):
-        texts, group.drafts = group.drafts, []
+    for (i, group), texts in zip(groups.items(), drafts or [()] * len(groups), strict=True):
         place = ("sample", seed, step, i, group.row_id, *([attempt] if attempt else []))
         draws = Draws(place, sample.completions, sample.completions, sample.max_tokens)
         wanted = short if cut_short(sample, seed, step, group.row_id) else whole

@@ -125,17 +125,16 @@ def _begun(run: Run, moment: Moment, weights: str) -> Drawing | None:
 def _drawn(run: Run, rows: Sequence[int], moment: Moment, state: State, attempt: int = 0) -> list[Group]:
     """Groups of these rows. Every process draws all rows and hints, and samples its share of the groups."""
     groups = hinted(rows, run.data.train, moment, state.memory.hints)
-    places = processes.share(len(groups))
-    own = [groups[i] for i in places]
-    for group in own:
-        group.drafts = state.memory.drafts(group, run.data.train.encoded[group.row].solution, moment.rules.sample)
+    own = {i: groups[i] for i in processes.share(len(groups))}
+    solutions = run.data.train.encoded
+    drafts = [state.memory.drafts(g, solutions[g.row].solution, moment.rules.sample) for g in own.values()]
     if SOURCES[moment.rules.sample.source].reference and state.reference is not None:
         with state.reference.policy() as frozen:
             run.engine.sync(frozen, lambda: f"reference-{moment.stage.start}")
-            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
+            complete(run.engine, run.policy.tokenizer, own, moment, attempt, drafts)
     else:
         run.engine.sync(run.policy, partial(checkpoint.fingerprint, run.policy))
-        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
+        complete(run.engine, run.policy.tokenizer, own, moment, attempt, drafts)
     return groups
 
 
