@@ -48,6 +48,23 @@ class NonFiniteError(UniftError):
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One picture of a row as an encoded file (PNG, JPEG, ...): by its path, or its bytes."""
+
+    digest: str  # of the file, or of the pixels of a picture that was handed over unpacked
+    path: str = ""
+    data: bytes | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The pictures of a prompt, and its length in tokens, placeholders included; what follows is the model's own text."""
+
+    pictures: tuple[Picture, ...]
+    prompt: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One problem with its worked solution.
 
@@ -63,6 +80,7 @@ class Row:
     answer: Any
     task: str = ""  # name of a built-in task ("countdown", ...) or the data_source of the file
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    images: tuple[Picture, ...] = ()  # in the order of the marks <image> in the prompt
 
     @property
     def solution(self) -> str:

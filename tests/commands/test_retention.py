@@ -32,7 +32,7 @@ def test_mean_logprob_is_that_of_plain_sequences():
     logps, _ = token_logprobs(plain, [c + t for c, t in pairs])
     expected = torch.cat([l[len(c) - 1 :] for l, (c, _) in zip(logps, pairs, strict=True)]).mean().item()
     for budget in (1, 7, 10**6):
-        assert retention.mean_logprob(policy, pairs, budget) == pytest.approx(
+        assert retention.mean_logprob(policy, [retention.Pair(*p) for p in pairs], budget) == pytest.approx(
             expected, abs=1e-7
         )  # RMSNorm computes in fp32
 
@@ -70,7 +70,7 @@ def test_targets_of_a_sampled_method_are_its_right_completions(tmp_path):
         for s in g.samples
         if s.score.right
     ]
-    assert kind == "right completions" and pairs == expected and pairs
+    assert kind == "right completions" and [(p.context, p.target) for p in pairs] == expected and pairs
 
 
 def test_unfinished_run_is_refused(tmp_path):

@@ -77,7 +77,10 @@ class RunFolder:
 
     def model(self) -> tuple[Any, Any]:
         """(model, tokenizer) after the run, or of its last checkpoint while it is not finished."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
+
+        from unift.model.folder import model_settings
+        from unift.model.vision import model_class
 
         folder = self.folder / "model"
         if not folder.is_dir():
@@ -85,7 +88,7 @@ class RunFolder:
             if not saved:
                 raise UniftError(f"{self.folder} holds no model yet: the run has saved nothing")
             folder = saved[-1]
-        model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
+        model = model_class(model_settings(folder)).from_pretrained(str(folder), local_files_only=True)
         return model, AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
     def report(self, out: str | Path | None = None) -> Path:

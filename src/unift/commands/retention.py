@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,7 +37,7 @@ from unift.sampling.engines.choose import in_process
 from unift.training import evaluate
 from unift.training.evaluate import Judge
 from unift.training.run.rollouts import read_rollouts
-from unift.types import ConfigError, UniftError
+from unift.types import ConfigError, Shown, UniftError
 
 MAX_TARGETS = 2000  # training targets whose likelihood under the base is measured
 
@@ -57,11 +57,19 @@ class Retained:
         return self.before.accuracy - self.after.accuracy
 
 
+class Pair(NamedTuple):
+    """What is measured: token ids of a context and of a target behind it, and the pictures that the context shows."""
+
+    context: list[int]
+    target: list[int]
+    shown: Shown | None = None
+
+
 @torch.no_grad()
-def mean_logprob(policy: Policy, pairs: Sequence[tuple[list[int], list[int]]], budget: int) -> float:
+def mean_logprob(policy: Policy, pairs: Sequence[Pair], budget: int) -> float:
     """Mean log-prob, in nats, of all target tokens of (context, target) pairs of token ids, untempered."""
     settings = validate({"likelihood": {"tokens": "demo", "weight": 1.0}})
-    items = [Item(context, [], [Member(target, DEMO)]) for context, target in pairs if target]
+    items = [Item(p.context, [], [Member(p.target, DEMO)], shown=p.shown) for p in pairs if p.target]
     if not items:
         raise UniftError("there is no target to measure: every solution is empty")
     weights, total, n = weigh(items, settings), 0.0, 0
@@ -73,21 +81,19 @@ def mean_logprob(policy: Policy, pairs: Sequence[tuple[list[int], list[int]]], b
     return total / n
 
 
-def training_targets(
-    folder: Path, config: Config, encoded: Sequence[Encoded]
-) -> tuple[str, list[tuple[list[int], list[int]]]]:
+def training_targets(folder: Path, config: Config, encoded: Sequence[Encoded]) -> tuple[str, list[Pair]]:
     """(what they are, (context, target) pairs) of a run: its solutions where they are supervised as a whole, otherwise
     the right completions among the stored rollouts, after the prompt and hint that they were sampled from."""
     found = stages(config)
     if any(TOKENS[stage.rules.likelihood.tokens].demo for stage in found):
-        return "solutions", [(e.prompt, e.solution) for e in encoded][:MAX_TARGETS]
-    pairs: list[tuple[list[int], list[int]]] = []
+        return "solutions", [Pair(e.prompt, e.solution, e.shown) for e in encoded][:MAX_TARGETS]
+    pairs: list[Pair] = []
     for step in range(found[-1].stop):
         stored = read_rollouts(folder, step)
         for group in stored[1] if stored else []:
-            pairs += [
-                (group.prompt + group.hint, s.tokens) for s in group.samples if s.score is not None and s.score.right
-            ]
+            shown = encoded[group.row].shown if encoded else None
+            right = [s.tokens for s in group.samples if s.score is not None and s.score.right]
+            pairs += [Pair(group.prompt + group.hint, tokens, shown) for tokens in right]
         if len(pairs) >= MAX_TARGETS:
             break
     return "right completions", pairs[:MAX_TARGETS]
@@ -148,7 +154,7 @@ def _measured(judge: Judge, sets: Sequence[Split], budget: int) -> list[tuple[ev
     found: list[tuple[evaluate.Accuracy, float]] = []
     for split in sets:
         accuracy = evaluate.greedy(judge, split)
-        pairs = [(e.prompt, e.solution) for e in split.encoded]
+        pairs = [Pair(e.prompt, e.solution, e.shown) for e in split.encoded]
         found.append((accuracy, mean_logprob(judge.policy, pairs, budget)))
     return found
 

@@ -87,6 +87,10 @@ class Model(Section):
         description="of several processes each holds all weights (none) or a part (full, FSDP2); auto: full where "
         "accelerate's config file asks for FSDP",
     )
+    freeze_vision: bool = Field(
+        default=False,
+        description="of a model that takes pictures, leave tower and connector as they are; no adapters there either",
+    )
     lora: Lora | None = Field(
         default=None, description="train low-rank adapters only; true, a rank, or the keys below; null = all weights"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -42,6 +42,7 @@ def credited(
     policy = models.policy
     demos = [split.encoded[g.row].solution for g in groups] if needs.demonstrations(rules) else None
     made = items_of(groups, [group_advantages(g, rules) for g in groups], demos, rules, address)
+    made = [replace(item, shown=split.encoded[g.row].shown) for item, g in zip(made, groups, strict=True)]
     if rules.sample.first is not None:
         made = first_steps(made, groups, [split.encoded[g.row] for g in groups], rules, policy.end_ids, address)
     if LOSSES[rules.policy.loss].sequences:

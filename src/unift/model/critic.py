@@ -47,5 +47,5 @@ def logprobs_and_values(policy: Policy, batch: PackedBatch, temperature: float) 
 def _hidden(policy: Policy, batch: PackedBatch) -> Tensor:
     """Last hidden states [S, D] before each target token."""
     with policy.precision(sampling=False):
-        hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout)
+        hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout, view=policy.view(batch))
     return hidden_TD.index_select(0, batch.at_S)

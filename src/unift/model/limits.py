@@ -42,6 +42,14 @@ def positions(settings: Mapping[str, Any]) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def text_settings(path: str) -> dict[str, Any]:
+    """config.json of ``model.path``, with what it says of the text trunk of a model that takes pictures at the top; empty where
+    there is none."""
+    found = model_settings(locate(path))
+    text = found.get("text_config")
+    return {**found, **text} if isinstance(text, dict) else found
+
+
 def parameters(settings: Mapping[str, Any]) -> int | None:
     """Of a decoder with gated feed-forward layers, from its shapes; None where one is not given."""
     width, layers, vocab = (settings.get(n) for n in ("hidden_size", "num_hidden_layers", "vocab_size"))
@@ -119,7 +127,7 @@ def check_positions(config: Config, data: Data) -> None:
 
     Rows on disk that are not looked at now are checked at their first use.
     """
-    most = positions(model_settings(locate(config.model.path)))
+    most = positions(text_settings(config.model.path))
     if most is None:
         return
     for name, number, prompt, hint, completion in longest_contexts(config, data):

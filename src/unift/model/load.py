@@ -12,10 +12,10 @@ import torch
 
 from unift import processes
 from unift.files import publish_folder, writing
-from unift.model import attention, lora, matmul, paths, quantize, sharding
+from unift.model import attention, lora, matmul, paths, quantize, sharding, vision
 from unift.model.folder import adapter_folder, adapter_settings, base_name, locate, model_settings, reading
 from unift.model.policy import Policy
-from unift.rows import tokens
+from unift.rows import processor, tokens
 from unift.types import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
         extra = {"gguf_file": gguf} if gguf else {}
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
     known = {} if gguf else model_settings(folder)
+    if known.get(vision.TOWER):
+        with reading("processor", folder):
+            tokenizer = vision.load_reader(tokenizer, folder, known)
     if known:
         size = (known.get("text_config") or known).get("vocab_size")
         if isinstance(size, int):
@@ -43,7 +46,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 def expected_path(config: ModelConfig, longest: float) -> str:
     """What ``load`` would choose as far as class and config tell, without reading weights. For people."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if config.forward == "plain":
         return "plain (model.forward=plain)"
@@ -53,7 +56,7 @@ def expected_path(config: ModelConfig, longest: float) -> str:
         extra = {"gguf_file": gguf} if gguf else {}
         settings = AutoConfig.from_pretrained(str(folder), local_files_only=True, **extra)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings)
+        model = vision.model_class(settings).from_config(settings)
     reason = paths.obstacle(model, longest)
     if reason and config.forward == "shared":
         raise ConfigError(
@@ -99,8 +102,6 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
 
     longest: tokens of the longest sequence of the run, which an attention window must not cut on the shared-prefix path.
     """
-    from transformers import AutoModelForCausalLM
-
     attention.register()
     folder, gguf = locate(config.path), _gguf(config)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config)
@@ -110,7 +111,8 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
         extra = {"gguf_file": gguf} if gguf else {}
         extra |= quantize.arguments(config, device)
         dtype = getattr(torch, config.dtype)
-        model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=dtype, **extra)
+        kind = vision.model_class({} if gguf else model_settings(folder))
+        model = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype, **extra)
     if device.type == "cpu":
         matmul.route()
     tokens.check_rows(tokenizer, len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
@@ -119,19 +121,23 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
     else:
         quantize.check_layers(model)
     model.eval()  # no dropout; gradients flow all the same
-    model.config.use_cache = False
+    for settings in vision.configs(model):
+        settings.use_cache = False
     if gguf:
         _forget_quantizer(model)
     # What unpacks 4-bit weights allocates as it goes, and has not been seen in a recorded step.
     graphs = config.cuda_graphs and config.quantize is None
     policy = Policy(model, tokenizer, device, autocast=config.autocast, cuda_graphs=graphs)
     paths.choose(policy, config.forward, longest)
+    frozen = vision.outside_text(model) if config.freeze_vision else []
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
     adapter = adapter_folder(config.path)
     if adapter is not None:
         policy.model = lora.proceed(model, adapter, adapter_settings(config.path) or {}, config.lora)
         policy.lora = policy.continues = True
     elif config.lora is not None:
-        policy.model, policy.lora = lora.adapt(model, config.lora), True
+        policy.model, policy.lora = lora.adapt(model, config.lora, frozen), True
     if config.quantize is not None:  # once peft has seen it: what is saved is dense
         _forget_quantizer(model)
     return policy
@@ -147,13 +153,15 @@ def _forget_quantizer(model: Any) -> None:
 
 
 def save_pretrained(policy: Policy, folder: Path) -> None:
-    """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained and vLLM read. Sharded weights
+    """A plain Hugging Face folder (adapters merged) that AutoModelForCausalLM.from_pretrained (AutoModelForImageTextToText
+    with a vision tower) and vLLM read. Sharded weights
     are whole by then (`Policy.whole`)."""
     shutil.rmtree(folder, ignore_errors=True)
     base = policy.base
-    implementation = base.config._attn_implementation
-    base.config._attn_implementation_internal = None  # not a property of the weights
-    base.config.use_cache = True
+    kept = [(settings, settings._attn_implementation) for settings in vision.configs(base)]
+    for settings, _ in kept:
+        settings._attn_implementation_internal = None  # not a property of the weights
+        settings.use_cache = True
     generation = getattr(base, "generation_config", None)
     if generation is not None:
         ends = policy.end_ids
@@ -166,9 +174,16 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
         else:
             base.save_pretrained(folder)
     finally:
-        base.config._attn_implementation_internal = implementation
-        base.config.use_cache = False
-    policy.tokenizer.save_pretrained(folder)
+        for settings, implementation in kept:
+            settings._attn_implementation_internal = implementation
+            settings.use_cache = False
+    save_tokenizer(policy.tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The tokenizer, and the processor that came with it."""
+    reader = processor.reader_of(tokenizer)
+    (tokenizer if reader is None else reader.processor).save_pretrained(folder)
 
 
 def save_adapter(policy: Policy, config: ModelConfig, folder: Path) -> None:
@@ -178,7 +193,7 @@ def save_adapter(policy: Policy, config: ModelConfig, folder: Path) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)
     lora.save(policy.model, folder, base_name(config.path))
-    policy.tokenizer.save_pretrained(folder)
+    save_tokenizer(policy.tokenizer, folder)
 
 
 def keep_model(model: Any, tokenizer: Any, folder: Path) -> Path:

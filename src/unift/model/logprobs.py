@@ -97,9 +97,10 @@ def logprobs(policy: Policy, batch: PackedBatch, temperature: float = 1.0) -> tu
 def _logprobs(policy: Policy, batch: PackedBatch, scale_S: Tensor) -> tuple[Tensor, Tensor]:
     if not policy.shared:
         with policy.precision(sampling=False):
-            return plain.logprobs(policy.base, batch, scale_S)
+            return plain.logprobs(policy.base, batch, scale_S, policy.reader)
     with policy.precision(sampling=False):
-        hidden_TD = policy.hidden(batch.tokens_T, batch.positions_T, batch.layout, batch.delta_TD, batch.inputs_fixed)
+        place = batch.tokens_T, batch.positions_T, batch.layout, batch.delta_TD, batch.inputs_fixed
+        hidden_TD = policy.hidden(*place, view=policy.view(batch))
     return head_logprobs(policy, hidden_TD.index_select(0, batch.at_S), batch.target_S, scale_S)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from unift.config.sections import Lora
 
 
-def adapt(model: Any, lora: Lora) -> nn.Module:
-    """``model`` wrapped by peft, its own weights frozen. Where embeddings or head are adapted, the two are untied.
+def adapt(model: Any, lora: Lora, without: Sequence[str] = ()) -> nn.Module:
+    """``model`` wrapped by peft, its own weights frozen. Where embeddings or head are adapted, the two are untied. ``without``:
+    names of layers that get no adapter, whatever the targets say.
 
     Raises ConfigError where the targets do not fit, or where what would be saved is not what would be trained.
     """
@@ -34,6 +35,7 @@ def adapt(model: Any, lora: Lora) -> nn.Module:
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         target_modules=lora.targets,
+        exclude_modules=list(without) or None,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )

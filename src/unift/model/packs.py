@@ -19,6 +19,7 @@ from torch import Tensor
 from unift.config import needs, words
 from unift.config.sections import Rules
 from unift.model.attention.packed import PackedLayout, make_layout
+from unift.types import Shown
 
 # OWN: a sampled completion that is supervised like a demonstration. A member with the role HINT: see `hint_of`.
 COMPLETION, HINT, DEMO, OWN = 1, 2, 3, 4
@@ -50,6 +51,7 @@ class Item:
     supervised: bool = True
     address: tuple[object, ...] = ()
     part: bool = False  # of a divided group, which was looked at as a whole
+    shown: Shown | None = None  # the pictures whose placeholders the prompt has
 
     @property
     def tokens_forwarded(self) -> int:
@@ -95,6 +97,7 @@ class PackedBatch:
     ref_S: Tensor | None = None
     delta_TD: Tensor | None = None  # added to the input embeddings
     inputs_fixed: bool = False  # no gradient through the input embeddings
+    shown: Sequence[Shown | None] = ()  # pictures of each group; empty where none has any
     filler: bool = False  # keeps other processes company: no loss, and no part of any count
 
     def to(self, device: Any) -> PackedBatch:
@@ -208,6 +211,7 @@ def pack(
         tokens_T=torch.tensor(flat.tokens),
         positions_T=torch.tensor(flat.positions),
         layout=make_layout(flat.prefixes, flat.members, len(flat.tokens)),
+        shown=[items[i].shown for i in which] if any(items[i].shown for i in which) else (),
         **columns,
     )
 

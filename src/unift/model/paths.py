@@ -8,15 +8,17 @@ space, a convolution), and the hidden states are blown up once, so that a soft c
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unift.model import attention, plain
-from unift.types import ConfigError
+from unift.model import attention, plain, vision
+from unift.rows import processor
+from unift.types import ConfigError, Shown
 
 if TYPE_CHECKING:
     from unift.model.policy import Policy
@@ -37,7 +39,7 @@ def choose(policy: Policy, setting: str, longest: float) -> None:
     model = policy.model
     if setting != "plain":
         try:
-            check_shared(model, policy.device, longest)
+            check_shared(model, policy.device, longest, policy.reader)
             return
         except Misfit as error:
             if setting == "shared":
@@ -45,7 +47,7 @@ def choose(policy: Policy, setting: str, longest: float) -> None:
             policy.why_plain = str(error)
     else:
         policy.why_plain = "model.forward=plain"
-    policy.cached = check_plain(model, policy.device)
+    policy.cached = check_plain(model, policy.device, policy.reader)
 
 
 # ---------------------------------------------------------------------------------------------- by the config
@@ -75,21 +77,45 @@ def _cuts(window: int, longest: float) -> str:
 # ---------------------------------------------------------------------------------------------- by its logits
 
 
-def _probe(model: Any, device: torch.device) -> list[tuple[Tensor, list[Tensor]]]:
-    """(prompt, members) of each group. Ids with a meaning of their own are left out."""
+@dataclass(frozen=True)
+class _Probe:
+    """A group: its prompt, its members, and the pictures that the prompt shows where the model takes some."""
+
+    prompt: Tensor
+    members: list[Tensor]
+    seen: vision.Seen | None = None
+
+
+def _probe(model: Any, device: torch.device, reader: processor.Reader | None = None) -> list[_Probe]:
+    """Ragged groups. Ids with a meaning of their own are left out."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     special: set[int] = set()
-    for name, value in model.config.get_text_config().to_dict().items():
-        if name.endswith(("token_id", "token_index")) and value is not None:
-            special |= set(value if isinstance(value, list) else [value])
+    for config in vision.configs(model):
+        for name, value in config.to_dict().items():
+            if name.endswith(("token_id", "token_index")) and value is not None:
+                special |= set(value if isinstance(value, list) else [value])
     usable = np.array([i for i in range(vocabulary) if i not in special])
     rng = np.random.default_rng(0)
     draw = lambda n: torch.from_numpy(rng.choice(usable, n)).to(device)  # noqa: E731
-    return [(draw(p), [draw(n) for n in own]) for p, own in PROBE]
+    groups = [_Probe(draw(p), [draw(n) for n in own]) for p, own in PROBE]
+    if reader is None:
+        return groups
+    sizes = ((1, (48, 40)), (2, (32, 64)))  # pictures of each group, and their height and width
+    return [_with_pictures(g, reader, n, size, rng) for g, (n, size) in zip(groups, sizes, strict=True)]
 
 
-def _own(model: Any, tokens_T: Tensor) -> Tensor:
-    return model(input_ids=tokens_T[None], use_cache=False).logits[0]
+def _with_pictures(
+    group: _Probe, reader: processor.Reader, n: int, size: tuple[int, int], rng: np.random.Generator
+) -> _Probe:
+    shown = tuple(processor.noise(rng, size) for _ in range(n))
+    ids = reader.tokens(shown)
+    prompt = torch.cat([torch.tensor(ids, device=group.prompt.device), group.prompt])
+    return _Probe(prompt, group.members, vision.Seen(reader, [Shown(shown, len(prompt))]))
+
+
+def _own(model: Any, tokens_T: Tensor, seen: vision.Seen | None) -> Tensor:
+    more = {} if seen is None else seen.arguments(model, tokens_T[None])
+    return model(input_ids=tokens_T[None], use_cache=False, **more).logits[0]
 
 
 def _differ(got: Tensor, expected: Tensor) -> str:
@@ -101,8 +127,11 @@ def _differ(got: Tensor, expected: Tensor) -> str:
 
 
 @torch.no_grad()
-def check_shared(model: Any, device: torch.device, longest: float = math.inf) -> None:
-    """Replace the model's attention by unift's. Raises Misfit, with the model as it was, if its logits are not its own.
+def check_shared(
+    model: Any, device: torch.device, longest: float = math.inf, reader: processor.Reader | None = None
+) -> None:
+    """Replace the model's attention by unift's. Raises Misfit, with the model as it was, if its logits are not its own; with a
+    ``reader`` those of prompts with pictures.
 
     longest: tokens of the longest sequence of the run; inf, the default, takes every attention window for too short.
     """
@@ -110,9 +139,10 @@ def check_shared(model: Any, device: torch.device, longest: float = math.inf) ->
     reason = obstacle(model, longest)
     if reason:
         raise Misfit(f"{name}: {reason}")
-    stock = model.config._attn_implementation
+    stock = vision.implementation(model)
     try:
-        reason = _head(model, device) or _packed(model, device, longest)
+        groups = _probe(model, device, reader)
+        reason = _head(model, groups[0]) or _packed(model, groups, longest)
     except NotImplementedError as error:
         reason = str(error)
     except torch.OutOfMemoryError:
@@ -120,16 +150,17 @@ def check_shared(model: Any, device: torch.device, longest: float = math.inf) ->
     except Exception as error:  # whatever a model does that the path does not expect, it is not the path for it
         reason = f"the shared-prefix path does not fit it ({error})"
     if reason:
-        model.set_attn_implementation(stock)
+        vision.set_implementation(model, stock)
         raise Misfit(f"{name}: {reason}")
 
 
-def _head(model: Any, device: torch.device) -> str:
+def _head(model: Any, group: _Probe) -> str:
     """Are the logits the head's matrix times the last hidden states, however large?"""
-    tokens_T = _probe(model, device)[0][0]
-    hidden_TD = model.base_model(input_ids=tokens_T[None], use_cache=False).last_hidden_state[0]
+    tokens_T, seen = group.prompt, group.seen
+    more = {} if seen is None else seen.arguments(model, tokens_T[None])
+    hidden_TD = model.base_model(input_ids=tokens_T[None], use_cache=False, **more).last_hidden_state[0]
     head = model.get_output_embeddings()
-    factor = LARGE / max(_own(model, tokens_T).abs().max().item(), 1e-6)
+    factor = LARGE / max(_own(model, tokens_T, seen).abs().max().item(), 1e-6)
 
     met = []
 
@@ -140,7 +171,7 @@ def _head(model: Any, device: torch.device) -> str:
 
     handle = model.base_model.register_forward_hook(enlarge)
     try:
-        expected_TV = _own(model, tokens_T)
+        expected_TV = _own(model, tokens_T, seen)
     finally:
         handle.remove()
     if not met:  # its head reads from a part of the trunk (OPT): the comparison of the pack has to do
@@ -153,16 +184,16 @@ def _head(model: Any, device: torch.device) -> str:
     )
 
 
-def _packed(model: Any, device: torch.device, longest: float) -> str:
+def _packed(model: Any, groups: Sequence[_Probe], longest: float) -> str:
     """Does every member of a pack get the logits of a sequence of its own?"""
     from unift.model.attention.packed import make_layout
 
-    groups = _probe(model, device)
-    expected = [[_own(model, torch.cat([prompt, m])) for m in members] for prompt, members in groups]
+    device = groups[0].prompt.device
+    expected = [[_own(model, torch.cat([g.prompt, m]), g.seen) for m in g.members] for g in groups]
     flat, positions, prefixes, spans, total = [], [], [], [], 0
-    for prompt, members in groups:
+    for g in groups:
         own = []
-        for part, start in [(prompt, 0), *((m, len(prompt)) for m in members)]:
+        for part, start in [(g.prompt, 0), *((m, len(g.prompt)) for m in g.members)]:
             flat.append(part)
             positions.append(torch.arange(start, start + len(part), device=device))
             own.append(range(total, total + len(part)))
@@ -170,11 +201,14 @@ def _packed(model: Any, device: torch.device, longest: float) -> str:
         prefixes.append(own[0])
         spans.append(own[1:])
     layout = replace(make_layout(prefixes, spans, total).to(device), longest=longest)
-    model.set_attn_implementation(attention.NAME)
+    vision.set_implementation(model, attention.NAME)
+    tokens_T, positions_T = torch.cat(flat), torch.cat(positions)
+    shown = [None if g.seen is None else g.seen.shown_N[0] for g in groups]
+    reader = None if groups[0].seen is None else groups[0].seen.reader
+    view = vision.view(model, reader, tokens_T, positions_T, prefixes, spans, shown)
+    more = {"position_ids": positions_T[None]} if view is None else view.for_model(positions_T)
     with attention.layout(layout):
-        hidden = model.base_model(
-            input_ids=torch.cat(flat)[None], position_ids=torch.cat(positions)[None], use_cache=False
-        ).last_hidden_state[0]
+        hidden = model.base_model(input_ids=tokens_T[None], use_cache=False, **more).last_hidden_state[0]
     head = model.get_output_embeddings()
     for prefix, own, truths in zip(prefixes, spans, expected, strict=True):
         for member, truth_TV in zip(own, truths, strict=True):
@@ -189,36 +223,48 @@ def _packed(model: Any, device: torch.device, longest: float) -> str:
 
 
 @torch.no_grad()
-def check_plain(model: Any, device: torch.device) -> bool:
+def check_plain(model: Any, device: torch.device, reader: processor.Reader | None = None) -> bool:
     """Whether the model's own cache gives its own logits. Raises ConfigError if the model is no causal language model
-    whose rows may be padded on the right."""
+    whose rows may be padded on the right; with a ``reader`` behind prompts with pictures."""
     if getattr(model.config, "rescale_every", 0):
         model.config.rescale_every = 0  # RWKV would divide its weights in place outside of training mode
-    (a, (b, c)), (d, _) = _probe(model, device)
+    first, second = _probe(model, device, reader)
+    a, (b, c), d, seen = first.prompt, first.members, second.prompt, first.seen
     name = type(model).__name__
     long_T, short_T = torch.cat([a, b]), torch.cat([a, c])
-    alone = [_own(model, long_T), _own(model, short_T)]
-    gap = _differ(_own(model, a), alone[0][: len(a)])
+    try:
+        alone = [_own(model, long_T, seen), _own(model, short_T, seen)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if seen is None:
+            raise
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(f"{name} cannot be trained with pictures: {said}") from error
+    gap = _differ(_own(model, a, seen), alone[0][: len(a)])
     if gap:
         raise ConfigError(f"{name} is no causal language model: later tokens change its earlier logits by {gap}")
-    padded_NLV = plain.forward(model, plain.pad([long_T.tolist(), short_T.tolist()], device))
+    both = None if seen is None else seen.select([0, 0])
+    padded_NLV = plain.forward(model, plain.pad([long_T.tolist(), short_T.tolist()], device, both), seen=both)
     for row_LV, truth_TV in zip(padded_NLV, alone, strict=True):
         gap = _differ(row_LV[: len(truth_TV)], truth_TV)
         if gap:
             raise ConfigError(
                 f"{name} cannot be trained: other rows or padding in a batch change a row's logits by {gap}"
             )
-    return _cache_works(model, long_T, torch.cat([d, a, c])[: len(long_T)])
+    if seen is None:
+        return _cache_works(model, long_T, torch.cat([d, a, c])[: len(long_T)])
+    return _cache_works(model, long_T, torch.cat([a, b.flip(0)]), both)
 
 
-def _cache_works(model: Any, one_T: Tensor, two_T: Tensor) -> bool:
+def _cache_works(model: Any, one_T: Tensor, two_T: Tensor, seen: vision.Seen | None = None) -> bool:
     """Prefill two rows, repeat and drop rows, append tokens: the same logits as without a cache?"""
     both_2T = torch.stack([one_T, two_T])
     start = both_2T.shape[1] - 3
-    cached = plain.Decoder(model, cached=True)
+    cached = plain.Decoder(model, cached=True, seen=seen)
     if cached.name is None:
         return False
-    whole = plain.Decoder(model, cached=False)
+    whole = plain.Decoder(model, cached=False, seen=seen)
     try:
         got = [d.start(both_2T[:, :start]) for d in (cached, whole)]
         rows = torch.tensor([1, 0, 1], device=both_2T.device)

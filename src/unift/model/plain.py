@@ -12,7 +12,6 @@ Shapes: N rows (sequences), L padded length, S loss positions, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,32 +19,36 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from unift.model import vision
+from unift.model.vision import accepts
+from unift.rows import processor
+from unift.types import Shown
+
 if TYPE_CHECKING:
     from unift.model.packs import PackedBatch
 CACHES = ("past_key_values", "cache", "cache_params")  # names that models give the argument of their cache
 
 
-def accepts(model: Any) -> set[str]:
-    """Names of the arguments of the model's forward."""
-    return set(inspect.signature(model.forward).parameters)
-
-
-def forward(model: Any, tokens_NL: Tensor, first: int = 0) -> Tensor:
-    """Logits [N, L - first, V] of right-padded rows from column ``first`` on."""
+def forward(model: Any, tokens_NL: Tensor, first: int = 0, seen: vision.Seen | None = None) -> Tensor:
+    """Logits [N, L - first, V] of right-padded rows from column ``first`` on. ``seen``: their pictures."""
     n, width = tokens_NL.shape
     known, more = accepts(model), {}
     if "position_ids" in known:
         more["position_ids"] = torch.arange(width, device=tokens_NL.device).expand(n, width)
     if first and "logits_to_keep" in known:
         more["logits_to_keep"] = width - first
+    if seen is not None:
+        more |= seen.arguments(model, tokens_NL)
     logits_NLV = model(input_ids=tokens_NL, use_cache=False, **more).logits
     return logits_NLV[:, logits_NLV.shape[1] - (width - first) :]
 
 
-def pad(rows: Sequence[list[int]], device: Any) -> Tensor:
-    """[N, L]: rows filled up with their own last token, because a padding token may have a meaning to the model."""
-    width = max(map(len, rows))
-    return torch.tensor([[*r, *r[-1:] * (width - len(r))] for r in rows], device=device)
+def pad(rows: Sequence[list[int]], device: Any, seen: vision.Seen | None = None) -> Tensor:
+    """[N, L]: rows filled up with their own last token, because a padding token may have a meaning to the model; of ``seen`` the
+    last that is no placeholder of a picture."""
+    width, marks = max(map(len, rows)), frozenset[int]() if seen is None else seen.reader.placeholders
+    last = [next((t for t in reversed(r) if t not in marks), r[-1]) for r in rows]
+    return torch.tensor([[*r, *[t] * (width - len(r))] for r, t in zip(rows, last, strict=True)], device=device)
 
 
 class Rows:
@@ -56,8 +59,9 @@ class Rows:
     def __init__(self, batch: PackedBatch) -> None:
         flat = batch.tokens_T.tolist()
         self.tokens: list[list[int]] = []
+        self.shown: list[Shown | None] = []  # pictures of each row
         place: list[tuple[int, int]] = [(0, 0)] * len(flat)  # of each flat token: its row, its column there
-        for prefix, members in batch.layout.spans:
+        for number, (prefix, members) in enumerate(batch.layout.spans):
             first, head = len(self.tokens), flat[prefix.start : prefix.stop]
             for column, t in enumerate(prefix):
                 place[t] = first, column
@@ -67,6 +71,8 @@ class Rows:
                 self.tokens.append(head + flat[own.start : own.stop])
             if len(self.tokens) == first:
                 self.tokens.append(head)
+            own_pictures = batch.shown[number] if batch.shown else None
+            self.shown += [own_pictures] * (len(self.tokens) - first)
         self.row_S = [place[t][0] for t in batch.at_S.tolist()]
         self.column_S = [place[t][1] for t in batch.at_S.tolist()]
 
@@ -87,7 +93,9 @@ class Rows:
         return chunks
 
 
-def logprobs(model: Any, batch: PackedBatch, scale_S: Tensor) -> tuple[Tensor, Tensor]:
+def logprobs(
+    model: Any, batch: PackedBatch, scale_S: Tensor, reader: processor.Reader | None = None
+) -> tuple[Tensor, Tensor]:
     """(l_S, entropy_S) under softmax(scale * logits), float32 (float64 stays), in the order of the pack.
 
     A forward holds at most as many padded tokens as the pack has flat ones, which is what the token budget bounded.
@@ -104,12 +112,13 @@ def logprobs(model: Any, batch: PackedBatch, scale_S: Tensor) -> tuple[Tensor, T
     for chunk in chunks:
         own = [s for i in chunk for s in positions[i]]
         order += own
-        tokens_NL = pad([rows.tokens[i] for i in chunk], device)
+        seen = vision.seen_by(reader, [rows.shown[i] for i in chunk])
+        tokens_NL = pad([rows.tokens[i] for i in chunk], device, seen)
         first = min(rows.column_S[s] for s in own)
         local = {i: n for n, i in enumerate(chunk)}
         at = torch.tensor([[local[rows.row_S[s]], rows.column_S[s] - first] for s in own], device=device)
         index_S = torch.tensor(own, device=device)
-        args = (model, tokens_NL, first, at, batch.target_S[index_S], scale_S[index_S])
+        args = (model, tokens_NL, first, at, batch.target_S[index_S], scale_S[index_S], seen)
         if len(chunks) > 1 and torch.is_grad_enabled():
             parts.append(checkpoint(_score, *args, use_reentrant=False, preserve_rng_state=False))  # type: ignore[arg-type]
         else:
@@ -118,9 +127,17 @@ def logprobs(model: Any, batch: PackedBatch, scale_S: Tensor) -> tuple[Tensor, T
     return both_2S[0], both_2S[1]
 
 
-def _score(model: Any, tokens_NL: Tensor, first: int, at_S2: Tensor, target_S: Tensor, scale_S: Tensor) -> Tensor:
+def _score(
+    model: Any,
+    tokens_NL: Tensor,
+    first: int,
+    at_S2: Tensor,
+    target_S: Tensor,
+    scale_S: Tensor,
+    seen: vision.Seen | None,
+) -> Tensor:
     """[2, S]: log-probs and entropies at (row, column - first)."""
-    z_SV = forward(model, tokens_NL, first)[at_S2[:, 0], at_S2[:, 1]]
+    z_SV = forward(model, tokens_NL, first, seen)[at_S2[:, 0], at_S2[:, 1]]
     z_SV = z_SV if z_SV.dtype == torch.float64 else z_SV.float()
     logp_SV = torch.log_softmax(z_SV * scale_S[:, None].to(z_SV.dtype), dim=-1)
     entropy_S = -(logp_SV.exp() * logp_SV).sum(-1)
@@ -131,8 +148,9 @@ class Decoder:
     """Rows of equal length that grow by one token at a time. ``cached``: the model's own cache, else the whole rows are
     computed again for every token. No padding in either case."""
 
-    def __init__(self, model: Any, cached: bool) -> None:
-        self.model, self.cached = model, cached
+    def __init__(self, model: Any, cached: bool, seen: vision.Seen | None = None) -> None:
+        self.model, self.cached, self.seen = model, cached, seen
+        self.shift_N: Tensor | None = None  # of positions in three dimensions behind a prompt with pictures
         self.known = accepts(model)
         self.name = next((n for n in CACHES if n in self.known), None)
         self.cache: Any = None
@@ -153,13 +171,19 @@ class Decoder:
     def _step(self, tokens_NL: Tensor) -> Tensor:
         n, width = tokens_NL.shape
         if not self.cached:
-            return forward(self.model, tokens_NL, width - 1)[:, -1]
+            return forward(self.model, tokens_NL, width - 1, self.seen)[:, -1]
         assert self.name is not None
         more: dict[str, Any] = {} if self.cache is None else {self.name: self.cache}
         if "position_ids" in self.known:
             more["position_ids"] = torch.arange(self.length, self.length + width, device=tokens_NL.device).expand(
                 n, width
             )
+        if self.shift_N is not None:
+            more["position_ids"] = (more["position_ids"] + self.shift_N[:, None]).expand(3, -1, -1)
+        if self.seen is not None and self.cache is None:
+            more |= self.seen.arguments(self.model, tokens_NL)
+            if vision.spatial_rule(self.model) is not None:
+                self.shift_N = more["position_ids"].amax((0, 2)) + 1 - width
         if "logits_to_keep" in self.known:
             more["logits_to_keep"] = 1
         out = self.model(input_ids=tokens_NL, use_cache=True, **more)
@@ -171,5 +195,7 @@ class Decoder:
         """Keep (or repeat) these rows."""
         assert self.tokens_NL is not None
         self.tokens_NL = self.tokens_NL[index_N]
+        self.shift_N = None if self.shift_N is None else self.shift_N[index_N]
+        self.seen = None if self.seen is None else self.seen.select(index_N.tolist())
         if self.cached:
             self.cache.reorder_cache(index_N)

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unift.model import attention, matmul, plain, sharding
+from unift.model import attention, matmul, plain, sharding, vision
 from unift.model.attention.decode import DecodeLayout
 from unift.model.attention.packed import PackedLayout
 from unift.model.packs import PackedBatch
-from unift.rows import chat, tokens
+from unift.rows import chat, processor, tokens
 from unift.types import ConfigError
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class Policy:
     @property
     def shared(self) -> bool:
         """Read off the model itself, so that no copy of it can be taken for what it is not."""
-        return self.base.config._attn_implementation == attention.NAME
+        return vision.implementation(self.base) == attention.NAME
 
     @property
     def path(self) -> str:
@@ -87,6 +87,11 @@ class Policy:
         more = getattr(getattr(self.base, "generation_config", None), "eos_token_id", None)
         own = set() if more is None else set(more if isinstance(more, list) else [more])
         return sorted(own | chat.end_ids(self.tokenizer))
+
+    @property
+    def reader(self) -> processor.Reader | None:
+        """Of pictures; None for a model of text."""
+        return processor.reader_of(self.tokenizer)
 
     @cached_property
     def token_ids(self) -> Tensor | None:
@@ -163,17 +168,26 @@ class Policy:
         layout: PackedLayout | DecodeLayout,
         delta_TD: Tensor | None = None,
         inputs_fixed: bool = False,
+        view: vision.View | None = None,
     ) -> Tensor:
         """Last hidden states [T, width] of a flat row of tokens. ``delta_TD`` is added to the input embeddings;
-        ``inputs_fixed``: no gradient through these."""
+        ``inputs_fixed``: no gradient through these. ``view``: the pictures that it shows."""
         given: dict[str, Tensor] = {"input_ids": tokens_T[None]}
         if delta_TD is not None:
             clean_TD = self.embeddings(tokens_T)
             given = {"inputs_embeds": ((clean_TD.detach() if inputs_fixed else clean_TD) + delta_TD)[None]}
         thin = self.device.type == "cpu" and len(tokens_T) < matmul.THIN
+        more = {"position_ids": positions_T[None]} if view is None else view.for_model(positions_T)
         with attention.layout(layout), matmul.small(thin):
-            out = self.trunk(**given, position_ids=positions_T[None], use_cache=False)
+            out = self.trunk(**given, **more, use_cache=False)
         return out.last_hidden_state[0]
+
+    def view(self, batch: PackedBatch) -> vision.View | None:
+        """The pictures of a pack as its forward is given them; None where it has none."""
+        spans = batch.layout.spans
+        prefixes, members = [prefix for prefix, _ in spans], [own for _, own in spans]
+        place = batch.tokens_T, batch.positions_T, prefixes, members
+        return vision.view(self.base, self.reader, *place, batch.shown)
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         head = self.head

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, TypedDict, TypeGuard, get_args
 
 from unift.rewards.journal import NAME_CHARS, NOTE_CHARS, PARTS, class_of, is_list, is_mapping
+from unift.rows.pictures import opened
 from unift.types import RewardError, Row, Score
 
 ACCEPTED = """the three accepted signatures are
@@ -239,6 +240,8 @@ def _trl(function: Callable[..., Any], parameters: Mapping[str, inspect.Paramete
             "solution": row.solution,
             "hint": hint,
         }
+        if row.images and "images" in parameters:  # unpacked only for a function that names them
+            columns["images"] = [opened(found, f"row {row.id!r}") for found in row.images]
         columns |= {name: value for name, value in row.extra.items() if name not in ("prompts", "completions")}
         for parameter in parameters.values():
             if parameter.default is EMPTY and parameter.kind in REQUIRED and parameter.name not in columns:

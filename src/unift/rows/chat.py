@@ -7,12 +7,14 @@ conversation goes on; without a template, or outside of a chat, that is the toke
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from unift.rows import pictures, processor
 from unift.types import DataError, Row
 
 MARK = "unift0mark"  # stands for the assistant's text while a template is read; no template changes or trims it
@@ -32,8 +34,31 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], **how: bool) -> str:
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **how: bool) -> str:
+    reader = processor.reader_of(tokenizer)
+    if reader is not None:
+        messages = [{**m, "content": _content(tokenizer, reader, m.get("content", ""))} for m in messages]
     return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **how)
+
+
+def _content(tokenizer: Any, reader: processor.Reader, content: Any) -> Any:
+    """A text, or parts of text and pictures, in the form that the template takes."""
+    if _takes_parts(tokenizer, str(tokenizer.chat_template)):
+        return pictures.parts(content, marked=False) if isinstance(content, str) else content
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", reader.token) for part in content)
+
+
+@lru_cache(maxsize=8)
+def _takes_parts(tokenizer: Any, template: str) -> bool:
+    """Templates of models with a vision tower read a list of parts; older ones a text with the token of a picture in it."""
+    asked = [{"role": "user", "content": [{"type": "text", "text": MARK}]}]
+    try:
+        text = str(tokenizer.apply_chat_template(asked, tokenize=False))
+    except Exception:  # whatever a template's expressions raise
+        return False
+    return MARK in text and "'type'" not in text and '"type"' not in text
 
 
 def turn(tokenizer: Any) -> Turn:
@@ -72,16 +97,43 @@ def end_ids(tokenizer: Any) -> set[int]:
 def prompt_text(tokenizer: Any, row: Row, where: str) -> tuple[str, str]:
     """(prompt without trailing spaces, what the solution begins with instead). Chat messages go through the template; a
     last message of the assistant is continued. Raises DataError with the template's own words."""
+    if row.images:
+        row = pictures.marked(row, processor.needed(tokenizer, where).token)
     if isinstance(row.prompt, str):
-        text, lost = row.prompt, ""
+        text, lost = _placed(tokenizer, row) if row.images else row.prompt, ""
     else:
-        text, lost = _chat(tokenizer, row.prompt, where)
+        text, lost = _chat(tokenizer, row.prompt, where, bool(row.images))
     stripped = text.rstrip(" ")
     return stripped, text[len(stripped) :] + lost
 
 
-def _chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str) -> tuple[str, str]:
-    """(rendered messages, white space at the end of a continued message that the template trims)."""
+def _placed(tokenizer: Any, row: Row) -> str:
+    """A text prompt with what the model's template writes for a picture in place of its marks."""
+    reader = processor.reader_of(tokenizer)
+    token = "" if reader is None else reader.token
+    return str(row.prompt).replace(pictures.MARK, _of_picture(tokenizer, token, str(tokenizer.chat_template)))
+
+
+@lru_cache(maxsize=8)
+def _of_picture(tokenizer: Any, token: str, template: str) -> str:
+    """``<|vision_start|><|image_pad|><|vision_end|>``, say: what rendering with a picture adds; without a template its token."""
+    if not has_template(tokenizer) or not _takes_parts(tokenizer, template):
+        return token
+    text = {"type": "text", "text": MARK}
+    try:
+        bare, shown = (
+            _render(tokenizer, [{"role": "user", "content": c}]) for c in ([text], [{"type": "image"}, text])
+        )
+    except Exception:  # whatever a template's expressions raise
+        return token
+    start, end = os.path.commonprefix([bare, shown]), os.path.commonprefix([bare[::-1], shown[::-1]])
+    added = shown[len(start) : len(shown) - len(end)].strip()
+    return added if added.count(token) == 1 else token
+
+
+def _chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, shown: bool = False) -> tuple[str, str]:
+    """(rendered messages, white space at the end of a continued message that the template trims). ``shown``: marks in the
+    messages stand for pictures."""
     if not has_template(tokenizer):
         raise DataError(
             f"{where}: the prompt is a list of chat messages, but the tokenizer has no chat template. "
@@ -91,6 +143,8 @@ def _chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str) -> 
     continued = messages[-1].get("role") == "assistant"
     if continued and not last.strip():  # an assistant's message without text: its turn has only been opened
         messages, continued = messages[:-1], False
+    if shown:
+        messages = [{**m, "content": pictures.parts(m["content"])} for m in messages]
     try:
         text = _render(tokenizer, messages, continue_final_message=continued, add_generation_prompt=not continued)
     except Exception as error:  # jinja2's errors, and whatever a template's expressions raise

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from unift import rng
-from unift.config import needs
+from unift.config import launcher, needs
 from unift.config.sections import Config
 from unift.config.stages import stages
 from unift.config.words import SCHEDULES
+from unift.rows import pictures
 from unift.rows.store import Lazy, StoredRows, digest_row, lazily
 from unift.rows.tokens import Encoded, check_tokenizer, encode_row, encode_rows, encode_with
 from unift.types import HANDED, ConfigError, DataError, Row
@@ -160,12 +161,29 @@ def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
         raise ConfigError(
             f"sample.instruction has {len(texts)} values over the phases: {sorted(map(str, texts))}; use one"
         )
+    if pictures.shown_by(dataset.train) or pictures.shown_by(dataset.test):
+        _check_pictures(config)
     train = _encoded(tokenizer, dataset.train, limit, next(iter(texts), None), named(config.data.train))
     test = _encoded(tokenizer, dataset.test, limit, None, named(config.data.test))
     columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
     rejected = encode_column(tokenizer, dataset.train, columns, limit)
     labels = label_column(dataset.train, {name for stage in stages(config) if (name := stage.rules.sample.label)})
     return Data(Split(dataset.train, train, rejected, labels), Split(dataset.test, test), dataset.fingerprint)
+
+
+def _check_pictures(config: Config) -> None:
+    """ConfigError for settings that rows with pictures do not go with."""
+    for stage in stages(config):
+        inputs = stage.rules.inputs
+        if inputs.noise != "none" or inputs.own > 0:
+            raise ConfigError(
+                f"method {stage.rules.method} changes input embeddings, by which a model finds the places of pictures: rows with "
+                "pictures cannot be trained with it. Use another method (inputs.noise=none, inputs.own=0)"
+            )
+    if config.engine.kind == "vllm":
+        raise ConfigError("engine.kind=vllm does not send pictures to its server: use engine.kind=auto")
+    if launcher.shards(config.model):
+        raise ConfigError("model.shard=full does not take rows with pictures: use model.shard=none")
 
 
 def _encoded(

@@ -11,7 +11,7 @@ from unift.types import DataError, Row
 
 
 def _content(row: Row) -> tuple[Any, ...]:
-    return row.prompt, row.steps, row.ending, row.answer
+    return row.prompt, row.steps, row.ending, row.answer, row.images
 
 
 class Names:

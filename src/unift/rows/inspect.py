@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from unift.rows import pictures
 from unift.rows.store import StoredRows, problem_hash
 from unift.rows.tasks import canonical
 from unift.rows.tasks.format import contradictions
-from unift.types import Row, UniftError
+from unift.types import Picture, Row, UniftError
 
 
-def _record(row: Row) -> dict[str, Any]:
+def _record(row: Row, written: Callable[[Picture], Any] = pictures.as_json) -> dict[str, Any]:
     prompt = row.prompt if isinstance(row.prompt, str) else [dict(m) for m in row.prompt]
     steps = list(row.steps) or None  # an empty list reads as a solution that was lost
     own = {"id": row.id, "prompt": prompt, "steps": steps, "ending": row.ending, "answer": row.answer}
-    return own | {"task": row.task} | dict(row.extra)
+    shown = {"images": [written(found) for found in row.images]} if row.images else {}
+    return own | {"task": row.task} | shown | dict(row.extra)
 
 
 def write_rows(rows: Sequence[Row], path: str | Path) -> None:
@@ -39,7 +41,7 @@ def write_rows(rows: Sequence[Row], path: str | Path) -> None:
         import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
 
         buffer = io.BytesIO()
-        table = cast(Any, pa).Table.from_pylist([_record(r) for r in rows])
+        table = cast(Any, pa).Table.from_pylist([_record(r, pictures.as_value) for r in rows])
         cast(Any, pq).write_table(table, buffer)
         write_atomic(path, buffer.getvalue())
 
@@ -89,5 +91,5 @@ def inspect(rows: Sequence[Row]) -> dict[str, Any]:
         "steps per row" if few else "steps per row (min, median, max)": steps,
         "solution characters (min, median, max)": [lengths[0], lengths[len(lengths) // 2], lengths[-1]],
         "repeated problems": len(rows) - len({canonical(r) for r in rows}),
-        "example": _record(rows[0]),
+        "example": _record(rows[0], lambda found: f"{found.path or 'bytes'} ({found.digest[:12]})"),
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from unift import processes
-from unift.rows import crew, store
+from unift.rows import crew, pictures, store
 from unift.rows.files import is_one_list, json_line, numbered_lines, streamed, streams
 from unift.rows.readers import check_steps, ended, layout_of, read_record, read_records, read_rows, with_written_ending
 from unift.rows.tasks.format import all_marked
@@ -39,7 +39,10 @@ def open_rows(
             return _of_lines(path, source, format, limit)
         return _of_records(records, path, format, source.suffix in (".jsonl", ".ndjson", ".gz"))
 
-    kept = store.stored(source, [format, split, limit, hub], parts, path)
+    settings: list[Any] = [format, split, limit, hub]
+    if pictures.stand_in(next(records(), None)):  # whose paths are relative to the folder
+        settings.append(str(source.parent.absolute()))
+    kept = store.stored(source, settings, parts, path)
     if kept is None or not len(kept):
         return read_rows(path, format=format, split=split, limit=limit, need_steps=need_steps)
     if need_steps and kept.facts.without_steps is not None:
@@ -86,7 +89,7 @@ def _saved(folder: Path, split: str) -> Iterator[Any]:
     import datasets  # pyright: ignore[reportMissingTypeStubs]
 
     try:
-        found = cast(Any, datasets).load_from_disk(str(folder))
+        found = pictures.packed_columns(cast(Any, datasets).load_from_disk(str(folder)))
     except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
         raise DataError(
             f"hf:{folder} (split {split!r}) could not be loaded: {type(error).__name__}: {error}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeGuard, cast
 
+from unift.rows import pictures
 from unift.rows.files import records
 from unift.rows.ids import told_apart
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
@@ -23,7 +24,7 @@ from unift.rows.tasks.format import all_marked, with_own_ending
 from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
-_MATH = ("math", "aime", "amc", "openai/gsm8k", "gsm8k", "minerva", "olympiad_bench", "cais/hle")
+_MATH = ("math", "aime", "amc", "openai/gsm8k", "gsm8k", "minerva", "olympiad_bench", "cais/hle", "hiyouga/geometry3k")
 _PUZZLES = {"kk_logic": "knights"} | {name: name for name in ("chain", "countdown", "knights", "lock")}
 TASK_OF = _PUZZLES | dict.fromkeys(_MATH, "math")
 
@@ -48,7 +49,7 @@ def rows_of(
     """Rows of an iterable of mappings (or of Rows), of a ``datasets.Dataset`` or of a pandas frame; ``name`` is what messages
     call it. Raises DataError."""
     if hasattr(source, "to_list"):  # datasets
-        source = source.to_list()
+        source = pictures.packed_columns(source).to_list()
     elif hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
         frame: list[dict[str, Any]] = source.to_dict("records")  # a frame holds NaN where a row has nothing
         source = [{k: None if isinstance(v, float) and v != v else v for k, v in record.items()} for record in frame]
@@ -91,7 +92,7 @@ def read_record(record: Any, name: str, number: int, layout: str) -> tuple[Row, 
     where = f"{name}, row {number}"
     if not is_mapping(record):
         raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
-    row = _READERS[layout](record, where)
+    row = _READERS[layout](pictures.normalised(record, where, name), where)
     _check_text(row, where)
     return row, layout in ("unift", "reasoning-gym") and record.get("ending") is None and bool(row.ending)
 
@@ -120,7 +121,7 @@ def _hub(name: str, split: str) -> list[Any]:
         saved = [f for f in ("dataset_dict.json", "state.json") if (Path(name) / f).is_file()]
         hub = cast(Any, datasets)
         found = hub.load_from_disk(name) if saved else hub.load_dataset(name, split=split)
-        return (found[split] if isinstance(found, hub.DatasetDict) else found).to_list()
+        return pictures.packed_columns(found[split] if isinstance(found, hub.DatasetDict) else found).to_list()
     except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
         raise DataError(f"hf:{name} (split {split!r}) could not be loaded: {type(error).__name__}: {error}") from error
 
@@ -252,12 +253,13 @@ def _build(
 ) -> Row:
     source = str(record.get("task") or record.get("data_source") or "")
     task = TASK_OF.get(source) or ("math" if "math" in source.lower() else source)
-    apart = {*used, "id", "task"}
+    images = pictures.of_record(record)
+    apart = {*used, "id", "task", *(["images"] if images else [])}
     extra = {k: v for k, v in record.items() if k not in apart}
     content = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
-    return Row(
-        _own_id(record) or content_id(content, steps, ending, answer), prompt, steps, ending, answer, task, extra
-    )
+    shown = [content, *(found.digest for found in images)] if images else content
+    own = _own_id(record) or content_id(shown, steps, ending, answer)
+    return Row(own, prompt, steps, ending, answer, task, extra, images)
 
 
 def _own_id(record: Mapping[str, Any]) -> str:
@@ -287,9 +289,10 @@ def _unift(record: Mapping[str, Any], where: str) -> Row:
 
 
 def _verl(record: Mapping[str, Any], where: str) -> Row:
-    """The UFT release: the content of a single user message is the whole prompt text (no template)."""
+    """The UFT release: the content of a single user message is the whole prompt text (no template). With pictures, as verl
+    writes them, it stays a message."""
     prompt = _prompt(record.get("prompt"), where)
-    if not isinstance(prompt, str) and len(prompt) == 1:
+    if not isinstance(prompt, str) and len(prompt) == 1 and not pictures.of_record(record):
         prompt = prompt[0]["content"]
     hint = record.get("hint")
     if is_list_or_tuple(hint) and all(text == "" for text in hint):

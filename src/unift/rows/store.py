@@ -25,6 +25,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 import numpy as np
 
 from unift.files import publish_folder, writing
+from unift.rows import pictures
 from unift.rows.ids import Names
 from unift.types import DataError, Row
 
@@ -71,6 +72,7 @@ class Facts:
     tasks: list[str]
     columns: list[str]  # of Row.extra, with a value in at least one row
     longest: list[int]  # indices of the longest rows by characters, ascending
+    pictures: bool = False  # whether any row has one
     renamed: dict[str, str] = field(default_factory=dict[str, str])  # index: id of a further copy of a row
 
 
@@ -111,7 +113,13 @@ _strict = json.JSONEncoder().encode
 
 def digest_row(digest: Any, row: Row) -> None:
     """Feed a row's content to the fingerprint of its data set."""
-    digest.update(_lenient([row.id, row.prompt, row.steps, row.ending, row.answer]).encode())
+    digest.update(_lenient(_content(row)).encode())
+
+
+def _content(row: Row) -> list[Any]:
+    """What the fingerprint sees of a row; of a picture what it holds."""
+    found = [row.id, row.prompt, row.steps, row.ending, row.answer]
+    return [*found, [one.digest for one in row.images]] if row.images else found
 
 
 def stored(source: Path, settings: Sequence[Any], parts: Callable[[], Iterable[Part]], name: str) -> StoredRows | None:
@@ -162,14 +170,20 @@ def _key(source: Path, settings: Sequence[Any]) -> str:
 
 
 def _packed(row: Row) -> tuple[str, str]:
-    """(the row as JSON, what `digest_row` feeds to the fingerprint: the same text but for its last two entries)."""
-    content = _strict([row.id, row.prompt, row.steps, row.ending, row.answer])
-    return f"{content[:-1]}, {_strict(row.task)}, {_strict(row.extra)}]", content
+    """(the row as JSON, what `digest_row` feeds to the fingerprint: the same text but for its last entries)."""
+    content = _strict(_content(row))
+    files = f", {_strict([pictures.as_json(one) for one in row.images])}" if row.images else ""
+    return f"{content[:-1]}, {_strict(row.task)}, {_strict(row.extra)}{files}]", content
 
 
 def _unpacked(text: str) -> Row:
-    name, prompt, steps, ending, answer, task, extra = json.loads(text)
-    return Row(name, prompt if isinstance(prompt, str) else tuple(prompt), tuple(steps), ending, answer, task, extra)
+    found: list[Any] = json.loads(text)
+    shown: list[str] = found.pop(5) if len(found) > 7 else []
+    files: list[Any] = found.pop() if shown else []
+    name, prompt, steps, ending, answer, task, extra = found
+    prompt = prompt if isinstance(prompt, str) else tuple(prompt)
+    images = tuple(pictures.of_json(digest, value) for digest, value in zip(shown, files, strict=True))
+    return Row(name, prompt, tuple(steps), ending, answer, task, extra, images)
 
 
 # ---------------------------------------------------------------------------------------------- the pass
@@ -192,6 +206,7 @@ class Part:
     without_answer: int | None
     tasks: set[str]
     columns: set[str]
+    pictures: bool = False  # whether any row has one
 
 
 def part_of(rows: Iterable[Row], is_json: bool) -> Part:
@@ -200,6 +215,7 @@ def part_of(rows: Iterable[Row], is_json: bool) -> Part:
 
     made = Part([], array("Q"), array("Q"), array("Q"), array("Q"), None, None, set(), set())
     without_steps = without_answer = None
+    shown = False
     for index, row in enumerate(rows):
         try:
             text, content = _packed(row)
@@ -217,10 +233,11 @@ def part_of(rows: Iterable[Row], is_json: bool) -> Part:
         if row.answer is None and without_answer is None:
             without_answer = index
         made.tasks.add(row.task)
+        shown |= bool(row.images)
         for column, value in row.extra.items():
             if value is not None:
                 made.columns.add(column)
-    return replace(made, without_steps=without_steps, without_answer=without_answer)
+    return replace(made, without_steps=without_steps, without_answer=without_answer, pictures=shown)
 
 
 def _build(folder: Path, parts: Iterable[Part], name: str) -> bool:
@@ -274,6 +291,7 @@ class _Seen:
         self.without_steps: int | None = None
         self.without_answer: int | None = None
         self.tasks, self.columns = set[str](), set[str]()
+        self.pictures = False
         self.longest: list[tuple[int, int]] = []  # a heap of (characters, index)
 
     def look(self, parts: Iterable[Part]) -> Iterator[list[str]]:
@@ -287,6 +305,7 @@ class _Seen:
             if self.without_answer is None and part.without_answer is not None:
                 self.without_answer = self.n + part.without_answer + 1
             self.tasks |= part.tasks
+            self.pictures |= part.pictures
             self.columns |= part.columns
             for index, characters in enumerate(part.characters_N, start=self.n):
                 self._weigh(characters, index)
@@ -301,9 +320,8 @@ class _Seen:
 
     def facts(self) -> Facts:
         found = self.digest.hexdigest()[:16], self.without_steps, self.without_answer
-        return Facts(
-            self.n, *found, sorted(self.tasks), sorted(self.columns), sorted(index for _, index in self.longest)
-        )
+        lists = sorted(self.tasks), sorted(self.columns), sorted(index for _, index in self.longest)
+        return Facts(self.n, *found, *lists, pictures=self.pictures)
 
 
 def _characters(row: Row) -> int:

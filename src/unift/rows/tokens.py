@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unift.rows import chat
-from unift.types import ConfigError, DataError, Row
+from unift.rows import chat, processor
+from unift.types import ConfigError, DataError, Row, Shown
 
 Prompt = str | tuple[Mapping[str, str], ...]
 
@@ -31,6 +31,7 @@ class Encoded:
     forced: bool = False
     doubled: str = ""  # opening tag that prompt and solution both had; the solution's is left out
     instructed: list[int] | None = None  # prompt with the run's instruction for first steps (sample.instruction)
+    shown: Shown | None = None  # the pictures whose placeholders the prompt has
 
     @property
     def n_steps(self) -> int:
@@ -90,6 +91,9 @@ def encode_row(tokenizer: Any, row: Row, max_tokens: int, number: int | None = N
     where = f"row {number} (id {row.id})" if number is not None else f"row {row.id}"
     where = f"{source}, {where}" if source else where
     prompt, spaces = chat.prompt_text(tokenizer, row, where)
+    reader = processor.reader_of(tokenizer)
+    if reader is not None:
+        prompt = reader.expand(prompt, row.images, where)
     doubled = chat.doubled_tag(prompt, row.solution)
     if doubled:
         row = _without_tag(row, doubled, prompt + spaces)
@@ -123,7 +127,9 @@ def encode_row(tokenizer: Any, row: Row, max_tokens: int, number: int | None = N
             f"{where}: prompt and solution take {len(own)} + {len(solution)} tokens, data.max_prompt is {max_tokens}. "
             "unift never cuts a prompt or a hint: raise data.max_prompt, or drop the row"
         )
-    return Encoded(own, solution, step_ends, forced, doubled)
+    if reader is not None and not reader.placeholders.isdisjoint(solution):
+        raise DataError(f"{where}: the solution holds a placeholder of a picture ({reader.token}); expected text alone")
+    return Encoded(own, solution, step_ends, forced, doubled, shown=Shown(row.images, len(own)) if row.images else None)
 
 
 def _without_tag(row: Row, tag: str, prompt: str) -> Row:

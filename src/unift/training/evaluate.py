@@ -95,7 +95,7 @@ def _judged(judge: Judge, split: Split, requests: Sequence[Request], temperature
 
 def greedy(judge: Judge, split: Split) -> Accuracy:
     """Greedy accuracy without a hint."""
-    right = sum(v[0].right for v in _judged(judge, split, [Request(e.prompt, None) for e in split.encoded]))
+    right = sum(v[0].right for v in _judged(judge, split, [Request(e.prompt, None, e.shown) for e in split.encoded]))
     n = len(split.rows)
     return Accuracy(right / max(n, 1), *wilson(right, n), n)
 
@@ -110,7 +110,7 @@ def pass_curve(judge: Judge, split: Split, answers: Answers, place: str | None =
 
     ``place``: of the answer; then also what the same samples reach as a vote and by their likelihood."""
     requests = [
-        Request(e.prompt, draws_of(row, answers, judge.max_tokens))
+        Request(e.prompt, draws_of(row, answers, judge.max_tokens), e.shown)
         for row, e in zip(split.rows, split.encoded, strict=True)
     ]
     groups = _judged(judge, split, requests, answers.temperature)

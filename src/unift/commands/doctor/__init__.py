@@ -264,7 +264,6 @@ def room(config: Config, data: Data) -> Check:
     """Do solutions fit into a completion, and prompt, hint and completion into the model's positions?"""
     from unift.config.stages import evaluation_tokens, stages
     from unift.model import limits
-    from unift.model.load import locate
 
     encoded = [*data.train.encoded, *data.test.encoded]
     most = max(evaluation_tokens(config), *(stage.rules.sample.max_tokens for stage in stages(config)))
@@ -274,7 +273,7 @@ def room(config: Config, data: Data) -> Check:
     except UniftError as error:
         return Check("room", False, str(error))
     context = limits.longest_context(config, data)
-    positions = limits.positions(limits.model_settings(locate(config.model.path)))
+    positions = limits.positions(limits.text_settings(config.model.path))
     if longer > len(encoded) // 10:
         need = max(len(e.solution) for e in encoded)
         text = (

@@ -11,7 +11,6 @@ from unift.config.sections import Config
 from unift.config.stages import stages
 from unift.hints import schedules
 from unift.model import limits, memory
-from unift.model.load import locate
 from unift.rows.dataset import load
 from unift.rows.tasks import make_rows
 from unift.types import HANDED, ConfigError
@@ -58,7 +57,7 @@ def _batches(config: Config) -> list[str]:
 
 def _memory(config: Config) -> str:
     """The stage that takes most, from the shapes in config.json and the lengths that the settings allow."""
-    shapes = limits.model_settings(locate(config.model.path))
+    shapes = limits.text_settings(config.model.path)
     if not shapes:
         return "memory: not estimated (no config.json beside the model)"
     numbers = limits.parameters(shapes)

@@ -16,7 +16,7 @@ import torch
 from unift.commands.doctor import Check
 from unift.config.sections import Config
 from unift.model import limits, matmul, memory
-from unift.model.load import locate, pick_device
+from unift.model.load import pick_device
 from unift.rows.crew import cores
 
 ROWS, WIDTH, INNER = 1024, 576, 1536  # a product of a 135 M model's feed-forward layer over a thousand tokens
@@ -82,7 +82,7 @@ def free_bytes() -> int:
 
 def budget(config: Config, free: int) -> tuple[int, str] | None:
     """(largest power of two of tokens whose activations fit, why); None without a config.json beside the model."""
-    shapes = limits.model_settings(locate(config.model.path))
+    shapes = limits.text_settings(config.model.path)
     token = memory.token_bytes(shapes, config.model, config.train.gradient_checkpointing)
     if token is None:
         return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
+
 from unift.commands.report.gather import Completion, Group, RunData, Step
 from unift.commands.report.markup import Content, Html, fold, tag
 
@@ -47,7 +50,14 @@ def _group(group: Group) -> Html:
     facts = [group.kind, shown, f"{group.size} completions", f"row {group.row_id}"]
     text = tag("pre", cut(group.prompt), tag("mark", cut(group.hint)) if group.hint else None)
     meta = tag("p", [tag("span", fact) for fact in facts], cls="meta")
+    if group.pictures:
+        beside = tag("div", [_picture(p) for p in group.pictures], cls="pictures")
+        text = tag("div", beside, text, cls="shown")
     return tag("div", meta, text, [_completion(c) for c in group.completions], _rest(group), cls="group")
+
+
+def _picture(path: Path) -> Html:
+    return Html(f'<img alt="picture" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">')
 
 
 def _rest(group: Group) -> Html | None:

@@ -20,7 +20,7 @@ from unift.config.stages import stages
 from unift.credit.advantages import advantages
 from unift.training.run import read_object, read_result
 from unift.training.run.metrics import read_metrics
-from unift.training.run.rollouts import UNREADABLE, read_records
+from unift.training.run.rollouts import PICTURES, UNREADABLE, read_records
 from unift.types import ConfigError, UniftError
 
 CONFIG = "config.yaml"
@@ -226,6 +226,7 @@ class Group:
     completions: Sequence[Completion]  # the chosen ones, different from each other
     size: int  # completions in the group
     kind: str
+    pictures: Sequence[Path] = ()  # small copies of what the prompt shows
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def choose(
 def _step(path: Path, step: int, config: Config | None, groups: int, samples: int) -> Step:
     rule = _credit(config, step)
     found: list[Group] = []
-    found.extend(_chosen_group(record, rule) for record in read_records(path)[1:])
+    found.extend(_chosen_group(path.parents[1], record, rule) for record in read_records(path)[1:])
     queues = [[g for g in found if g.kind == kind] for kind in KINDS]
     picked: list[Group] = []
     while len(picked) < groups and any(queues):  # one of each kind before a second of any
@@ -272,7 +273,7 @@ def _credit(config: Config | None, step: int) -> Credit | None:
     return next((s.rules.credit for s in stages(config) if s.start <= step < s.stop), None)
 
 
-def _chosen_group(record: Mapping[str, Any], rule: Credit | None) -> Group:
+def _chosen_group(folder: Path, record: Mapping[str, Any], rule: Credit | None) -> Group:
     samples = record["samples"]
     scored = [s for s in samples if s["score"]]
     values = [float(s["score"]["value"]) for s in scored]
@@ -304,7 +305,14 @@ def _chosen_group(record: Mapping[str, Any], rule: Credit | None) -> Group:
         completions=list(merged.values()),
         size=len(samples),
         kind=_kind(samples, values),
+        pictures=_pictures(folder, record),
     )
+
+
+def _pictures(folder: Path, record: Mapping[str, Any]) -> list[Path]:
+    """Files that lie in the run's own folder of pictures, whatever the record says."""
+    names = [Path(str(name)).name for name in record.get("pictures", [])]
+    return [path for name in names if (path := folder / PICTURES / name).is_file()]
 
 
 def _kind(samples: Sequence[Mapping[str, Any]], values: Sequence[float]) -> str:

@@ -69,7 +69,7 @@ def fold(summary: Content, *content: Content, opened: bool = False, cls: str = "
 def document(title: str, *content: Content) -> str:
     """The whole page. The policy in its head forbids scripts and every request, whatever the text on it holds."""
     style = (resources.files("unift.commands.report") / "style.css").read_text(encoding="utf-8")
-    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     head = [
         Html('<meta charset="utf-8">'),
         Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),

@@ -95,10 +95,9 @@ def evaluate_suite(config: Config, order: Order, say: Say = lambda text: None) -
 def answer_tokens(config: Config, prompt: int) -> int:
     """Length limit of an answer: eval.max_tokens, or else 1,024 and what the model's positions leave beyond the longest
     prompt. DataError where a prompt and its answer do not fit."""
-    from unift.model.folder import locate, model_settings
-    from unift.model.limits import positions
+    from unift.model.limits import positions, text_settings
 
-    there = positions(model_settings(locate(config.model.path)))
+    there = positions(text_settings(config.model.path))
     wanted = config.eval.max_tokens or min(TOKENS, (there or prompt + TOKENS) - prompt)
     if there is not None and (wanted < 1 or prompt + wanted > there):
         raise DataError(
@@ -180,13 +179,14 @@ def _answered(answers: _Answerer, scorer: Scorer, column: _Column, block: Sequen
     from unift.training.evaluate import Answers, draws_of
 
     own = [block[i] for i in processes.share(len(block))]
-    rows, prompts = [column.rows[i] for i in own], [column.encoded[i].prompt for i in own]
+    rows, prompts = [column.rows[i] for i in own], [(column.encoded[i].prompt, column.encoded[i].shown) for i in own]
     ask = partial(completed, answers.engine, answers.tokenizer)
-    groups = ask([Request(prompt, None) for prompt in prompts], answers.most)
+    groups = ask([Request(prompt, None, shown) for prompt, shown in prompts], answers.most)
     if answers.samples:
         wanted = Answers(answers.samples, answers.seed)
         drawn = [
-            Request(prompt, draws_of(row, wanted, answers.most)) for row, prompt in zip(rows, prompts, strict=True)
+            Request(prompt, draws_of(row, wanted, answers.most), shown)
+            for row, (prompt, shown) in zip(rows, prompts, strict=True)
         ]
         groups = [g + more for g, more in zip(groups, ask(drawn, answers.most, wanted.temperature), strict=True)]
     flat = [(row, sample) for row, group in zip(rows, groups, strict=True) for sample in group]

@@ -44,13 +44,14 @@ def split_of(form: Hashable) -> str:
 
 def canonical(row: Row) -> str:
     """The problem apart from its wording where the task knows how, else the prompt without case and spaces."""
+    shown = "".join(f" {found.digest}" for found in row.images)
     if row.task in _MODULES:
         try:
-            return repr((row.task, get_task(row.task).canonical(row)))
+            return repr((row.task, get_task(row.task).canonical(row))) + shown
         except (UniftError, KeyError, TypeError, ValueError):
             pass  # a file may use a task's name with other answers
     text = row.prompt if isinstance(row.prompt, str) else "".join(m["content"] for m in row.prompt)
-    return " ".join(text.split()).lower()
+    return " ".join(text.split()).lower() + shown
 
 
 def make_rows(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from unift import rng
-from unift.types import Sample
+from unift.types import Sample, Shown
 
 if TYPE_CHECKING:
     from unift.model.policy import Policy
@@ -54,6 +54,9 @@ class Request:
 
     prompt: list[int]
     draws: Draws | np.ndarray | None
+    shown: Shown | None = None  # the pictures whose placeholders the prompt has
+    # Completions, or texts with parts of one, that may well come: a hint for speed alone.
+    drafts: Sequence[list[int]] = ()
 
     @property
     def samples(self) -> int:

@@ -66,5 +66,7 @@ def inverse_cdf(logp_NV: Tensor, u_N: Tensor, block: int = VOCAB_BLOCK) -> Tenso
 
 
 def eos_ids(policy: Policy) -> Tensor:
-    """Tokens that end a completion, on the policy's device."""
-    return torch.tensor(policy.end_ids, device=policy.device)
+    """Tokens that end a completion, on the policy's device. A placeholder of a picture is one of them: it may be a target, but
+    as an input it would ask for a picture."""
+    placeholders = set() if policy.reader is None else policy.reader.placeholders
+    return torch.tensor(sorted({*policy.end_ids, *placeholders}), device=policy.device)

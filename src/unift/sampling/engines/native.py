@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unift.model import vision
 from unift.model.attention.decode import DecodeLayout
 from unift.model.attention.packed import PackedLayout, make_layout
 from unift.model.limits import ROWS
@@ -37,10 +38,10 @@ def generate(
     """As `Engine.generate`, with this policy. ``watch`` is told after every batch."""
     cut = batches(requests, rows, mixed=True)
     with policy.sampling(max_tokens * len(cut)):  # outside of the loop: weights made for it are kept until it ends
-        return in_batches(requests, cut, lambda batch: _run(policy, batch, max_tokens, temperature), watch)
+        return in_batches(requests, cut, lambda batch: run_batch(policy, batch, max_tokens, temperature), watch)
 
 
-class _Rows:
+class Rows:
     """The rows of a batch while they are sampled, on the shared-prefix path: B groups of G rows.
 
     All that a step reads and writes lies on the device and stays at its address until ``drop`` or ``grow``, and a step never
@@ -52,7 +53,7 @@ class _Rows:
         self.counts = [r.samples for r in requests]
         device, b, g = policy.device, len(requests), max(self.counts)
         self.choose = chooser(policy, requests, g, max_tokens, temperature)
-        logits_BV, layout = self._prefill(requests)
+        logits_BV, layout, shift_B = self._prefill(requests)
         some = next(iter(layout.cache.values()))[1]
         capacity = min(self._block(0), max_tokens)
         members = {
@@ -68,15 +69,16 @@ class _Rows:
         self.grid = np.arange(b * g).reshape(b, g)
         self.slot_N = torch.arange(b * g, device=device)
         self.done_N = torch.tensor([j >= n for n in self.counts for j in range(g)], device=device)
-        self.start_N = layout.prefix_len_B.repeat_interleave(g)
+        self.start_N = (layout.prefix_len_B + shift_B).repeat_interleave(g)
         self.token_N = torch.zeros(b * g, dtype=torch.long, device=device)
         self.tokens_NL = torch.zeros(b * g, max_tokens, dtype=torch.long, device=device)
         self.logps_NL = torch.zeros(b * g, max_tokens, dtype=torch.float64, device=device)
         self.length_N = torch.zeros(b * g, dtype=torch.long, device=device)  # of the rows that ended; 0: not ended
         self._draw(logits_BV.repeat_interleave(g, 0))
 
-    def _prefill(self, requests: Sequence[Request]) -> tuple[Tensor, PackedLayout]:
-        """Every prefix once, no padding in the linear layers: logits [B, V] after it, and its keys and values."""
+    def _prefill(self, requests: Sequence[Request]) -> tuple[Tensor, PackedLayout, Tensor | int]:
+        """Every prefix once, no padding in the linear layers: logits [B, V] after it, its keys and values, and what the
+        positions behind it are shifted by, [B] (`vision.View`)."""
         device = self.policy.device
         flat = [t for r in requests for t in r.prompt]
         ends = np.cumsum([len(r.prompt) for r in requests])
@@ -84,8 +86,11 @@ class _Rows:
         layout = make_layout(spans, [[] for _ in requests], len(flat)).to(device)
         layout.keep = True
         positions = torch.tensor([p for r in requests for p in range(len(r.prompt))], device=device)
-        hidden = self.policy.hidden(torch.tensor(flat, device=device), positions, layout)
-        return self.policy.logits(hidden[torch.from_numpy(ends - 1).to(device)]), layout
+        tokens, shown = torch.tensor(flat, device=device), [r.shown for r in requests]
+        view = vision.view(self.policy.base, self.policy.reader, tokens, positions, spans, [[]] * len(spans), shown)
+        hidden = self.policy.hidden(tokens, positions, layout, view=view)
+        logits = self.policy.logits(hidden[torch.from_numpy(ends - 1).to(device)])
+        return logits, layout, 0 if view is None else view.shift_B
 
     def step(self) -> None:
         """Forward of the last tokens, and a draw of the next."""
@@ -149,8 +154,8 @@ def _look(device: torch.device) -> int:
 
 
 @torch.no_grad()
-def _run(policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> list[list[Sample]]:
-    rows = _Rows(policy, requests, max_tokens, temperature)
+def run_batch(policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> list[list[Sample]]:
+    rows = Rows(policy, requests, max_tokens, temperature)
     recorded = cuda_graph.Recorded(rows.step) if policy.device.type == "cuda" and policy.cuda_graphs else None
     look = _look(policy.device)
     for drawn in range(1, max_tokens):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from unift.model import paths
+from unift.model import paths, vision
 from unift.model.limits import ROWS
 from unift.model.plain import Decoder
 from unift.model.policy import Policy
@@ -40,12 +40,12 @@ def own_attention(policy: Policy) -> Iterator[bool]:
     if not policy.shared:
         yield policy.cached
         return
-    model, kept = policy.base, policy.base.config._attn_implementation
-    model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+    model, kept = policy.base, vision.implementation(policy.base)
+    vision.set_implementation(model, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
     try:
-        yield paths.check_plain(model, policy.device)
+        yield paths.check_plain(model, policy.device, policy.reader)
     finally:
-        model.set_attn_implementation(kept)
+        vision.set_implementation(model, kept)
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def _run(
     counts = [r.samples for r in requests]
     g = max(counts)
     choose = chooser(policy, requests, g, max_tokens, temperature)
-    decoder = Decoder(policy.base, cached)
+    decoder = Decoder(policy.base, cached, vision.seen_by(policy.reader, [r.shown for r in requests]))
     logits_NV = decoder.start(torch.tensor([r.prompt for r in requests], device=device))
     # From here on a row is a sample: its prompt's row again, and its place in the B*G grid of the uniforms.
     row_N = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], device=device)

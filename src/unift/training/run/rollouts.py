@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from unift.files import write_atomic
+from unift.rows.pictures import thumbnail
 from unift.training.run.checkpoint import step_name
-from unift.types import Group, Sample, Score, UniftError
+from unift.types import Group, Picture, Sample, Score, UniftError
 
+PICTURES, EDGE = "pictures", 192  # folder of small copies, and their longest side in pixels
 # What damaged files raise: gzip, text, JSON and then a missing or odd field.
 UNREADABLE = (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError)
 
@@ -20,15 +23,30 @@ def rollouts_path(folder: Path, step: int) -> Path:
     return folder / "rollouts" / f"{step_name(step)}.jsonl.gz"
 
 
-def write_rollouts(folder: Path, step: int, weights: str, groups: list[Group], texts: list[tuple[str, str]]) -> None:
+def write_rollouts(
+    folder: Path,
+    step: int,
+    weights: str,
+    groups: list[Group],
+    texts: list[tuple[str, str]],
+    shown: Sequence[Sequence[Picture]] = (),
+) -> None:
+    """``shown``: the pictures of each group's prompt, of which the run keeps a small copy."""
     path = rollouts_path(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, encoded(step, weights, groups, texts))
+    kept = [[_kept(folder, found) for found in own] for own in shown]
+    write_atomic(path, encoded(step, weights, groups, texts, kept))
 
 
-def encoded(step: int, weights: str, groups: list[Group], texts: list[tuple[str, str]]) -> bytes:
+def encoded(
+    step: int,
+    weights: str,
+    groups: list[Group],
+    texts: list[tuple[str, str]],
+    pictures: Sequence[Sequence[str]] = (),
+) -> bytes:
     """One line a group: ids, texts (prompt, hint), tokens, log-probs, scores. ``weights``: fingerprint of the policy that
-    sampled."""
+    sampled. ``pictures``: of each group, names of small copies."""
     lines = [json.dumps({"step": step, "weights": weights, "groups": len(groups)})]
     for group, (prompt, hint) in zip(groups, texts, strict=True):
         record = {
@@ -43,8 +61,20 @@ def encoded(step: int, weights: str, groups: list[Group], texts: list[tuple[str,
             "discarded": group.discarded,
             "samples": [_sample_record(s) for s in group.samples],
         }
+        if pictures and pictures[len(lines) - 1]:
+            record["pictures"] = list(pictures[len(lines) - 1])
         lines.append(json.dumps(record, ensure_ascii=False))
     return gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0)
+
+
+def _kept(folder: Path, found: Picture) -> str:
+    """The name of a picture's small copy in the run folder, which is made once."""
+    name = f"{found.digest[:20]}.png"
+    path = folder / PICTURES / name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, thumbnail(found, EDGE))
+    return name
 
 
 def _sample_record(s: Sample) -> dict[str, Any]:
