@@ -15,7 +15,6 @@ from unift.hints import schedules
 from unift.rewards import score_groups
 from unift.rewards.pool import Scorer
 from unift.rows.dataset import Split
-from unift.rows.tokens import Encoded
 from unift.sampling.engines.base import Draws, Engine, Request, Watch, unwatched
 from unift.types import Group, Row, Sample, Score
 
@@ -51,10 +50,12 @@ def hinted(indices: Sequence[int], split: Split, moment: Moment, known: Mapping[
         if show.unit == "tokens":
             most = e.steps_tokens
             k = math.floor(schedules.share(show, at, span) * most + 1e-9)
-            groups.append(Group(index, row.id, e.prompt, e.solution[:k], k, most))
+            groups.append(Group(index, row.id, e.prompt, e.solution[:k], k, most, shown=e.shown))
         else:
             k = schedules.draw(show, at, e.n_steps, span)
-            groups.append(Group(index, row.id, e.prompt, e.hint(k, show.cuts), k, min(show.cuts, e.n_steps)))
+            groups.append(
+                Group(index, row.id, e.prompt, e.hint(k, show.cuts), k, min(show.cuts, e.n_steps), shown=e.shown)
+            )
     return groups
 
 
@@ -63,14 +64,12 @@ class _Wanted:
     """Requests of one length limit, and whose each is: a group, and the hint that its members alone have seen."""
 
     max_tokens: int
-    encoded: Sequence[Encoded]
     requests: list[Request] = field(default_factory=list[Request])
     owners: list[tuple[Group, list[int]]] = field(default_factory=list[tuple[Group, list[int]]])
 
     def add(self, group: Group, given: list[int], draws: Draws) -> None:
         if draws.n:
-            shown = self.encoded[group.row].shown if self.encoded else None
-            self.requests.append(Request(group.prompt + (given or group.hint), draws, shown))
+            self.requests.append(Request(group.prompt + (given or group.hint), draws, group.shown))
             self.owners.append((group, given))
 
 
@@ -81,17 +80,15 @@ def complete(
     places: Sequence[int],
     moment: Moment,
     attempt: int = 0,
-    encoded: Sequence[Encoded] = (),
 ) -> None:
-    """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those. ``encoded``:
-    all rows of the split, by ``group.row``, for their pictures.
+    """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those.
 
     places: each group's position in the batch of all processes. It is part of the address of its random numbers, since a
     small data set may bring a row twice in one step.
     """
     sample, members, seed, step = moment.rules.sample, moment.rules.show.members, moment.seed, moment.step
-    whole = _Wanted(sample.max_tokens, encoded)
-    short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens), encoded)  # only the first tokens
+    whole = _Wanted(sample.max_tokens)
+    short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens))  # only the first tokens
     for i, group in zip(places, groups, strict=True):
         place = ("sample", seed, step, i, group.row_id, *([attempt] if attempt else []))
         draws = Draws(place, sample.completions, sample.completions, sample.max_tokens)
@@ -112,6 +109,8 @@ def complete(
                 if given:
                     samples = [replace(s, tokens=given + s.tokens, given=len(given)) for s in samples]
                 group.samples += samples
+    for group in groups:
+        group.shown = None  # no more is asked for: what travels to other processes stays small
 
 
 def judge(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: Rules, tokenizer: Any) -> None:

@@ -126,14 +126,14 @@ def _drawn(run: Run, rows: Sequence[int], moment: Moment, state: State, attempt:
     """Groups of these rows. Every process draws all rows and hints, and samples its share of the groups."""
     groups = hinted(rows, run.data.train, moment, state.memory.hints)
     places = processes.share(len(groups))
-    own, encoded = [groups[i] for i in places], run.data.train.encoded
+    own = [groups[i] for i in places]
     if SOURCES[moment.rules.sample.source].reference and state.reference is not None:
         with state.reference.policy() as frozen:
             run.engine.sync(frozen, lambda: f"reference-{moment.stage.start}")
-            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt, encoded)
+            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
     else:
         run.engine.sync(run.policy, partial(checkpoint.fingerprint, run.policy))
-        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt, encoded)
+        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
     return groups
 
 
