@@ -205,7 +205,7 @@ def _packed(model: Any, groups: Sequence[_Probe], longest: float) -> str:
     tokens_T, positions_T = torch.cat(flat), torch.cat(positions)
     shown = [None if g.seen is None else g.seen.shown_N[0] for g in groups]
     reader = None if groups[0].seen is None else groups[0].seen.reader
-    view = vision.view(model, reader, tokens_T, positions_T, prefixes, spans, shown)
+    view = vision.view(model, reader, tokens_T, positions_T, layout.spans, shown)
     more = {"position_ids": positions_T[None]} if view is None else view.for_model(positions_T)
     with attention.layout(layout):
         hidden = model.base_model(input_ids=tokens_T[None], use_cache=False, **more).last_hidden_state[0]

@@ -12,7 +12,8 @@ Shapes: N rows (sequences), L padded length, S loss positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,7 +119,8 @@ def logprobs(
         local = {i: n for n, i in enumerate(chunk)}
         at = torch.tensor([[local[rows.row_S[s]], rows.column_S[s] - first] for s in own], device=device)
         index_S = torch.tensor(own, device=device)
-        args = (model, tokens_NL, first, at, batch.target_S[index_S], scale_S[index_S], seen)
+        run = partial(forward, model, seen=seen)
+        args = (run, tokens_NL, first, at, batch.target_S[index_S], scale_S[index_S])
         if len(chunks) > 1 and torch.is_grad_enabled():
             parts.append(checkpoint(_score, *args, use_reentrant=False, preserve_rng_state=False))  # type: ignore[arg-type]
         else:
@@ -128,16 +130,10 @@ def logprobs(
 
 
 def _score(
-    model: Any,
-    tokens_NL: Tensor,
-    first: int,
-    at_S2: Tensor,
-    target_S: Tensor,
-    scale_S: Tensor,
-    seen: vision.Seen | None,
+    run: Callable[..., Tensor], tokens_NL: Tensor, first: int, at_S2: Tensor, target_S: Tensor, scale_S: Tensor
 ) -> Tensor:
     """[2, S]: log-probs and entropies at (row, column - first)."""
-    z_SV = forward(model, tokens_NL, first, seen)[at_S2[:, 0], at_S2[:, 1]]
+    z_SV = run(tokens_NL, first)[at_S2[:, 0], at_S2[:, 1]]
     z_SV = z_SV if z_SV.dtype == torch.float64 else z_SV.float()
     logp_SV = torch.log_softmax(z_SV * scale_S[:, None].to(z_SV.dtype), dim=-1)
     entropy_S = -(logp_SV.exp() * logp_SV).sum(-1)

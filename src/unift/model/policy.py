@@ -184,9 +184,7 @@ class Policy:
 
     def view(self, batch: PackedBatch) -> vision.View | None:
         """The pictures of a pack as its forward is given them; None where it has none."""
-        spans = batch.layout.spans
-        prefixes, members = [prefix for prefix, _ in spans], [own for _, own in spans]
-        place = batch.tokens_T, batch.positions_T, prefixes, members
+        place = batch.tokens_T, batch.positions_T, batch.layout.spans
         return vision.view(self.base, self.reader, *place, batch.shown)
 
     def logits(self, hidden_SD: Tensor) -> Tensor:

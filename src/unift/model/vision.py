@@ -133,19 +133,19 @@ def view(
     reader: processor.Reader | None,
     tokens_T: Tensor,
     positions_T: Tensor,
-    prefixes: Sequence[range],
-    members: Sequence[Sequence[range]],
+    spans: Sequence[tuple[range, Sequence[range]]],
     shown: Sequence[Shown | None],
 ) -> View | None:
-    """The view of a flat row whose prefixes show these pictures; None where there are none."""
+    """The view of a flat row whose prefixes show these pictures; None where there are none. ``spans``: of each group, its
+    prefix and its members."""
     if reader is None or not any(shown):
         return None
     device, found = tokens_T.device, tensors(model, reader, shown)
     rule = spatial_rule(model)
     if rule is None:
-        return View(found, None, torch.zeros(len(prefixes), dtype=torch.long, device=device))
+        return View(found, None, torch.zeros(len(spans), dtype=torch.long, device=device))
     positions_3T, shifts, seen = positions_T.expand(3, -1).clone(), [], 0
-    for prefix, own, pictures in zip(prefixes, members, shown, strict=True):
+    for (prefix, own), pictures in zip(spans, shown, strict=True):
         shift = 0
         if pictures is not None:
             at, n = slice(prefix.start, prefix.stop), len(pictures.pictures)

@@ -51,23 +51,13 @@ def hinted(indices: Sequence[int], split: Split, moment: Moment, known: Mapping[
         if show.unit == "tokens":
             most = e.steps_tokens
             k = math.floor(schedules.share(show, at, span) * most + 1e-9)
-            groups.append(Group(index, row.id, e.prompt, e.solution[:k], k, most))
+            groups.append(Group(index, row.id, e.prompt, e.solution[:k], k, most, shown=e.shown))
         else:
             k = schedules.draw(show, at, e.n_steps, span)
-            groups.append(Group(index, row.id, e.prompt, e.hint(k, show.cuts), k, min(show.cuts, e.n_steps)))
+            groups.append(
+                Group(index, row.id, e.prompt, e.hint(k, show.cuts), k, min(show.cuts, e.n_steps), shown=e.shown)
+            )
     return groups
-
-
-@dataclass(frozen=True)
-class Known:
-    """Of a group's row, beside its tokens. ``drafts``: texts that may come after its prompt (``sample.draft``). ``shown``: the
-    pictures whose placeholders the prompt has."""
-
-    drafts: Sequence[list[int]] = ()
-    shown: Shown | None = None
-
-
-NOTHING = Known()
 
 
 @dataclass
@@ -78,12 +68,12 @@ class _Wanted:
     requests: list[Request] = field(default_factory=list[Request])
     owners: list[tuple[Group, list[int]]] = field(default_factory=list[tuple[Group, list[int]]])
 
-    def add(self, group: Group, given: list[int], draws: Draws, known: Known) -> None:
+    def add(self, group: Group, given: list[int], draws: Draws, texts: Sequence[list[int]]) -> None:
         if draws.n:
             hint = given or group.hint
             # What follows the hint, where a text begins with it; of others, parts may come.
-            drafts = [t[len(hint) :] if t[: len(hint)] == hint else t for t in known.drafts]
-            self.requests.append(Request(group.prompt + hint, draws, known.shown, drafts))
+            drafts = [t[len(hint) :] if t[: len(hint)] == hint else t for t in texts]
+            self.requests.append(Request(group.prompt + hint, draws, group.shown, drafts))
             self.owners.append((group, given))
 
 
@@ -93,13 +83,13 @@ def complete(
     groups: Mapping[int, Group],
     moment: Moment,
     attempt: int = 0,
-    known: Mapping[int, Known] = MappingProxyType({}),
+    drafts: Mapping[int, Sequence[list[int]]] = MappingProxyType({}),
 ) -> None:
     """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those.
 
     groups: by position in the batch of all processes, which is part of the address of a group's random numbers, since a small
     data set may bring a row twice in one step.
-    known: of groups by the same position, their pictures and drafts.
+    drafts: by the same position, texts that may come after a group's prompt (``sample.draft``).
     """
     sample, members, seed, step = moment.rules.sample, moment.rules.show.members, moment.seed, moment.step
     whole = _Wanted(sample.max_tokens)
@@ -109,12 +99,12 @@ def complete(
         draws = Draws(place, sample.completions, sample.completions, sample.max_tokens)
         wanted = short if cut_short(sample, seed, step, group.row_id) else whole
         if members is None:
-            wanted.add(group, [], draws, known.get(i, NOTHING))
+            wanted.add(group, [], draws, drafts.get(i, ()))
             continue
         bare, hint = sample.completions - members, group.hint
         group.hint = []
-        wanted.add(group, [], replace(draws, n=bare), known.get(i, NOTHING))
-        wanted.add(group, hint, replace(draws, n=members, first=bare), known.get(i, NOTHING))
+        wanted.add(group, [], replace(draws, n=bare), drafts.get(i, ()))
+        wanted.add(group, hint, replace(draws, n=members, first=bare), drafts.get(i, ()))
     with engine.sampling():  # once, though not every process has requests of both lengths
         for wanted in (whole, short):
             if not wanted.requests:
@@ -124,6 +114,8 @@ def complete(
                 if given:
                     samples = [replace(s, tokens=given + s.tokens, given=len(given)) for s in samples]
                 group.samples += samples
+    for group in groups:
+        group.shown = None  # no more is asked for: what travels to other processes stays small
 
 
 def judge(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: Rules, tokenizer: Any) -> None:

@@ -87,7 +87,7 @@ class Rows:
         layout.keep = True
         positions = torch.tensor([p for r in requests for p in range(len(r.prompt))], device=device)
         tokens, shown = torch.tensor(flat, device=device), [r.shown for r in requests]
-        view = vision.view(self.policy.base, self.policy.reader, tokens, positions, spans, [[]] * len(spans), shown)
+        view = vision.view(self.policy.base, self.policy.reader, tokens, positions, layout.spans, shown)
         hidden = self.policy.hidden(tokens, positions, layout, view=view)
         logits = self.policy.logits(hidden[torch.from_numpy(ends - 1).to(device)])
         return logits, layout, 0 if view is None else view.shift_B
