@@ -17,7 +17,7 @@ from unift.rewards import score_groups
 from unift.rewards.pool import Scorer
 from unift.rows.dataset import Split
 from unift.sampling.engines.base import Draws, Engine, Request, Watch, unwatched
-from unift.types import Group, Row, Sample, Score, Shown
+from unift.types import Group, Row, Sample, Score
 
 
 def completed(
@@ -114,7 +114,7 @@ def complete(
                 if given:
                     samples = [replace(s, tokens=given + s.tokens, given=len(given)) for s in samples]
                 group.samples += samples
-    for group in groups:
+    for group in groups.values():
         group.shown = None  # no more is asked for: what travels to other processes stays small
 
 
