@@ -43,11 +43,11 @@ def landscape(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def single(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, str, str]:
-    """(picture, colour, shape): one shape on grey, anywhere, of any size that can be told."""
+    """(picture, colour, shape): one shape on grey, near the middle."""
     y, x = _axes(height, width)
     colour, shape = list(COLOURS)[int(rng.integers(len(COLOURS)))], SHAPES[int(rng.integers(3))]
     scene = np.full((height, width, 3), GROUND) + rng.uniform(-0.1, 0.1)
-    where = _inside(shape, y, x, rng.uniform(0.3, 0.7, 2), rng.uniform(0.16, 0.28))
+    where = _inside(shape, y, x, rng.uniform(0.4, 0.6, 2), rng.uniform(0.22, 0.32))
     scene[where] = np.array(COLOURS[colour]) + rng.uniform(-0.08, 0.08, 3)
     return _pixels(rng, scene), colour, shape
 
