@@ -41,7 +41,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rollout-sft": ("rollout-sft", {"sample.completions": 8}),
     "uft": ("uft", {"sample.completions": 8}),
 }
-OLDER, PROBLEMS, EVERY, ANSWER = ("colour", "shape", "half"), 100, 20, 12
+OLDER, PROBLEMS, EVERY, ANSWER = ("colour", "shape", "half"), 100, 10, 12
 COMMON = {
     "train.decay": "constant",
     "train.warmup": 5,

@@ -23,10 +23,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from unift import rng
 from unift.rows.tasks import jigsaw
 
-SEED, STEPS, ROWS, RATE, WARMUP = 0, 800, 96, 2e-3, 40
+SEED, STEPS, ROWS, RATE, WARMUP = 0, 1200, 96, 2e-3, 40
 POOL = 8000  # pictures of each kind, drawn once
 TILE, PATCH, WIDTH, LAYERS, HEADS = 16, 8, 64, 2, 4
-SHARES = {"colour": 0.15, "shape": 0.3, "half": 0.25, "jigsaw": 0.3}
+SHARES = {"colour": 0.15, "shape": 0.4, "half": 0.2, "jigsaw": 0.25}
 DEFAULT = Path(__file__).parents[1] / "src" / "unift" / "model" / "embedded" / "jigsaw"
 MARKS = ["<pad>", "<eos>", "<unk>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 TEMPLATE = (
