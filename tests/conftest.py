@@ -230,9 +230,7 @@ def packed_loss(policy, items, config, budget=10**6, reference=None, old=None):
             l_S,
             entropy_S if config.policy.entropy or config.policy.off_policy_top < 1 else None,
             batch,
-            config.policy,
-            config.reference.estimator,
-            config.likelihood,
+            config,
         )
         loss = parts["policy"] + parts["likelihood"]
         loss.backward()

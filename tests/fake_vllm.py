@@ -1,11 +1,21 @@
 """A server that speaks vLLM's routes, with a model of its own that it reads from the folder it is given: completions and
-log-probs are real, and weights that do not arrive are not there. ``mode`` names a fault."""
+log-probs are real, and weights that do not arrive are not there. ``mode`` names a fault.
+
+    python tests/fake_vllm.py FOLDER [MODE [AFTER [SECONDS]]]    prints its URL, and ends with its standard input
+
+With ``--model`` it takes the command line of a vLLM server, and serves the folder that `unift serve` made.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,17 +34,28 @@ VERSION = "default"  # of a server that nobody gave weights
 
 
 class Fake:
-    """``after``: requests for completions after which ``mode`` begins."""
+    """``after``: requests for completions after which ``mode`` begins. ``seconds``: that a completion takes at least. ``at``: host
+    and port; 0 is a free one. ``made``: the folder is there already."""
 
-    def __init__(self, folder: Path, mode: str = "", after: int = 0, length: int = 64) -> None:
-        write_model(load_policy(Model(path="embedded:lock", device="cpu")), folder)
-        self.folder, self.mode, self.after, self.length = folder, mode, after, length
+    def __init__(
+        self,
+        folder: Path,
+        mode: str = "",
+        after: int = 0,
+        length: int = 64,
+        seconds: float = 0.0,
+        at=("127.0.0.1", 0),
+        made: bool = False,
+    ) -> None:
+        if not made:
+            write_model(load_policy(Model(path="embedded:lock", device="cpu")), folder)
+        self.folder, self.mode, self.after, self.length, self.seconds = folder, mode, after, length, seconds
         self.asked, self.resets, self.cached = 0, 0, False
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.start_over()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
+        self.server = ThreadingHTTPServer(at, self.handler())
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.url = f"http://{at[0]}:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def start_over(self) -> None:
@@ -94,6 +115,7 @@ class Fake:
             self.asked += 1
             if self.faulty and self.mode == "restarts" and self.version != VERSION:
                 self.start_over()
+        self.stopped.wait(self.seconds)
         if self.faulty and self.mode in ("stalls", "paused"):
             self.stopped.wait(60)
         if self.faulty and self.mode == "dies":
@@ -176,3 +198,38 @@ def wait(condition, seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
+
+
+def as_server() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--max-model-len", type=int)
+    order, _ = parser.parse_known_args()
+    fake = Fake(order.model, length=order.max_model_len, at=(order.host, order.port), made=True)
+    fake.stopped.wait()
+
+
+@contextmanager
+def apart(folder: Path, mode: str = "", after: int = 0, seconds: float = 0.0) -> Iterator[str]:
+    """The URL of one in a process of its own: this one may train meanwhile, whose switches of PyTorch are its own."""
+    command = [sys.executable, __file__, str(folder), mode, str(after), str(seconds)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if "--model" in sys.argv:
+        as_server()
+        sys.exit()
+    place, mode, after, seconds = [*sys.argv[1:], "", "0", "0"][:4] if len(sys.argv) == 2 else sys.argv[1:]
+    with Fake(Path(place), mode, int(after), seconds=float(seconds)) as served:
+        print(served.url, flush=True)
+        sys.stdin.read()

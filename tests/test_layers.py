@@ -99,3 +99,45 @@ def test_no_torch_left_of_the_model(file):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not {n.split(".")[0] for n in names} & heavy, f"line {node.lineno}"
+
+
+# Whose parameters are what a user writes: verbs of the Python API and of the command line, options of a task, keyword
+# options of the pool. And one autograd function, whose arguments are tensors that need a gradient each.
+MANY = {
+    "commands/api.py": {"train", "evaluate", "evaluate_suite", "compare"},
+    "commands/cli.py": {"train", "serve", "evaluate", "compare", "merge_models"},
+    "model/logprobs.py": {"forward", "chunked_logprobs"},
+    "rewards/pool.py": {"__init__"},
+    "rows/tasks/chain.py": {"make"},
+    "rows/tasks/countdown.py": {"make"},
+}
+MOST_PARAMETERS = 6
+
+
+def parameters(text: str) -> dict[str, int]:
+    """Of every function, without self, cls and an autograd function's ctx."""
+    found = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            a = node.args
+            every = [
+                *a.posonlyargs,
+                *a.args,
+                *a.kwonlyargs,
+                *([a.vararg] if a.vararg else []),
+                *([a.kwarg] if a.kwarg else []),
+            ]
+            found[node.name] = max(found.get(node.name, 0), sum(p.arg not in {"self", "cls", "ctx"} for p in every))
+    return found
+
+
+def test_few_parameters():
+    """Nothing has more than six beside the functions above, each of which has."""
+    found = {str(f.relative_to(SOURCE)): parameters(f.read_text(encoding="utf-8")) for f in ALL}
+    many = {f: {n for n, k in functions.items() if k > MOST_PARAMETERS} for f, functions in found.items()}
+    assert {f: names for f, names in many.items() if names} == MANY
+
+
+def test_parameters_are_counted():
+    text = "class A:\n    def f(self, a, /, b, *c, d=1, **e): ...\n    async def g(cls): ..."
+    assert parameters(text) == {"f": 5, "g": 0}

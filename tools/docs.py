@@ -24,12 +24,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 # All that this tool takes from the package.
-from unift.commands.doctor.sizes import table as memory_table
+from unift.commands.doctor import sizes, throughput
 from unift.commands.methods import rows as family_rows
 from unift.commands.methods import table as family_table
 from unift.config import words
 from unift.config.packaged import preset_names
-from unift.config.resolve import resolve
+from unift.config.resolve import read_yaml, resolve
 from unift.config.sections import Config
 from unift.config.stages import stages
 
@@ -193,6 +193,22 @@ def core_table() -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------- recipes
+
+CLUSTER = ROOT / "examples" / "cluster"
+PLACES = {
+    "one_node.yaml": (6, 80),
+    "two_nodes.yaml": (14, 80),
+    "lora_24gb.yaml": (1, 24),
+}  # processes that train, GB a card
+
+
+def cluster_recipes() -> dict[str, tuple[Config, int, int]]:
+    """The settings files of examples/cluster, with the processes and cards that they are written for."""
+    files = sorted(path for path in CLUSTER.glob("*.yaml") if not path.name.startswith("accelerate"))
+    return {path.name: (resolve(None, file=read_yaml(path)), *PLACES.get(path.name, (1, 80))) for path in files}
+
+
 # ---------------------------------------------------------------------------------------------- equations
 
 # (equation, file, function or "" for the head of the file, words of its docstring that name the source)
@@ -263,13 +279,16 @@ def equations() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "equations": equations,
-    "memory table": memory_table,
+    "memory table": sizes.table,
     "methods count": lambda: str(len(preset_names())),
     "methods core": core_table,
     "methods nav": method_nav,
     "methods pages": method_pages,
     "methods table": family_table,
     "methods words": vocabulary,
+    "recipes table": lambda: sizes.recipes(cluster_recipes()),
+    "throughput assumptions": throughput.assumptions,
+    "throughput table": throughput.table,
     "settings top": lambda: settings_table(Config),
     **{f"settings {name}": lambda part=part, name=name: settings_table(part, f"{name}.") for name, part in sections().items()},
 }  # fmt: skip

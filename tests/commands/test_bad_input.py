@@ -582,7 +582,7 @@ def test_data_verbs(refused, tmp_path, words, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--budget", "2M"), "--budget '2M': expected sampled=TOKENS, trained=TOKENS or seconds=SECONDS"),
+        (("--budget", "2M"), "--budget '2M': expected sampled=TOKENS, trained=TOKENS, tokens=TOKENS (both"),
         (("--budget", "seconds=0"), "more than 0"),
         (("--budget", "sampled=1M", "train.steps=5"), "--budget chooses train.steps, which is also set; keep one"),
         (("--methods", "uft,sftt"), "did you mean 'sft'?"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +19,12 @@ import pytest
 from scipy import stats
 
 from unift.commands import compare
-from unift.commands.compare import Job, jobs, plots, run_many, write_report
+from unift.commands.compare import Job, jobs, plots, run_many, vary, write_report
 from unift.commands.compare import budget as budgets
 from unift.commands.compare.table import accuracy_of, reading, table
 from unift.config.budget import Budget, parse
 from unift.config.identity import to_yaml
-from unift.config.resolve import resolve
+from unift.config.resolve import parse_overrides, resolve
 from unift.intervals import interval, wilson
 from unift.types import ConfigError, UniftError
 
@@ -358,6 +360,7 @@ def test_of_many_methods_the_best_have_names(tmp_path):
     [
         ("sampled=2M", "sampled", 2e6),
         ("trained=500k", "trained", 5e5),
+        ("tokens=3M", "tokens", 3e6),
         ("seconds=1.5", "seconds", 1.5),
         (" Sampled = 1e6 ", "sampled", 1e6),
     ],
@@ -367,7 +370,7 @@ def test_budgets_are_read(text, kind, amount):
 
 
 @pytest.mark.parametrize(
-    "text", ["2M", "tokens=2M", "sampled=", "sampled=0", "seconds=-3", "sampled=2 X", "sampled=1.2.3"]
+    "text", ["2M", "token=2M", "sampled=", "sampled=0", "seconds=-3", "sampled=2 X", "sampled=1.2.3"]
 )
 def test_a_budget_that_cannot_be_read_says_what_is_expected(text):
     with pytest.raises(ConfigError, match="expected sampled=TOKENS"):
@@ -403,3 +406,84 @@ def test_compare_under_a_budget(tmp_path):
     assert "Budget of a run: sampled=4000. All runs used it within 10 %." in text
     assert "Budget of a run" in (folder / "table.md").read_text()
     assert runs["uft"]["seconds"] > runs["uft"]["seconds_training"] > 0
+
+
+# ---------------------------------------------------------------------------------------------- one setting at a time
+
+
+def test_values_are_split_outside_of_brackets_and_quotes():
+    assert vary.values_of("1, 2,5") == ["1", "2", "5"]
+    assert vary.values_of("[.9,.95],[.9,.99]") == ["[.9,.95]", "[.9,.99]"]
+    assert vary.values_of('{a: 1, b: [2,3]},"x,]y",null') == ["{a: 1, b: [2,3]}", '"x,]y"', "null"]
+
+
+def test_every_value_is_an_arm_and_keys_move_alone_or_together():
+    found = vary.arms(["uft", "stage"], ["show.cuts=1,2", "a.b=x,y; c.d=5,6"])
+    assert [(a.name, a.settings) for a in found if a.method == "uft"] == [
+        ("uft", ()),
+        ("uft-show.cuts=1", ("show.cuts=1",)),
+        ("uft-show.cuts=2", ("show.cuts=2",)),
+        ("uft-a.b=x", ("a.b=x", "c.d=5")),
+        ("uft-a.b=y", ("a.b=y", "c.d=6")),
+    ]
+    assert len(found) == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("show.cuts", "'show.cuts'"),
+        ("=1,2", "'=1,2'"),
+        ("show.cuts=1,,2", "'show.cuts=1,,2'"),
+        ("; ", "'; '"),
+        ("a.b=1,2; c.d=1", "'a.b': 2, 'c.d': 1"),
+        ("show.cuts=1,1", "uft-show.cuts=1"),
+    ],
+)
+def test_what_cannot_be_varied_is_said(text, found):
+    with pytest.raises(ConfigError, match=re.escape(found)):
+        vary.arms(["uft"], [text])
+
+
+def test_the_methods_own_value_is_no_second_arm():
+    found = vary.arms(["uft"], ["show.cuts=3,5", "likelihood.weight=0.2,0.5"])
+    configs = {a.name: resolve("uft", recipe="lock", overrides=parse_overrides(a.settings)) for a in found}
+    assert [a.name for a in vary.without_copies(found, configs)] == [
+        "uft",
+        "uft-show.cuts=3",
+        "uft-likelihood.weight=0.5",
+    ]
+    assert vary.value_in(configs["uft"], "likelihood.weight") == "0.2"
+    assert vary.value_in(resolve("sft-rft", recipe="lock"), "phases.0.share") == "0.333"
+
+
+def test_varied_settings_become_a_table_and_a_figure(tmp_path):
+    """Numbers ascend with the unchanged value among them, words keep their order, and what is apart says so."""
+    found = vary.arms(["uft"], ["show.cuts=10,1", "show.schedule=uniform"])
+    configs = {"uft": resolve("uft", recipe="lock")}
+    ends = {"uft": 0.9, "uft-show.cuts=10": 0.92, "uft-show.cuts=1": 0.2, "uft-show.schedule=uniform": 0.9}
+    results = [result(name, seed, end + 0.01 * seed) for name, end in ends.items() for seed in range(3)]
+    groups = vary.panels(found, configs, results)
+    assert [(value, own) for value, own, _ in groups["show.cuts"]] == [("1", False), ("5", True), ("10", False)]
+    assert [value for value, _, _ in groups["show.schedule"]] == ["cosine", "uniform"]
+    plot, lines = compare.write_varied(tmp_path, groups, results)
+    rows = lines[0].splitlines()
+    assert "| show.cuts | 1 | 21.0 |" in rows[2] and "| -70.0, apart |" in rows[2] and "| 20.0 21.0 22.0 |" in rows[2]
+    assert "| 5 | 91.0 |" in rows[3] and "| unchanged |" in rows[3]
+    assert "| 10 | 93.0 |" in rows[4] and "| +2.0 |" in rows[4]
+    assert plot.read_bytes()[:4] == b"\x89PNG" and (tmp_path / "table.md").read_text().startswith("| setting |")
+    assert {r["method"] for r in json.loads((tmp_path / "compare.json").read_text())} == set(ends)
+
+
+def test_varied_runs_keep_their_names(tmp_path):
+    """`run_many` gives results the names of their jobs, also those that were finished before."""
+    job = replace(fake(tmp_path, "uft", 0), method="uft-show.cuts=1")
+    for _ in range(2):
+        assert [r["method"] for r in run_many([job], 1)] == ["uft-show.cuts=1"]
+    assert (job.folder / "started").read_text() == "x"
+
+
+def test_a_varied_setting_is_checked_before_anything_runs(tmp_path):
+    with pytest.raises(ConfigError, match=r"show\.cutz.*did you mean .cuts"):
+        compare.compare_methods(compare.Plan(["uft"], 1, "lock", tmp_path, vary=["show.cutz=1,2"]))
+    assert not list(tmp_path.iterdir())

@@ -82,20 +82,16 @@ def test_dare_merges_what_is_left():
 def test_dtype_whole_numbers_and_nan():
     base = {"w": torch.ones(3, dtype=torch.float16), "n": torch.tensor([1, 2])}
     model = {"w": torch.full((3,), 1.0001), "n": torch.tensor([1, 2])}
-    merged = merge.merge_states(base, [model], ["w", "n"], merge.Mixing("linear", [1.0], 1.0, 0))
+    merged = merge.merge_states(base, [model], ["w", "n"], merge.Mixing("linear", [1.0]))
     assert (
         torch.equal(merged["w"], model["w"])
         and merged["w"].dtype == torch.float32
         and torch.equal(merged["n"], base["n"])
     )
     with pytest.raises(ConfigError, match="whole numbers"):
-        merge.merge_states(
-            base, [{**model, "n": torch.tensor([1, 3])}], ["w", "n"], merge.Mixing("linear", [1.0], 1.0, 0)
-        )
+        merge.merge_states(base, [{**model, "n": torch.tensor([1, 3])}], ["w", "n"], merge.Mixing("linear", [1.0]))
     with pytest.raises(NonFiniteError, match="w is not finite"):
-        merge.merge_states(
-            base, [{**model, "w": torch.full((3,), torch.nan)}], ["w"], merge.Mixing("linear", [1.0], 1.0, 0)
-        )
+        merge.merge_states(base, [{**model, "w": torch.full((3,), torch.nan)}], ["w"], merge.Mixing("linear", [1.0]))
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -143,14 +139,14 @@ def test_corners_are_the_checkpoints(folders, tmp_path, rule, density):
     assert not same(load(sft), load(rl))
     for weights, corner in (((1, 0), sft), ((0, 1), rl)):
         out = tmp_path / f"{weights[0]}"
-        merge.merge(base, [sft, rl], out, rule, weights, density)
+        merge.merge(base, [sft, rl], out, merge.Mixing(rule, weights, density))
         assert same(load(out), load(corner))
 
 
 def test_the_middle_loads_and_runs(folders, tmp_path):
     base, sft, rl = (str(folders / n) for n in ("base", "sft", "rl"))
     out = tmp_path / "deep" / "mid"
-    done = merge.merge(base, [sft, rl], out, "linear", [0.5, 0.25])
+    done = merge.merge(base, [sft, rl], out, merge.Mixing("linear", [0.5, 0.25]))
     merged, (b, s, r) = load(out), (load(f).state_dict() for f in (base, sft, rl))
     for name, value in merged.state_dict().items():
         assert torch.allclose(value, b[name] + 0.5 * (s[name] - b[name]) + 0.25 * (r[name] - b[name]), atol=1e-7)
@@ -164,12 +160,12 @@ def test_shards_are_read_and_a_half_base_keeps_the_models_dtype(folders, tmp_pat
     load(folders / "sft").save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     load(folders / "base").half().save_pretrained(tmp_path / "half")
-    merge.merge(str(tmp_path / "half"), [str(tmp_path / "sharded")], tmp_path / "out", "linear", [1.0])
+    linear = merge.Mixing("linear", [1.0])
+    merge.merge(str(tmp_path / "half"), [str(tmp_path / "sharded")], tmp_path / "out", linear)
     merged = load(tmp_path / "out")
     assert same(merged, load(folders / "sft")) and merged.dtype == torch.float32
-    merge.merge(
-        str(folders / "base"), [str(tmp_path / "half"), str(folders / "sft")], tmp_path / "mixed", "linear", [0, 1]
-    )
+    both = [str(tmp_path / "half"), str(folders / "sft")]
+    merge.merge(str(folders / "base"), both, tmp_path / "mixed", merge.Mixing("linear", [0, 1]))
     assert same(load(tmp_path / "mixed"), load(folders / "sft")), "the widest dtype of the models"
 
 
@@ -193,9 +189,8 @@ def test_mistakes(folders, tmp_path, change, said):
     base = call["base"] if ":" in call["base"] else str(folders / call["base"])
     out = folders / call["out"] if call["out"] else tmp_path / "out"
     with pytest.raises(ConfigError, match=said):
-        merge.merge(
-            base, [str(folders / "sft"), str(folders / "rl")], out, call["rule"], call["weights"], call["density"]
-        )
+        how = merge.Mixing(call["rule"], call["weights"], call["density"])
+        merge.merge(base, [str(folders / "sft"), str(folders / "rl")], out, how)
     assert not (tmp_path / "out").exists()
 
 

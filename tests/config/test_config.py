@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from unift.config.identity import config_hash, differences, to_yaml
-from unift.config.packaged import preset_names, recipe_text
+from unift.config.identity import config_hash, differences, flat, to_yaml
+from unift.config.packaged import preset_names, recipe_names, recipe_text
 from unift.config.resolve import parse_overrides, resolve, validate
 from unift.config.stages import stages
+from unift.rows.tasks import get_task, make_rows
 from unift.types import ConfigError
 
 
@@ -57,6 +58,22 @@ def test_layers():
     assert (both.train.lr, both.train.warmup) == (0.25, 3)
 
 
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_resolves_for_its_methods(recipe):
+    """Each method keeps what the recipe says about it, it samples where its preset does, and the rows can be made."""
+    tree = yaml.safe_load(recipe_text(recipe))
+    for method in {"uft", "r3", *tree["baselines"], *tree["methods"]}:
+        config, own = resolve(method, recipe=recipe), tree["methods"].get(method, {})
+        found = flat(config.model_dump())
+        for key, value in flat({k: v for k, v in own.items() if k != "phases"}).items():
+            assert found[key] == (tuple(value) if isinstance(value, list) else value), (method, key)
+        for stage in stages(config):
+            samples = make(stage.rules.method).sample.completions > 0
+            assert (stage.rules.sample.completions > 0) == samples, method
+    row = make_rows(config.data.task, 1, 0, "train", **config.data.options)[0]
+    assert get_task(config.data.task).score(row.solution, row).right
+
+
 @pytest.mark.parametrize("method", preset_names())
 def test_presets_resolve_and_round_trip(method):
     config = make(method)
@@ -84,6 +101,18 @@ def test_hash_ignores_what_does_not_move_numbers():
     assert config_hash(make("uft", "save.every=3", "run=x", "reward.workers=4")) == base
     assert config_hash(make("uft", "seed=1")) != base
     assert differences(make(), make("uft", "train.lr=1e-5")) == ["train.lr: 1e-06 -> 1e-05"]
+
+
+def test_an_item_of_a_list_is_set_by_its_place():
+    """``phases.0.share`` changes that phase alone; a place that is not there is refused."""
+    words = ["phases.0.share=0.2", "phases.1.share=0.8", "phases.1.train.lr=0.5"]
+    plain, changed = (resolve("sft-rft", recipe="lock", overrides=parse_overrides(w)) for w in ([], words))
+    assert [(p.method, p.share) for p in changed.phases] == [("sft", 0.2), ("rft", 0.8)]
+    assert [p.train.lr for p in changed.phases] == [plain.phases[0].train.lr, 0.5]
+    assert changed.phases[0].model_copy(update={"share": plain.phases[0].share}) == plain.phases[0]
+    for word in ("phases.2.share=1", "phases.first.share=1"):
+        with pytest.raises(ConfigError, match=r"phases is a list of 2; expected phases\.0 to phases\.1"):
+            resolve("sft-rft", recipe="lock", overrides=parse_overrides([word]))
 
 
 def test_phases():

@@ -160,7 +160,19 @@ def test_rounded_draw_is_the_rounded_mean():
         assert set(many(show, t - 1, 5)) == {k}
 
 
-@pytest.mark.parametrize("draw", ["binomial", "rounded"])
+def test_two_point_draws_are_the_neighbours_of_the_mean():
+    """k is floor or ceil of 5 p(t), and its mean is 5 p(t): the only such law."""
+    show = COSINE.model_copy(update={"draw": "two_point"})
+    for t, low in ((1, 4), (75, 4), (150, 2), (225, 0), (299, 0)):  # 5 p(t) = 4.75, 4.09, 2.5, 0.91, 0.25
+        k, mean = many(show, t - 1, 4000), 5 * schedules.probability(COSINE, t - 1, 500)
+        share = mean - low  # of the upper one
+        assert set(k) == {low, low + 1}
+        assert abs((k - low).mean() - share) < 4 * np.sqrt(share * (1 - share) / 4000)
+    assert set(many(show, 149, 50, n_steps=0)) == {0}
+    assert set(many(Show(schedule="constant", draw="two_point", high=1.0), 3, 50, 3, 100)) == {3}
+
+
+@pytest.mark.parametrize("draw", ["binomial", "two_point", "rounded"])
 @pytest.mark.parametrize("schedule", ["none", "all", "constant", "uniform", "cosine", "staircase"])
 def test_expected_share_is_the_mean_of_the_draws(schedule, draw):
     """What --dry-run and the plots show is E[k] / num of what is drawn."""

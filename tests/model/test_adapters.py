@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from unift.config.resolve import HUB_NAME, parse_overrides, resolve
 from unift.config.sections import Lora, Model
 from unift.model import lora
-from unift.model.folder import locate
+from unift.model.folder import base_name, locate
 from unift.model.load import load_policy, load_tokenizer, save_adapter, save_pretrained
 from unift.training.loop import train
 from unift.training.reference import Reference
@@ -182,6 +182,27 @@ def test_a_local_folder_asks_no_hub(base: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     for path in (base, "base", adapter):
         load_policy(model(path), load_tokenizer(model(path)))
+
+
+def test_a_model_inside_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found without an import of the package; a package without a model, or none at all, is an error that says what to do."""
+    for name, files in (("carrier", ("model.gguf", "__init__.py")), ("bare", ("__init__.py",))):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("raise RuntimeError" if file.endswith(".py") else "")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert locate("package:carrier") == tmp_path / "carrier"
+    assert base_name("package:carrier") == str(tmp_path / "carrier")
+    with pytest.raises(ConfigError, match="holds no model"):
+        locate("package:bare")
+    for name in ("no_such_package_here", "json.decoder", "../carrier", ""):
+        with pytest.raises(ConfigError, match="no Python package .* is installed. Install the one that carries"):
+            locate(f"package:{name}")
+
+
+def test_the_recipe_finds_the_model_of_its_package(smollm: Path) -> None:
+    found = resolve("uft", recipe="smollm2").model
+    assert locate(found.path) / str(found.gguf) == smollm
 
 
 def test_names(tmp_path: Path) -> None:

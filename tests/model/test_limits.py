@@ -13,6 +13,7 @@ from unift.commands.doctor import dry_run, speed
 from unift.model import limits, memory
 from unift.model.load import load_policy, load_tokenizer, locate
 from unift.rows import dataset
+from unift.rows.crew import cores
 from unift.types import ConfigError, DataError
 
 
@@ -79,7 +80,7 @@ def test_a_damaged_config_json(tmp_path, text):
 def test_threads():
     limits.use_threads(1)
     limits.use_threads(None)
-    with pytest.raises(ConfigError, match=f"threads=10000000: this machine has {limits.cores()} cores"):
+    with pytest.raises(ConfigError, match=f"threads=10000000: this machine has {cores()} cores"):
         limits.use_threads(10_000_000)
     import torch
 

@@ -99,6 +99,9 @@ def test_a_step_is_no_longer_than_the_settings_allow():
     assert work == memory.Work(3 * 300, 800, 24, 100, 50, 4)
     small = settings("uft", *words, "train.token_budget=120")
     assert memory.work_of(small, small).pack == 150, "a prompt with one completion is never divided"
+    served = settings("uft", *words, "engine.kind=vllm")
+    assert memory.work_of(served, served) == memory.Work(3 * 300, 800, 0, 100, 50, 4), "a server holds keys and values"
+    assert made(work=memory.work_of(served, served)).cache == 0 < made(work=work).cache
     supervised = settings("sft", "data.max_prompt=100", "train.prompts=6")
     assert memory.work_of(supervised, supervised) == memory.Work(600, 600, 0, 100, supervised.sample.max_tokens, 0)
 

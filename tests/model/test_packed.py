@@ -63,7 +63,7 @@ def packed(policy, items, config, budget=10**6, reference=None):
             (batch,) = reference_logprobs(lambda b: logprobs(reference, b, config.sample.temperature)[0], [batch])
         l_S, h_S = logprobs(policy, batch, config.sample.temperature)
         entropy = h_S if config.policy.entropy else None
-        parts = objectives.losses(l_S, entropy, batch, config.policy, config.reference.estimator)
+        parts = objectives.losses(l_S, entropy, batch, config)
         loss = parts["policy"] + parts["likelihood"]
         loss.backward()
         total += loss.item()

@@ -190,7 +190,7 @@ def test_at_the_start_rules_are_multiples_of_sft(method):
     batch = pack(items, range(4), weigh(items, config), config)
     l = torch.linspace(-3, -0.1, len(batch.target_S), dtype=torch.float64).requires_grad_()
     batch = replace(batch, ref_S=l.detach().clone(), old_S=l.detach().clone())
-    parts = objectives.losses(l, None, batch, config.policy, "k3", config.likelihood)
+    parts = objectives.losses(l, None, batch, config)
     e_S = fixed(*effective(-(parts["policy"] + parts["likelihood"]), l)) * len(l)
     p_S = l.detach().exp()
     expected = {"dft": p_S, "trsft": p_S / p_S.clamp(min=0.1)}.get(method, torch.ones_like(p_S))
@@ -237,7 +237,7 @@ def gradient_of(policy, packs, config):
     total = 0.0
     for batch in packs:
         l_S, _ = logprobs(policy, batch)
-        parts = objectives.losses(l_S, None, batch, config.policy, "k3", config.likelihood)
+        parts = objectives.losses(l_S, None, batch, config)
         parts["likelihood"].backward()
         total += parts["likelihood"].item()
     return total, gradients(policy.model)
@@ -302,10 +302,10 @@ def test_worst_case_noise_has_norm_eps_and_first_order_gain():
         assert clean.delta_TD is None and float(bad.delta_TD.norm()) == pytest.approx(eps)
         delta = torch.zeros_like(bad.delta_TD, requires_grad=True)
         l_S, _ = logprobs(policy, replace(bad, delta_TD=delta))
-        loss = objectives.losses(l_S, None, bad, config.policy, "k3", config.likelihood)["likelihood"]
+        loss = objectives.losses(l_S, None, bad, config)["likelihood"]
         (g,) = torch.autograd.grad(loss, delta)
         l_S, _ = logprobs(policy, bad)
-        moved = objectives.losses(l_S, None, bad, config.policy, "k3", config.likelihood)["likelihood"]
+        moved = objectives.losses(l_S, None, bad, config)["likelihood"]
         gains.append((moved - loss).item() / (eps * g.norm().item()))
     assert gains[1] == pytest.approx(1, abs=1e-2) and abs(gains[1] - 1) < abs(gains[0] - 1) + 1e-6
     three, _ = prepared(policy, demos(3), settings("sft-adversarial", "inputs.scale=0.5"))
@@ -387,7 +387,7 @@ def test_upft_samples_and_trains_the_first_tokens_only():
         config = settings("upft", "sample.first=3", f"sample.max_tokens={long}", *more)
         groups = [Group(i, f"r{i}", [3 + i % 30, 4, 9], [], 0, 5) for i in range(40)]
         policy.tokenizer.batch_decode = lambda x, **k: [""] * len(x)
-        complete(in_process(policy), policy.tokenizer, groups, range(len(groups)), Moment(0, 0, Stage(0, 1, config)))
+        complete(in_process(policy), policy.tokenizer, dict(enumerate(groups)), Moment(0, 0, Stage(0, 1, config)))
         asked[name] = [g.samples[0].tokens for g in groups]
     assert max(map(len, asked["cut"])) == 3 and max(map(len, asked["whole"])) == long
     for cut_, whole, mixed in zip(asked["cut"], asked["whole"], asked["mixed"], strict=True):

@@ -138,7 +138,7 @@ def weights_of(items, config, ref=None, old=None, entropy=None):
         ref_S=None if ref is None else torch.full((n,), ref).double(),
         old_S=None if old is None else torch.full((n,), old).double(),
     )
-    parts = objectives.losses(l, entropy, batch, config.policy, config.reference.estimator)
+    parts = objectives.losses(l, entropy, batch, config)
     return batch, torch.tensor(effective(parts["policy"] + parts["likelihood"], l))
 
 
@@ -171,7 +171,7 @@ def test_kl_and_entropy_act_on_completions_only():
     hint = batch.role_S == HINT
     assert e_S[hint].tolist() == pytest.approx([0.25 / 3] * 3)
     h_S = torch.arange(13).double().requires_grad_()
-    parts = objectives.losses(torch.zeros(13).double(), h_S, batch, settings("uft", "policy.entropy=0.3").policy, "k3")
+    parts = objectives.losses(torch.zeros(13).double(), h_S, batch, settings("uft", "policy.entropy=0.3"))
     (bonus,) = torch.autograd.grad(parts["policy"], h_S)
     assert bonus.tolist() == pytest.approx([0.0] * 3 + [-0.3 / 10] * 10)
 
@@ -195,7 +195,7 @@ def test_prompt_has_no_loss():
     batch = pack(ITEMS, [0, 1], weigh(ITEMS, config), config)
     logits = torch.randn(len(batch.tokens_T), 10, dtype=torch.float64, requires_grad=True)
     l_S = torch.log_softmax(logits, -1)[batch.at_S].gather(1, batch.target_S[:, None])[:, 0]
-    parts = objectives.losses(l_S, None, batch, config.policy, "k3")
+    parts = objectives.losses(l_S, None, batch, config)
     (grad,) = torch.autograd.grad(parts["policy"] + parts["likelihood"], logits)
     touched = grad.abs().sum(1) > 0
     # flat row: [3 4 | 5 6 7 | 8 9 | 8] [3 | - | 6 6 6]; a last token is never forwarded

@@ -40,7 +40,7 @@ def of(items, config, l, ref):
     batch = pack(items, range(len(items)), weigh(items, config), config)
     l = torch.tensor(l, dtype=torch.float64, requires_grad=True)
     batch = replace(batch, ref_S=torch.tensor(ref, dtype=torch.float64))
-    loss = objectives.losses(l, None, batch, config.policy, "k3", config.likelihood)["policy"]
+    loss = objectives.losses(l, None, batch, config)["policy"]
     (grad,) = torch.autograd.grad(loss, l)
     return loss.item(), (-grad).tolist(), batch
 
@@ -163,7 +163,7 @@ def test_dpo_against_plain_copies():
 
     (packs,) = prepare(policy, items, config, lambda b: logprobs(reference, b)[0])
     (batch,) = packs
-    loss = objectives.losses(logprobs(policy, batch)[0], None, batch, config.policy, "k3", config.likelihood)["policy"]
+    loss = objectives.losses(logprobs(policy, batch)[0], None, batch, config)["policy"]
     loss.backward()
     both = [[3, 4, 9, 8, 1], [3, 4, 7, 6, 6, 1]]
     now = [l[1:].sum() for l in token_logprobs(plain, both)[0]]
@@ -216,7 +216,7 @@ def test_orpo_from_tokens_to_gradient():
     config, items = labelled("orpo", group(), [7, 6, 6, 1], *more)
     assert not needs.reference(config)
     ((batch,),) = prepare(policy, items, config, None)
-    loss = objectives.losses(logprobs(policy, batch)[0], None, batch, config.policy, "k3", config.likelihood)["policy"]
+    loss = objectives.losses(logprobs(policy, batch)[0], None, batch, config)["policy"]
     loss.backward()
     both = [l[1:] for l in token_logprobs(plain, [[3, 4, 9, 8, 1], [3, 4, 7, 6, 6, 1]])[0]]
     odds = [l.mean().exp() / (1 - l.mean().exp()) for l in both]
@@ -342,7 +342,7 @@ def discriminated(method, policy, own, demo, logps, memory):
     (packs,) = prepare(policy, items, one_update(config), None)
     (batch,) = packs
     l = logprobs(policy, batch, 1.0)[0].detach().requires_grad_()
-    losses = objectives.losses(l, None, batch, config.policy, "k3", config.likelihood)
+    losses = objectives.losses(l, None, batch, config)
     (grad,) = torch.autograd.grad(losses["policy"] + losses["likelihood"], l)
     e = [(-grad[batch.member_S == j]).tolist() for j in range(len(own) + 1)]
     return e, batch, config
@@ -391,7 +391,7 @@ def test_discriminative_gradient_is_the_published_one(method):
         loss.backward()
         policy.model.zero_grad()
         l_S = logprobs(policy, batch, 1.0)[0]
-        objectives.losses(l_S, None, batch, config.policy, "k3", config.likelihood)["policy"].backward()
+        objectives.losses(l_S, None, batch, config)["policy"].backward()
         close(gradients(policy.model), gradients(plain), 1e-5)  # norms in float32
 
 
@@ -408,7 +408,7 @@ def test_the_credit_is_the_gradient_of_the_partition_loss():
         (made,) = discriminative.spread([item], config, now, {})
         l = torch.tensor([*now[0][0], *now[0][1], -1.0, -0.4, -0.3], dtype=torch.float64, requires_grad=True)
         batch = pack([made], [0], weigh([made], config), config)
-        loss = objectives.losses(l, None, batch, config.policy, "k3", config.likelihood)["policy"]
+        loss = objectives.losses(l, None, batch, config)["policy"]
         (got,) = torch.autograd.grad(loss, l)
         parts = (l[:3], l[3:5], l[5:])
         if method == "discriminative":
@@ -426,7 +426,7 @@ def test_without_negatives_it_is_sft():
     (made,) = discriminative.spread([item], config, [[[]]], {})
     batch = pack([made], [0], weigh([made], config), config)
     l = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(objectives.losses(l, None, batch, config.policy, "k3")["policy"], l)
+    (grad,) = torch.autograd.grad(objectives.losses(l, None, batch, config)["policy"], l)
     assert (-grad).tolist() == [1.0] * 3
 
 

@@ -52,7 +52,7 @@ def pushed(items, config, l, old):
     n = len(batch.target_S)
     l, h = leaf(*np.broadcast_to(l, n)), torch.ones(n, dtype=torch.float64, requires_grad=True)
     batch = replace(batch, old_S=None if old is None else fixed(*np.broadcast_to(old, n)))
-    parts = objectives.losses(l, h, batch, config.policy, "k3", config.likelihood)
+    parts = objectives.losses(l, h, batch, config)
     loss = parts["policy"] + parts["likelihood"] + 0 * h.sum()
     e, bonus = torch.autograd.grad(-loss, (l, h))
     return batch.role_S.tolist(), e.tolist(), bonus.tolist()

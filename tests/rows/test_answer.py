@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from unift.config.resolve import parse_overrides, resolve
 from unift.rewards.pool import Scorer
 from unift.rows.tasks import get_task, make_rows
 from unift.rows.tasks.answer import PLACES, extract_answer, unwrapped
-from unift.rows.tasks.format import answer_rule, check_format
+from unift.rows.tasks.format import answer_rule, check_format, meant_right
 from unift.types import ConfigError, Row
 
 FUZZ = settings(max_examples=150, deadline=None)
@@ -173,6 +174,11 @@ def test_a_format_mismatch_is_an_error():
         with pytest.raises(ConfigError, match="reward.answer=boxed accepts 4"):
             check_format(rows, function=["mine.py:score", part], answer="tags")
     check_format([*rows, problem("none")], answer="boxed")  # one row that is wrong is not a mismatch
+    graded = [replace(problem(r"\boxed{41}"), extra={"score": s}) for s in (0.2, False, 0)]
+    graded.append(replace(problem(r"\boxed{42}"), extra={"score": None}))
+    check_format(meant_right(graded, "score"), answer="boxed")  # wrong answers that are said to be wrong
+    with pytest.raises(ConfigError, match="1 of the 4 solutions"):
+        check_format(meant_right(graded, None), answer="boxed")
 
 
 def test_unknown_places_are_errors():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
-from conftest import FakeTokenizer
+from conftest import FakeTokenizer, settings
 
 from unift.config.surroundings import WeightedReward
-from unift.rows.inspect import overlap, write_rows
+from unift.rows.inspect import inspect, overlap, write_rows
 from unift.rows.readers import read_rows, rows_of, split_steps
 from unift.rows.tasks import get_task, make_rows
-from unift.rows.tasks.format import answer_rule, check_answers
+from unift.rows.tasks.format import answer_rule, check_answers, contradictions
 from unift.rows.tokens import check_tokenizer, encode_row
 from unift.types import DataError, Row
 
@@ -35,6 +36,7 @@ def test_released_math(data_folder):
     rows = read_rows(str(data_folder / "math" / "rows.parquet"))
     assert len(rows) == 512 and {r.task for r in rows} == {"math"}
     assert all(get_task("math").score(r.solution, r).right for r in rows[:100])
+    assert contradictions(rows) == []
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -313,5 +315,42 @@ def test_the_mark_of_a_solution_is_its_ending(place, form, column):
     assert all(row.steps[0].startswith("A first thought.\n") for row in rows)
     plain = rows_of([*given, {"prompt": "q", "steps": ["It is 9."], "answer": "9", "task": "math"}])
     assert answer_rule(plain) == "tags" and all(row.ending.endswith("</answer>") for row in plain)
-    wrong = rows_of([given[0] | {"answer": "77"}, given[1] | {"answer": "78"}])
-    assert [row.ending for row in wrong] == ["\n<answer> 77 </answer>", "\n<answer> 78 </answer>"]
+    wrong = [given[0], given[1] | {"answer": "77"}, given[2] | {"answer": "78"}]
+    with pytest.raises(
+        DataError, match="mine, row 2, column 'answer': '77', but .* ends with '2'; 2 of the 3 rows tried"
+    ):
+        rows_of(wrong, "mine")
+    told = rows_of(
+        [row | {"ending": ""} for row in wrong]
+    )  # an ending of their own, if it is empty: nothing is written
+    assert [(n, other) for n, _, other in contradictions(told)] == [(2, "2"), (3, "3")]
+    assert inspect(told)["of these, the first"] == ["row 2: 2, not 77", "row 3: 3, not 78"]
+
+
+def test_a_solution_that_says_otherwise_is_counted():
+    """One of many is no error, but told; a heading is no answer; tags written behind a solution do not hide its own mark."""
+    given = [
+        {"prompt": f"q{n}", "steps": [f"It is $\\boxed{{{n}}}$."], "answer": str(n), "task": "math"} for n in range(5)
+    ]
+    given[3]["answer"] = "7"
+    headed = {"prompt": "h", "steps": ["#### Step 1\n", "It is 9."], "answer": "9", "task": "math"}
+    for rows in (rows_of(given), rows_of([*given, headed])):
+        assert [(n, row.answer, other) for n, row, other in contradictions(rows)] == [(4, "7", "3")]
+        assert inspect(rows)["solution ends with another answer"] == 1
+    assert rows_of([headed] * 3)[0].ending == "\n<answer> 9 </answer>"
+    assert not contradictions([replace(row, task="mine") for row in rows_of(given)]), "no task of ours, no mark of ours"
+
+
+def test_doctor_names_a_row_that_contradicts_itself():
+    from unift.commands.doctor import try_reward
+
+    texts = [("It is $\\boxed{4}$.", "4"), ("It is $\\boxed{5}$.", "6"), ("It is $\\boxed{6}$.", "6")]
+    rows = rows_of(
+        [{"id": a + b, "prompt": a + b, "steps": [a], "answer": b, "task": "math"} for a, b in texts]
+        + [{"id": "plain", "prompt": "p", "steps": ["It is 9."], "answer": "9", "task": "math"}]
+    )
+    assert all(row.ending.startswith("\n<answer>") for row in rows)  # the verifier accepts all of them
+    check, _ = try_reward(settings("uft"), rows)
+    assert not check.ok and "ends with '5', its column 'answer' has '6'" in check.text
+    check, _ = try_reward(settings("uft"), [rows[0], *rows[2:]])
+    assert check.ok

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from unift.rows import store
+from unift.rows import crew, large, store
 from unift.rows.dataset import Dataset
 from unift.rows.inspect import overlap
-from unift.rows.readers import open_rows, read_rows
+from unift.rows.large import open_rows
+from unift.rows.readers import read_rows
 from unift.rows.tasks import make_rows
 from unift.types import DataError
 
@@ -140,3 +141,52 @@ def test_held_out_problems_among_rows_on_disk_are_found(tmp_path: Path) -> None:
     train = open_rows(str(tmp_path / "rows.jsonl"))
     test = [*make_rows("countdown", 5, 0, "test"), rows[7], rows[3]]
     assert overlap(train, test) == overlap(list(train), test) == [rows[7].id, rows[3].id]
+
+
+# ---------------------------------------------------------------------------------------------- helpers
+
+
+def parts(file: Path, helpers: int) -> list[store.Part]:
+    from unift.rows.files import numbered_lines
+
+    reading = crew.Reading(str(file), "unift", False)
+    return list(crew.mapped(crew.chunks(numbered_lines(file, str(file)), reading), helpers))
+
+
+def test_helpers_make_what_one_process_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same order, whatever they start with; and where they end at once, this process does it all."""
+    monkeypatch.setattr(crew, "CHUNK", 2000)
+    file = write(tmp_path / "rows.jsonl", [*PLAIN, {"prompt": "é \U0001f600", "answer": float("nan"), "steps": ["a"]}])
+    alone = parts(file, 1)
+    assert len(alone) > 10 and sum(len(part.texts) for part in alone) == 301
+    assert repr(parts(file, 3)) == repr(alone)
+    monkeypatch.setattr(crew, "_START", "raise SystemExit(3)")
+    assert repr(parts(file, 2)) == repr(alone)
+
+
+@pytest.mark.parametrize("start", [crew._START, "import os; os.kill(os.getpid(), 9)"])
+def test_the_first_bad_row_is_named_whoever_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    monkeypatch.setattr(crew, "CHUNK", 2000)
+    monkeypatch.setattr(crew, "_START", start)
+    records = [*PLAIN[:150], {"prompt": "", "answer": 1}, *PLAIN[150:], {"prompt": 3}]
+    file = write(tmp_path / "rows.jsonl", records)
+    file.write_bytes(file.read_bytes() + b'{"prompt": \n')
+    with pytest.raises(DataError, match=r"rows.jsonl, row 151, column 'prompt'"):
+        parts(file, 2)
+
+
+def test_a_file_read_by_helpers_is_stored_as_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "rows.jsonl", [*PLAIN, PLAIN[7]])
+    alone = open_rows(str(file))
+    monkeypatch.setattr(large, "PER_HELPER", 1)
+    monkeypatch.setattr(crew, "CHUNK", 2000)
+    monkeypatch.setattr(crew, "cores", lambda: 3)
+    monkeypatch.setenv("UNIFT_CACHE", str(tmp_path / "other"))
+    started: list[int] = []
+    begin = crew._Helper.__init__
+    monkeypatch.setattr(crew._Helper, "__init__", lambda self: started.append(1) or begin(self))
+    by_helpers = open_rows(str(file))
+    assert isinstance(alone, store.StoredRows) and isinstance(by_helpers, store.StoredRows)
+    assert by_helpers.facts == alone.facts and list(by_helpers) == list(alone) and len(started) == 3

@@ -27,6 +27,7 @@ OPTIONS = {
             "operations": st.sampled_from([3, 5, (2, 4)]),
             "signs": st.sampled_from(["+", "+-", "*+", "+-*"]),
             "spaces": st.booleans(),
+            "example": st.booleans(),
         }
     ),
     "countdown": st.fixed_dictionaries(
@@ -293,7 +294,14 @@ def test_a_chain_is_calculated_from_the_left(seed, options):
     """Lines continue one another, each is true, none leaves the range, and the last result alone is right."""
     task = get_task("chain")
     (row,) = make_rows("chain", 1, seed, "train", **options)
-    text = row.prompt.splitlines()[1]
+    *before, text = row.prompt.splitlines()
+    if options["example"]:
+        problem, *worked = before[1:-1]
+        assert worked[-1] == f"<answer>{left_to_right(problem.replace(' ', ''))}</answer>" and before[-1] == ""
+        other = make_rows("chain", 1, seed + 1, "test", **options)[0]
+        assert other.prompt.splitlines()[:-1] == before, "the same example for all rows"
+    else:
+        assert len(before) == 1
     lines = [re.split(r" ?([+*-]|=) ?", step.strip()) for step in row.steps]
     assert all(eval(a + sign + b) == int(c) and 0 <= int(c) <= 99 for a, sign, b, _, c in lines)
     assert [line[0] for line in lines[1:]] == [line[4] for line in lines[:-1]]

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from fake_vllm import Fake
+from typer.testing import CliRunner
 
 from unift.commands import serve
+from unift.commands.cli import app
 from unift.commands.doctor import engine as doctor
 from unift.config.resolve import resolve
 from unift.config.surroundings import Engine as Settings
@@ -302,3 +304,15 @@ def test_the_line_of_serve(tmp_path, capsys):
         serve.make_folder(serve.Order("embedded:lock", folder, "python", 96, 8, 8000, "float32", True, False))
     with pytest.raises(ConfigError, match="is no interpreter"):
         serve.start(serve.Order("embedded:lock", folder, "/nowhere/python", 96, 8, 8000, "float32", False, False))
+
+
+def test_copies_and_parts_of_a_server(tmp_path):
+    words = ["serve", "embedded:lock", "--print", "--folder", str(tmp_path / "served"), "--host", "10.0.0.5"]
+    made = {}
+    for more in ([], ["--data-parallel", "4"], ["--tensor-parallel", "2"]):
+        out = CliRunner().invoke(app, [*words, *more])
+        assert out.exit_code == 0, out.output
+        made[tuple(more)] = out.output.split()
+        assert made[tuple(more)][made[tuple(more)].index("--host") + 1] == "10.0.0.5"
+    alone, copies, parts = made.values()
+    assert copies == [*alone, "--data-parallel-size", "4"] and parts == [*alone, "--tensor-parallel-size", "2"]

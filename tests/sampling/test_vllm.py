@@ -32,7 +32,7 @@ from unift.sampling.engines.base import Request
 from unift.sampling.engines.choose import open_engine
 from unift.training.loop import train
 from unift.training.run.checkpoint import fingerprint
-from unift.types import EngineError
+from unift.types import EngineError, Stopped
 
 PYTHON = os.environ.get("UNIFT_VLLM_PYTHON", "")
 pytestmark = [
@@ -205,3 +205,21 @@ def test_smollm2(smollm, tmp_path):
         train(run, tmp_path / "run")
     gaps = [m[GAP] for m in metrics(tmp_path / "run")]
     assert len(gaps) == 5 and max(gaps) < 1e-4, gaps
+
+
+def test_the_next_step_is_drawn_while_this_one_trains(twin, tmp_path):
+    """Every completion names the weights of one step before, to vLLM itself; a run that was stopped goes on with the same numbers."""
+    ahead = {"kind": "vllm", "url": f"http://127.0.0.1:{PORT}", "timeout": 30.0, "overlap": True, "gap_limit": 9.0}
+    whole = config(tmp_path / "whole", twin, steps=6, engine=ahead)
+    with server(twin, tmp_path / "served"):
+        train(whole, tmp_path / "whole")
+        with pytest.raises(Stopped):
+            train(whole, tmp_path / "cut", report=lambda record, total: record["step"] == 3)
+        train(whole, tmp_path / "cut")
+    found = metrics(tmp_path / "whole")
+    assert [m["sampling/staleness"] for m in found] == [0.0] + [1.0] * 5
+    assert found[0][GAP] < 1e-5 and all(1e-5 < m[GAP] < 1 for m in found[1:])
+    for one, other in zip(metrics(tmp_path / "cut"), found, strict=True):
+        assert [one[k] for k in ("reward", "loss", "grad/norm", GAP)] == [
+            other[k] for k in ("reward", "loss", "grad/norm", GAP)
+        ]

@@ -29,15 +29,19 @@ def numbers(folder):
     return [{k: v for k, v in m.items() if not k.startswith(TIMES)} for m in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize(("method", "budget"), [("uft", "sampled=1500"), ("uft", "trained=2k"), ("sft", "trained=2k")])
+@pytest.mark.parametrize(
+    ("method", "budget"),
+    [("uft", "sampled=1500"), ("uft", "trained=2k"), ("uft", "tokens=4k"), ("sft", "tokens=2k"), ("sft", "trained=2k")],
+)
 def test_a_run_ends_nearest_to_its_budget_at_the_end_of_its_schedules(tmp_path, method, budget):
     config = settings(method, budget, "train.decay=linear", "train.warmup=0")
     result = train(config, tmp_path / "run")
     kind, amount = budget.split("=")
-    used = [m[f"tokens/{kind}"] for m in numbers(tmp_path / "run")[1:]]
+    kinds = ("sampled", "trained") if kind == "tokens" else (kind,)
+    used = [sum(m[f"tokens/{k}"] for k in kinds) for m in numbers(tmp_path / "run")[1:]]
     wanted = float(amount.replace("k", "000"))
     largest = max(b - a for a, b in zip([0, *used], used, strict=False))
-    assert abs(result[f"tokens_{kind}"] - wanted) <= largest / 2 + 1e-9, "the last step is the nearest"
+    assert abs(sum(result[f"tokens_{k}"] for k in kinds) - wanted) <= largest / 2 + 1e-9, "the last step is the nearest"
     metrics = numbers(tmp_path / "run")[1:]
     assert result["steps"] == len(metrics) != config.train.steps
     # Learning rate and hints are at the share of the budget that was used before the step.

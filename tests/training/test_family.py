@@ -69,7 +69,7 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
     groups = hinted(range(6), split, moment, {})
     if s.sample.completions:
         engine = in_process(reference if s.sample.source == "reference" else policy)
-        complete(engine, policy.tokenizer, groups, range(len(groups)), moment)
+        complete(engine, policy.tokenizer, dict(enumerate(groups)), moment)
         for g in groups:
             for n, sample in enumerate(g.samples):
                 sample.score = Score(float((sample.tokens[-1] + n) % 2) if g.row else 0.0)  # the first row fails
@@ -92,7 +92,7 @@ def loss_of(policy, packs, s):
             l_S, entropy_S = logprobs(policy, batch, s.sample.temperature)
         else:
             l_S, entropy_S, v_S = critic.logprobs_and_values(policy, batch, s.sample.temperature)
-        parts = objectives.losses(l_S, entropy_S, batch, s.policy, s.reference.estimator, s.likelihood)
+        parts = objectives.losses(l_S, entropy_S, batch, s)
         loss = parts["policy"] + parts["likelihood"]
         if policy.critic is not None:
             loss = loss + s.credit.value_weight * objectives.value_loss(v_S, batch, s.credit.value_clip)
@@ -110,7 +110,7 @@ def test_the_prompt_carries_no_loss(name, phase):
         logits = torch.randn(len(batch.tokens_T), 37, dtype=torch.float64, requires_grad=True)
         logp = torch.log_softmax(logits, -1)[batch.at_S]
         l_S, entropy_S = logp.gather(1, batch.target_S[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-        parts = objectives.losses(l_S, entropy_S, batch, s.policy, s.reference.estimator, s.likelihood)
+        parts = objectives.losses(l_S, entropy_S, batch, s)
         (grad,) = torch.autograd.grad(parts["policy"] + parts["likelihood"], logits)
         touched = grad.abs().sum(1) > 0
         prompts = {tuple(random_prompt): len(random_prompt) for random_prompt in prompts_of()}

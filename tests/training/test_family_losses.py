@@ -50,7 +50,7 @@ def weights_of(items, config, l=None, old=None, entropy=None):
     l = torch.full((len(batch.target_S),), -1.3).double() if l is None else torch.as_tensor(l).double()
     l.requires_grad_()
     batch = replace(batch, old_S=None if old is None else torch.as_tensor(old).double(), ref_S=None)
-    parts = objectives.losses(l, entropy, batch, config.policy, "k3", config.likelihood)
+    parts = objectives.losses(l, entropy, batch, config)
     return batch, effective(parts["policy"] + parts["likelihood"], l)
 
 

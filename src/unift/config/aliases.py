@@ -26,6 +26,9 @@ SETTINGS: Mapping[str, str] = {  # name elsewhere -> the setting or settings her
     "lora_alpha": "model.lora.alpha",
     "lora_target_modules": "model.lora.targets",
     "target_modules": "model.lora.targets",
+    "load_in_4bit": "model.quantize",
+    "bnb_4bit_quant_type": "model.quantize",
+    "quantization_config": "model.quantize",
     # rows
     "dataset": "data.train",
     "dataset_name": "data.train",

@@ -9,14 +9,15 @@ from typing import Any
 
 from unift.types import ConfigError
 
-KINDS = ("sampled", "trained", "seconds")
+KINDS = ("sampled", "trained", "tokens", "seconds")
 MOST = 20  # times the method's own steps: where a step costs next to nothing, a budget says nothing
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """``amount`` tokens (sampled, trained), or seconds of training steps; evaluations and checkpoints are not counted."""
+    """``amount`` tokens (sampled, trained, or "tokens": both added up), or seconds of training steps; evaluations and
+    checkpoints are not counted."""
 
     kind: str
     amount: float
@@ -26,6 +27,8 @@ class Budget:
 
     def used(self, result: Mapping[str, Any]) -> float:
         """Of a result, what it counts."""
+        if self.kind == "tokens":
+            return result["tokens_sampled"] + result["tokens_trained"]
         return result["seconds_training"] if self.kind == "seconds" else result[f"tokens_{self.kind}"]
 
     def counts(self, completions: int) -> bool:
@@ -34,7 +37,7 @@ class Budget:
 
 
 def parse(text: str, name: str = "--budget") -> Budget:
-    """ "sampled=2M", "trained=500k" or "seconds=60". ``name``: of the option or setting, for messages."""
+    """ "sampled=2M", "trained=500k", "tokens=1M" or "seconds=60". ``name``: of the option or setting, for messages."""
     found = re.fullmatch(r"\s*([a-z]+)\s*=\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([kmb]?)\s*", text.lower())
     try:
         if found is None or found[1] not in KINDS:
@@ -44,6 +47,7 @@ def parse(text: str, name: str = "--budget") -> Budget:
             raise ValueError
     except ValueError:
         raise ConfigError(
-            f"{name} {text!r}: expected sampled=TOKENS, trained=TOKENS or seconds=SECONDS, more than 0, as in sampled=2M"
+            f"{name} {text!r}: expected sampled=TOKENS, trained=TOKENS, tokens=TOKENS (both added up) or seconds=SECONDS, "
+            "more than 0, as in sampled=2M"
         ) from None
     return Budget(found[1], amount)

@@ -10,6 +10,7 @@ from unift.config.identity import flat
 from unift.config.packaged import nearest, preset_names
 from unift.config.sections import Config, Rules
 from unift.config.stages import stages
+from unift.config.surroundings import BESIDE
 from unift.config.words import ANNEALINGS, BASELINES, INTOS, LOSSES, NORMS, SCHEDULES, SOURCES, TOKENS
 from unift.types import HANDED, ConfigError
 
@@ -52,11 +53,27 @@ def check(config: Config) -> None:
                 f"engine.gap=correct weighs tokens one by one; policy.loss={phase.policy.loss} compares whole sequences. Use "
                 "warn or fail"
             )
+        if sample.draft != "none" and config.engine.kind not in ("auto", "native"):
+            raise ConfigError(
+                f"sample.draft={sample.draft} is of the native engine; found engine.kind={config.engine.kind}. Set it to none"
+            )
+        if config.engine.overlap:
+            _check_overlap(phase)
         _check_together(phase)
         if phase.show.low > phase.show.high:
             raise ConfigError(f"show.low={phase.show.low} is above show.high={phase.show.high}")
+    if config.engine.overlap and config.engine.kind not in BESIDE:
+        raise ConfigError(
+            f"engine.overlap=true draws completions while this process trains; engine.kind={config.engine.kind} draws them with "
+            "this process's own weights, cores and PyTorch settings. Use engine.kind=vllm (unift serve), or leave it out"
+        )
     if config.train.budget is not None:
         parse(config.train.budget, "train.budget")
+        if config.engine.overlap:
+            raise ConfigError(
+                "engine.overlap=true with train.budget: how far the schedules are in a step is known once the step before it has "
+                "been paid for, and by then its hints are drawn. Set train.steps instead of the budget, or leave the overlap out"
+            )
     for name in config.baselines:
         if name not in preset_names():
             raise ConfigError(f"baselines: unknown method {name!r}{nearest(name, preset_names())}")
@@ -77,6 +94,27 @@ def check_model(config: Config, user: Mapping[str, Any]) -> None:
             found = "train=... without model=...: pass model=FOLDER (or a loaded model and its tokenizer)"
         raise ConfigError(
             f"{found}, the Hugging Face model to train. The default, {config.model.path!r}, is a toy that knows its own task alone"
+        )
+
+
+def _check_overlap(phase: Rules) -> None:
+    """What a step that is drawn before the one before it has trained cannot know, and what no weights correct."""
+    if phase.sample.completions == 0:
+        return
+    if SCHEDULES[phase.show.schedule].follows:
+        raise ConfigError(
+            f"engine.overlap=true draws a step's hints before the step before it is scored; show.schedule={phase.show.schedule} "
+            "follows those scores. Use another schedule, or leave the overlap out"
+        )
+    if LOSSES[phase.policy.loss].sequences:
+        raise ConfigError(
+            f"engine.overlap=true weighs tokens one by one for the older weights that drew them; policy.loss={phase.policy.loss} "
+            "compares whole sequences. Leave the overlap out"
+        )
+    if SOURCES[phase.sample.source].reference:
+        raise ConfigError(
+            f"engine.overlap=true is for completions of the policy; sample.source={phase.sample.source} draws them from the "
+            "model that the phase began with. Leave the overlap out"
         )
 
 

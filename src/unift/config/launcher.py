@@ -56,11 +56,17 @@ def _asked(environment: Mapping[str, str]) -> bool:
             f"FSDP with {found}", "use full sharding (fsdp_version: 2, fsdp_reshard_after_forward: true), or MULTI_GPU"
         )
     if on("FSDP_OFFLOAD_PARAMS"):
-        raise refuse("weights in CPU memory (fsdp_offload_params)", "set it to false")
+        raise refuse(
+            "weights in CPU memory (fsdp_offload_params)",
+            "set it to false there, and train.offload_optimizer=true here (the optimizer's state)",
+        )
     if environment.get("FSDP_IGNORED_MODULES"):
         raise refuse("modules that are not sharded (fsdp_ignored_modules)", "leave it out")
     if on("FSDP_ACTIVATION_CHECKPOINTING"):
-        raise refuse("activation checkpointing (fsdp_activation_checkpointing)", "set it to false there")
+        raise refuse(
+            "activation checkpointing (fsdp_activation_checkpointing)",
+            "set it to false there, and train.gradient_checkpointing=true here",
+        )
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").strip().lower()
     if precision not in ("no", ""):
         raise refuse(

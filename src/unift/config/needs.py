@@ -50,6 +50,11 @@ def solutions(s: Rules) -> bool:
     return hints(s) or TOKENS[s.likelihood.tokens].alone or demonstrations(s)
 
 
+def own_hints(s: Rules) -> bool:
+    """A hint that some members alone have seen is supervised."""
+    return TOKENS[s.likelihood.tokens].alone and s.likelihood.weight > 0
+
+
 def solution_pushes(s: Rules) -> bool:
     """Tokens of the solution inside a group push with the group's advantage, too."""
     return s.policy.off_policy != "none" or LOSSES[s.policy.loss].sequences

@@ -33,9 +33,23 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(name)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             merged[name] = _merge(cast("Mapping[str, Any]", old), cast("Mapping[str, Any]", value))
+        elif isinstance(value, Mapping) and isinstance(old, list):
+            merged[name] = _merge_items(name, cast("list[Any]", old), cast("Mapping[str, Any]", value))
         else:
             merged[name] = value
     return merged
+
+
+def _merge_items(name: str, base: list[Any], over: Mapping[str, Any]) -> list[Any]:
+    """Items of a list by their place, as in ``phases.0.share=0.2``."""
+    places = {str(i): item for i, item in enumerate(base)}
+    for place in over:
+        if place not in places:
+            raise ConfigError(
+                f"{name}.{place}: {name} is a list of {len(base)}; expected {name}.0 to {name}.{len(base) - 1}, "
+                "or the whole list"
+            )
+    return list(_merge(places, over).values())
 
 
 def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,7 +143,7 @@ def _no_path(key: str, value: str) -> bool:
     """Names of things of the package, of the Hub, of modules, and what was handed over from Python."""
     if key == "reward.function":
         return ".py:" not in value
-    return value.startswith(("embedded:", "hf:", f"{HANDED}:")) or value == HANDED
+    return value.startswith(("embedded:", "package:", "hf:", f"{HANDED}:")) or value == HANDED
 
 
 def _method_layers(method: str, recipe: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,10 @@ class Show(Section):
     until: float = Field(
         default=0.6, ge=0, le=1, description="share of the steps with hints (cosine, staircase, window); then none"
     )
-    draw: words.DrawName = Field(default="binomial", description="k ~ Binomial(cuts, p), or k = round(cuts * p)")
+    draw: words.DrawName = Field(
+        default="binomial",
+        description="k ~ Binomial(cuts, p), k one of the two whole numbers around cuts * p with this mean, or k = round(cuts * p)",
+    )
     stages: Literal["equal", "floored"] = Field(
         default="equal",
         description="staircase: T_hint / (num + 1) steps each, or as floored by the official code of UFT",
@@ -85,6 +88,11 @@ class SampleFrom(Section):
     max_tokens: int = Field(default=64, ge=1, description="length limit of a completion, tokens")
     source: words.SourceName = Field(
         default="policy", description="who samples: the policy, or the model the phase began with"
+    )
+    draft: Literal["none", "solution", "last"] = Field(
+        default="none",
+        description="tokens to check several at a time: of the row's solution, or of its last completions too; samples stay as "
+        "they are (native engine on a CPU)",
     )
     demonstration: bool = Field(default=False, description="the solution is one more member of the group, with score 1")
     rejected: str | None = Field(default=None, description="column with an answer that the solution is preferred to")
@@ -244,8 +252,8 @@ class Train(Section):
     steps: int = Field(default=500, ge=1, description="of the whole run, all phases together")
     budget: str | None = Field(
         default=None,
-        description="sampled=2M, trained=2M (tokens) or seconds=60: the run goes on until so much is used, and train.steps "
-        "is the unit in which schedules and phases count its share",
+        description="sampled=2M, trained=2M (tokens), tokens=4M (both added up) or seconds=60: the run goes on until so "
+        "much is used, and train.steps is the unit in which schedules and phases count its share",
     )
     prompts: int = Field(default=32, ge=1, description="prompts a step (rows, not completions)")
     updates: int = Field(default=1, ge=1, description="optimizer updates a step; must divide prompts")

@@ -60,9 +60,17 @@ class Lora(Section):
 
 
 class Model(Section):
-    path: str = Field(default="embedded:lock", description="folder, or embedded:NAME for a base inside the package")
-    gguf: str | None = Field(default=None, description="GGUF file inside the folder")
+    path: str = Field(
+        default="embedded:lock",
+        description="folder, .gguf file, owner/name on the Hub, embedded:NAME (a base inside unift) or package:NAME (a model "
+        "inside an installed Python package)",
+    )
+    gguf: str | None = Field(default=None, description="name of the GGUF file inside the folder")
     dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="of the weights")
+    quantize: Literal["nf4", "fp4"] | None = Field(
+        default=None,
+        description="the frozen weights below adapters in 4 bits (QLoRA; a GPU and bitsandbytes); null = as model.dtype",
+    )
     device: str = Field(default="auto", description="cpu, cuda, cuda:1; auto: cuda if there is one")
     forward: Literal["auto", "shared", "plain"] = Field(
         default="auto", description="shared prefixes, or the model's own forward"
@@ -96,6 +104,9 @@ class Model(Section):
         return {"rank": value} if isinstance(value, int) else value
 
 
+BESIDE = ("vllm",)  # engines that sample outside of this process
+
+
 class Engine(Section):
     """Who completes the prompts: this process, or a server beside it."""
 
@@ -115,6 +126,11 @@ class Engine(Section):
     transfer: Literal["folder", "nccl"] = Field(
         default="folder", description="vllm: how weights travel; nccl: from GPU to GPU, not tested"
     )
+    overlap: bool = Field(
+        default=False,
+        description="vllm: the completions of the next step are drawn while this one trains, by weights that are one step older; "
+        "ratios and weights take the sampler's own log-probs",
+    )
     gap: Literal["warn", "correct", "fail"] = Field(
         default="warn",
         description="where log-probs of trainer and sampler differ: say so or stop above gap_limit; correct: weigh every "
@@ -123,7 +139,11 @@ class Engine(Section):
     gap_limit: float = Field(
         default=0.1, gt=0, description="mean difference of a step's log-probs, nats, above which gap=warn and fail act"
     )
-    cap: float = Field(default=2.0, gt=0, description="of the importance weights of gap=correct")
+    cap: float = Field(
+        default=2.0,
+        gt=0,
+        description="of the importance weights of gap=correct, and of overlap where the loss has no ratio",
+    )
 
 
 class Data(Section):

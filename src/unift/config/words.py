@@ -84,7 +84,7 @@ SCHEDULES: Mapping[ScheduleName, Schedule] = {
     ),
 }
 
-DrawName = Literal["binomial", "rounded"]
+DrawName = Literal["binomial", "two_point", "rounded"]
 
 # ---------------------------------------------------------------------------------------------- sample
 

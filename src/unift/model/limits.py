@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from unift.config import needs
 from unift.config.sections import Config
 from unift.config.stages import evaluation_tokens, stages
 from unift.model.folder import locate, model_settings
+from unift.rows.crew import cores
 from unift.rows.dataset import Data, Encodings
 from unift.rows.tokens import Encoded
 from unift.types import ConfigError, DataError
@@ -17,11 +17,6 @@ from unift.types import ConfigError, DataError
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}  # of a number
 ROWS = 256  # completions that this process decodes side by side
 THREADS = 8  # times the cores (and at least 256): beyond it the system may refuse, and then ends the process
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_threads(wanted: int | None) -> None:
@@ -67,6 +62,12 @@ def parameters(settings: Mapping[str, Any]) -> int | None:
 def adapters(settings: Mapping[str, Any], rank: int) -> int:
     """Numbers of low-rank adapters on every linear layer of the decoder."""
     return settings["num_hidden_layers"] * sum(rank * (rows + columns) for rows, columns in _matrices(settings))
+
+
+def linear(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Numbers of all linear layers of the decoder, and of the largest one."""
+    sizes = [rows * columns for rows, columns in _matrices(settings)]
+    return settings["num_hidden_layers"] * sum(sizes), max(sizes)
 
 
 def _matrices(settings: Mapping[str, Any]) -> list[tuple[int, int]]:

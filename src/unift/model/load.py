@@ -12,7 +12,7 @@ import torch
 
 from unift import processes
 from unift.files import publish_folder, writing
-from unift.model import attention, lora, matmul, paths, sharding, vision
+from unift.model import attention, lora, matmul, paths, quantize, sharding, vision
 from unift.model.folder import adapter_folder, adapter_settings, base_name, locate, model_settings, reading
 from unift.model.policy import Policy
 from unift.rows import processor, tokens
@@ -106,20 +106,28 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
     folder, gguf = locate(config.path), _gguf(config)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config)
     device = pick_device(config.device)
+    quantize.check(config, device)
     with reading("causal language model", folder):
         extra = {"gguf_file": gguf} if gguf else {}
+        extra |= quantize.arguments(config, device)
         dtype = getattr(torch, config.dtype)
         kind = vision.model_class({} if gguf else model_settings(folder))
         model = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype, **extra)
     if device.type == "cpu":
         matmul.route()
     tokens.check_rows(tokenizer, len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
-    model = model.to(device=device).eval()  # type: ignore[call-arg]  # eval: no dropout; gradients flow all the same
+    if config.quantize is None:
+        model = model.to(device=device)  # type: ignore[call-arg]
+    else:
+        quantize.check_layers(model)
+    model.eval()  # no dropout; gradients flow all the same
     for settings in vision.configs(model):
         settings.use_cache = False
     if gguf:
-        _forget_gguf(model)
-    policy = Policy(model, tokenizer, device, autocast=config.autocast, cuda_graphs=config.cuda_graphs)
+        _forget_quantizer(model)
+    # What unpacks 4-bit weights allocates as it goes, and has not been seen in a recorded step.
+    graphs = config.cuda_graphs and config.quantize is None
+    policy = Policy(model, tokenizer, device, autocast=config.autocast, cuda_graphs=graphs)
     paths.choose(policy, config.forward, longest)
     frozen = vision.outside_text(model) if config.freeze_vision else []
     for name in frozen:
@@ -130,11 +138,13 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
         policy.lora = policy.continues = True
     elif config.lora is not None:
         policy.model, policy.lora = lora.adapt(model, config.lora, frozen), True
+    if config.quantize is not None:  # once peft has seen it: what is saved is dense
+        _forget_quantizer(model)
     return policy
 
 
-def _forget_gguf(model: Any) -> None:
-    """The weights are plain floats now; transformers would refuse to save what it still calls a quantized model."""
+def _forget_quantizer(model: Any) -> None:
+    """Plain floats are saved; transformers would save what it still calls a quantized model in a form of its own, or not."""
     model.hf_quantizer = None
     model.is_quantized = False
     for name in ("quantization_config", "_pre_quantization_dtype"):

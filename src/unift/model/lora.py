@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from unift.model.quantize import dense, packed
 from unift.model.sharding import state as state_of
 from unift.types import ConfigError
 
@@ -122,22 +123,23 @@ def is_adapted(layer: nn.Module) -> bool:
 
 def weight(layer: Any) -> Tensor:
     """The matrix that a layer multiplies by, differentiable in the adapters: W + (alpha / r) B A in W's precision, or W
-    where there is no adapter or it is switched off."""
+    where there is no adapter or it is switched off. A W in 4 bits is unpacked."""
     if not is_adapted(layer):
-        return layer.weight
-    frozen = layer.get_base_layer().weight
+        return dense(layer)
+    own = frozen = dense(layer.get_base_layer())
     if layer.disable_adapters:
         return frozen
     for name in layer.active_adapters:
         frozen = frozen + layer.get_delta_weight(name)  # bfloat16 + float32 is float32: rounded once, at the end
-    return frozen.to(layer.get_base_layer().weight.dtype)
+    return frozen.to(own.dtype)
 
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Weights of the model below the adapters, under their own names, with the adapters merged into copies. Weights that
-    are tied stay tied."""
+    are tied stay tied, and those in 4 bits are dense."""
     layers = adapted(model)
+    frozen = {f"{name}.weight": layer for name, layer in packed(model).items()}
     whole = {f"{name}.base_layer.weight": layer for name, layer in layers.items()}
     made: dict[int, Tensor] = {}  # a layer that stands in several places is merged once
     state = {}
@@ -149,6 +151,8 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
             if id(layer) not in made:
                 made[id(layer)] = weight(layer).contiguous()
             tensor = made[id(layer)]
+        elif name in frozen:
+            tensor = dense(frozen[name])
         state[name.replace(".base_layer.", ".")] = tensor
     return state
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from unift.config import needs, words
 from unift.config.sections import Config, Model, Rules
-from unift.model import limits
+from unift.model import limits, quantize
 from unift.model.limits import BYTES
 from unift.model.logprobs import KEEP, LOGITS
 
@@ -79,13 +79,14 @@ def size(number: float) -> str:
 
 
 def work_of(config: Config, rules: Rules) -> Work:
-    """The longest step that the settings allow."""
+    """The longest step that the settings allow. What a server samples takes no memory here."""
     g, completion, prefix = rules.sample.completions, rules.sample.max_tokens, config.data.max_prompt
     prompts = -(-rules.train.prompts // rules.train.updates)
     group = prefix + max(g, 1) * completion if g else prefix
     pack = min(prompts * group, max(rules.train.token_budget, prefix + (completion if g else 0)))
     supervised = pack if not g or needs.demonstrations(rules) else pack - min(pack // group, 1) * prefix
-    return Work(pack, supervised, min(rules.train.prompts * g, limits.ROWS) if g else 0, prefix, completion, g)
+    rows = 0 if config.engine.kind == "vllm" else min(rules.train.prompts * g, limits.ROWS)
+    return Work(pack, supervised, rows, prefix, completion, g)
 
 
 def estimate(
@@ -109,6 +110,9 @@ def estimate(
     if work.supervised * vocabulary <= KEEP:
         logits += 4 * work.supervised * vocabulary
     weights = own * numbers + (4 * trained if lora is not None else 0)
+    if model.quantize is not None:  # and one matrix at a time is unpacked
+        inside, largest = limits.linear(shapes)
+        weights += (quantize.BYTES - own) * inside + own * largest
     if model.autocast == "all" and own == 4:
         weights += 2 * numbers  # the products' own copies, while a pack is computed
     packs = cpu and work.completion >= 8 and work.rows > 0 and limits.packs()

@@ -21,7 +21,8 @@ from unift.config.sections import Rules
 from unift.model.attention.packed import PackedLayout, make_layout
 from unift.types import Shown
 
-COMPLETION, HINT, DEMO, OWN = 1, 2, 3, 4  # OWN: a sampled completion that is supervised like a demonstration
+# OWN: a sampled completion that is supervised like a demonstration. A member with the role HINT: see `hint_of`.
+COMPLETION, HINT, DEMO, OWN = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,21 @@ def silent(item: Item, rules: Rules) -> bool:
     return quiet and not any(np.any(m.advantage) for m in item.members if m.role == COMPLETION)
 
 
+def hint_of(tokens: Sequence[int], given: int) -> Member:
+    """Of a completion that does not push, the hint which it alone has seen: that much of it is still supervised."""
+    return Member(list(tokens[:given]), HINT, given=given)
+
+
+def carrying(item: Item, rules: Rules) -> list[tuple[int, Member]]:
+    """(index, member) of the members that can carry a loss: of a silent item's completions no more than their own hints."""
+    members = list(enumerate(item.members))
+    if item.part or not silent(item, rules):
+        return members
+    shown = item.supervised and needs.own_hints(rules)
+    hinted = [(j, hint_of(m.tokens, m.given if shown else 0) if m.role == COMPLETION else m) for j, m in members]
+    return [(j, m) for j, m in hinted if m.tokens]
+
+
 def cut(items: Sequence[Item], budget: int) -> list[list[int]]:
     """Indices of items per micro-batch, longest first, so that a pack's tokens stay within the budget. An item that is larger
     goes alone; ``divide`` makes parts of it before.
@@ -181,15 +197,11 @@ def pack(
     flat = _FlatRow()
     for b, i in enumerate(which):
         item = items[i]
-        members = list(enumerate(item.members))
+        zeros = [0.0] * len(item.members)
         if weights is None:
-            zeros = [0.0] * len(members)
-            weight = ItemWeights(zeros, 0.0, zeros, 0.0, zeros)
+            _pack_item(flat, b, item, list(enumerate(item.members)), ItemWeights(zeros, 0.0, zeros, 0.0, zeros), rules)
         else:
-            weight = weights[i]
-            if not item.part and silent(item, rules):
-                members = [(j, m) for j, m in members if m.role != COMPLETION]
-        _pack_item(flat, b, item, members, weight, rules)
+            _pack_item(flat, b, item, carrying(item, rules), weights[i], rules)
     if not flat.columns["target"]:
         return None
     # float64: a few numbers per target token; sums of losses then hardly depend on the cut into micro-batches.
@@ -207,7 +219,7 @@ def pack(
 def _pack_item(
     flat: _FlatRow, number: int, item: Item, members: Sequence[tuple[int, Member]], weight: ItemWeights, rules: Rules
 ) -> None:
-    shown = words.TOKENS[rules.likelihood.tokens].alone
+    shown = needs.own_hints(rules)
     prefix = flat.extend(item.prompt + item.hint, 0)
     flat.prefixes.append(prefix)
     flat.members.append([])
@@ -229,6 +241,10 @@ def _pack_item(
             sequence = solution if weight.likelihood else own
             values = pushed | {"sequence": sequence, "likelihood_w": weight.likelihood, "entropy_w": weight.entropy[j]}
             flat.supervise(at, m.tokens, role=DEMO, **mine, **values)
+        elif m.role == HINT:
+            entropy_w = weight.entropy[j] if rules.policy.entropy_tokens == "all" else 0.0
+            values = {"sequence": own, "likelihood_w": weight.given, "entropy_w": entropy_w}
+            flat.supervise(at, m.tokens, role=HINT, **mine, **values)
         elif m.role == OWN:
             values = {"sequence": own, "likelihood_w": weight.own[j], "entropy_w": weight.entropy[j]}
             flat.supervise(at, m.tokens, role=OWN, **mine, **values)

@@ -51,8 +51,9 @@ class Policy:
         """Context in which every process holds all weights, for work without gradient that the others do not share."""
         return sharding.whole(self.root)
 
-    def sharded(self, critic: nn.Linear | None) -> Policy:
+    def sharded(self, critic: nn.Linear | None, masters: bool = True) -> Policy:
         """The policy with this process's part of its weights; this one is used up. ``critic``: the value head of any phase.
+        masters: the shards of 16-bit weights are float32, for an optimizer to step.
 
         Raises ConfigError where the model or this torch does not allow it.
         """
@@ -61,7 +62,7 @@ class Policy:
                 f"model.shard=full needs the shared-prefix path, and this model takes the plain one: {self.why_plain}. "
                 "Use model.shard=none, where every process holds all weights"
             )
-        root = sharding.shard(self.model, self.base, self.device, critic)
+        root = sharding.shard(self.model, self.base, self.device, critic, masters)
         # A recorded step would hold addresses of weights that are gathered anew for each batch.
         return replace(self, root=root, cuda_graphs=False)
 
@@ -133,6 +134,11 @@ class Policy:
         return own + [
             (f"critic.{n}", p) for n, p in (self.critic.named_parameters() if self.critic is not None else ())
         ]
+
+    def seen(self, name: str, p: Tensor) -> Tensor:
+        """A trained weight in the type that the model multiplies by: shards may be float32 copies of it (`sharding`)."""
+        wide = self.root is not None and self.root.gathered is not None and not name.startswith("critic.")
+        return p.to(self.root.gathered) if wide and self.root is not None else p
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for _, p in self.named_parameters()]

@@ -6,6 +6,9 @@ calls trunk and head apart, so whatever reads weights runs inside the forward of
 
 Every pass is an exchange: all processes make the same passes in the same order, or they wait for each other. Samplers,
 whose processes decode different lengths, hold all weights meanwhile (`whole`).
+
+bfloat16 weights that an optimizer steps in float32 (train.master_weights) are float32 in their shards, and rounded as they
+are gathered (``masters``): the copies are the shards, and no other numbers are kept.
 """
 
 from __future__ import annotations
@@ -31,32 +34,75 @@ class Root(nn.Module):
         super().__init__()
         self.model, self.critic = model, critic
         self.open = False  # all weights are here: see `whole`
+        self.gathered: torch.dtype | None = (
+            None  # of the model's weights where they are gathered, if shards have another
+        )
 
     def forward(self, do: Callable[[], T]) -> T:
         return do()
 
 
-def shard(model: nn.Module, base: Any, device: torch.device, critic: nn.Linear | None) -> Root:
+def shard(model: nn.Module, base: Any, device: torch.device, critic: nn.Linear | None, masters: bool = True) -> Root:
     """Leave this process its part of the weights, in place. ``base``: the model below adapters, if it has some. critic: the
-    value head, where any phase of the run has one. Raises ConfigError where this torch cannot do it."""
+    value head, where any phase of the run has one. masters: 16-bit weights that are trained become float32 shards.
+
+    Raises ConfigError where this torch or this model does not allow it.
+    """
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ConfigError(f"model.shard=full needs torch 2.8 or newer; found {torch.__version__}")
     # A group of its own: torch keeps the mesh, and so its group, in caches that outlive the run (see `processes.joined`).
     group: Any = dist.new_group(timeout=timedelta(seconds=processes.WAIT_SECONDS))
     mesh = DeviceMesh.from_group(group, device.type)
-    root = Root(model, critic)
-    for part in (*decoder_layers(base), *([critic] if critic is not None else []), root):
-        fully_shard(part, mesh=mesh)
+    root, half = Root(model, critic), _half(model)
+    root.gathered = half if masters else None
+    # Without float32 copies gradients are summed in float32, too, and rounded once.
+    policy = MixedPrecisionPolicy(root.gathered, torch.float32 if half else None, cast_forward_inputs=False)
+    if critic is not None:
+        fully_shard(critic, mesh=mesh)
+    for part in (*decoder_layers(base), root):
+        if root.gathered is not None:  # layer by layer, so that the whole model is never there in float32
+            _widen(part)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     for part in groups(root):
         part.set_gradient_divide_factor(1.0)  # the loss is a sum with its weights inside: nothing is averaged
         part.set_force_sum_reduction_for_comms(True)
     with torch.no_grad():
         run(root, lambda: None)  # the first forward settles which module is the root
+    if root.gathered is not None:
+        _sum_in_float32(root)
     return root
+
+
+def _half(model: nn.Module) -> torch.dtype | None:
+    """The 16-bit type of the weights that are trained; None where they have another. ConfigError where they have several,
+    which FSDP2 does not sum together."""
+    found = sorted({p.dtype for p in model.parameters() if p.requires_grad}, key=str)
+    if len(found) > 1:
+        raise ConfigError(
+            f"model.shard=full needs trained weights of one type, and {type(model).__name__} has {', '.join(map(str, found))}: "
+            "use model.dtype=float32 (model.autocast=all multiplies in bfloat16), or model.shard=none"
+        )
+    return found[0] if found and found[0] in (torch.bfloat16, torch.float16) else None
+
+
+def _widen(part: nn.Module) -> None:
+    """16-bit weights that are still whole become float32, in place, so that tied ones stay tied."""
+    for p in part.parameters():
+        if not sharded(p) and p.dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
+
+
+def _sum_in_float32(root: Root) -> None:
+    """What a pass adds up for a weight that stands in several places (tied embeddings) is added in float32, as where weights
+    are not sharded. FSDP2 keeps the tensors that stand for whole weights, so this holds for every later pass."""
+    with whole(root):
+        for p in root.model.parameters():
+            if p.dtype == root.gathered and hasattr(p, "grad_dtype"):
+                p.grad_dtype = torch.float32
 
 
 def decoder_layers(base: Any) -> list[nn.Module]:

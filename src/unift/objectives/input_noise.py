@@ -96,9 +96,7 @@ def worst_case(policy: Policy, batch: PackedBatch, rules: Rules) -> Tensor:
     with torch.enable_grad():
         probe = replace(batch, delta_TD=delta_TD)
         l_S, _ = logprobs(policy, probe, rules.sample.temperature)
-        parts = objectives.losses(
-            l_S, None, probe, rules.policy, rules.reference.estimator, rules.likelihood, rules.reference.clamp
-        )
+        parts = objectives.losses(l_S, None, probe, rules)
         (g_TD,) = torch.autograd.grad(parts["policy"] + parts["likelihood"], delta_TD)
     owner = owner_T(batch)
     norm_B = torch.zeros(int(owner.max()) + 1, dtype=torch.float64, device=owner.device)

@@ -19,9 +19,20 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from unift.config import words
-from unift.config.sections import Likelihood, PolicyStream
+from unift.config.sections import PolicyStream, Rules
 from unift.model.packs import COMPLETION, PackedBatch
 from unift.objectives.likelihood import sequence_sum, shaped, terms
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a surrogate may look at, [S]. ``own``: tokens that the policy sampled."""
+
+    l: Tensor
+    old: Tensor  # at the start of the step
+    a: Tensor
+    own: Tensor
+    sequence: Tensor
 
 
 def clipped_surrogate(l_S: Tensor, old_S: Tensor, a_S: Tensor, low: float, high: float, dual: float | None) -> Tensor:
@@ -55,22 +66,13 @@ def clipped_importance(l_S: Tensor, old_S: Tensor, a_S: Tensor, low: float, high
     return torch.exp(l_S - old_S).clamp(1 - low, 1 + high).detach() * a_S * l_S
 
 
-def sequence_ratio(
-    l_S: Tensor,
-    old_S: Tensor,
-    a_S: Tensor,
-    sequence_S: Tensor,
-    own_S: Tensor,
-    low: float,
-    high: float,
-    dual: float | None,
-) -> Tensor:
+def sequence_ratio(t: Pushed, low: float, high: float, dual: float | None) -> Tensor:
     """GSPO (arXiv 2507.18071, eq. 5 and the token variant): s = exp(mean_t(l - old)) over the completion's own tokens,
     clipped as a whole; each token has the value of s and its own share of the gradient. e = s A where not clipped."""
-    d_S = torch.where(own_S, l_S - old_S, 0.0)
-    count = sequence_sum(own_S.to(d_S.dtype), sequence_S).clamp(min=1)
-    s_S = (sequence_sum(d_S.detach(), sequence_S) / count)[sequence_S].exp()
-    return _clip(s_S * torch.exp(l_S - l_S.detach()), a_S, low, high, dual)
+    d_S = torch.where(t.own, t.l - t.old, 0.0)
+    count = sequence_sum(t.own.to(d_S.dtype), t.sequence).clamp(min=1)
+    s_S = (sequence_sum(d_S.detach(), t.sequence) / count)[t.sequence].exp()
+    return _clip(s_S * torch.exp(t.l - t.l.detach()), t.a, low, high, dual)
 
 
 def kl_penalty(l_S: Tensor, ref_S: Tensor, estimator: words.EstimatorName, clamp: float | None = None) -> Tensor:
@@ -106,17 +108,6 @@ def most_uncertain(entropy_S: Tensor, sequence_S: Tensor, share: float) -> Tenso
     return keep_S
 
 
-@dataclass(frozen=True)
-class Pushed:
-    """What a surrogate may look at, [S]. ``own``: tokens that the policy sampled."""
-
-    l: Tensor
-    old: Tensor  # at the start of the step
-    a: Tensor
-    own: Tensor
-    sequence: Tensor
-
-
 Function = Callable[[Pushed, "PolicyStream"], Tensor]
 
 
@@ -130,7 +121,7 @@ LOSSES: Mapping[words.LossName, Function] = {
     "ratio": lambda t, p: importance_ratio(t.l, t.old, t.a),
     "reinforce": lambda t, p: reinforce(t.l, t.a),
     "cispo": lambda t, p: clipped_importance(t.l, t.old, t.a, p.low, p.high),
-    "gspo": lambda t, p: sequence_ratio(t.l, t.old, t.a, t.sequence, t.own, p.low, p.high, p.dual_clip),
+    "gspo": lambda t, p: sequence_ratio(t, p.low, p.high, p.dual_clip),
     "none": lambda t, p: reinforce(t.l, t.a),  # nothing has a weight
 }
 
@@ -161,29 +152,22 @@ def surrogate(l_S: Tensor, old_S: Tensor, entropy_S: Tensor | None, batch: Packe
     return torch.where(off_S, other_S, out_S)
 
 
-def losses(
-    l_S: Tensor,
-    entropy_S: Tensor | None,
-    batch: PackedBatch,
-    policy: PolicyStream,
-    estimator: words.EstimatorName,
-    likelihood: Likelihood | None = None,
-    clamp: float | None = None,
-) -> dict[str, Tensor]:
+def losses(l_S: Tensor, entropy_S: Tensor | None, batch: PackedBatch, rules: Rules) -> dict[str, Tensor]:
     """Scalar losses of both streams of a packed batch: ``policy`` (with ``kl`` and ``entropy`` inside) and ``likelihood``.
 
-    ``clamp``: of the KL penalty, see `kl_penalty`."""
+    ``rules``: the settings of the method; its policy stream, its likelihood and its KL penalty count here."""
+    policy, likelihood, kl = rules.policy, rules.likelihood, rules.reference
     old_S = l_S.detach() if batch.old_S is None else batch.old_S
     if words.LOSSES[policy.loss].sequences:
         pushed = -sequence_loss(l_S, batch, policy)
     else:
         pushed = (batch.policy_w_S * surrogate(l_S, old_S, entropy_S, batch, policy)).sum()
     g_S = l_S
-    if likelihood is not None and likelihood.rule != "nll":
+    if likelihood.rule != "nll":
         g_S = terms(l_S, old_S, batch.ref_S, batch.sequence_S, batch.likelihood_w_S != 0, likelihood)
     out = {"policy": -pushed, "likelihood": -(batch.likelihood_w_S * g_S).sum()}
     if batch.ref_S is not None and bool(batch.kl_w_S.any()):
-        out["kl"] = (batch.kl_w_S * kl_penalty(l_S, batch.ref_S, estimator, clamp)).sum()
+        out["kl"] = (batch.kl_w_S * kl_penalty(l_S, batch.ref_S, kl.estimator, kl.clamp)).sum()
         out["policy"] = out["policy"] + out["kl"]
     if entropy_S is not None and policy.entropy:
         out["entropy"] = (batch.entropy_w_S * entropy_S).sum()

@@ -79,7 +79,8 @@ def _split(
     config: Config, split: Literal["train", "test"], handed: Mapping[str, list[Row]], steps: bool
 ) -> Sequence[Row]:
     """Rows of data.train or data.test: handed over, or read."""
-    from unift.rows.readers import check_steps, open_rows
+    from unift.rows.large import open_rows
+    from unift.rows.readers import check_steps
     from unift.rows.tasks.format import check_answers
 
     data, reward = config.data, config.reward.function

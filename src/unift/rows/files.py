@@ -58,23 +58,30 @@ def streamed(path: str) -> Iterator[Any]:
     file = Path(path).expanduser()
     if file.suffix == ".parquet":
         yield from _parquet_rows(file, path)
-        return
+    elif is_one_list(file):
+        yield from records(path)
+    else:
+        yield from (json_line(line, path, number) for number, line in numbered_lines(file, path))
+
+
+def is_one_list(file: Path) -> bool:
+    """Does a .jsonl file hold one JSON list of rows?"""
+    return next((line for _, line in numbered_lines(file, str(file))), b"").lstrip().startswith(b"[")
+
+
+def numbered_lines(file: Path, path: str) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line without its end) of a text, gzipped or not; blank lines are left out. path: for messages."""
     try:
         with file.open("rb") as raw, gzip.open(raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw as lines:
             for number, line in enumerate(lines, start=1):
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if number == 1 and line.lstrip().startswith(b"["):
-                    break
                 if line.strip():
-                    yield _json_line(line.removesuffix(b"\n"), path, number)
-            else:
-                return
+                    yield number, line.removesuffix(b"\n")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    yield from records(path)
 
 
-def _json_line(line: bytes, path: str, number: int) -> Any:
+def json_line(line: bytes, path: str, number: int) -> Any:
     try:
         return json.loads(_utf8(line, path, number))
     except json.JSONDecodeError as error:
@@ -121,7 +128,7 @@ def _json_list(content: bytes, path: str) -> list[Any]:
     return found
 
 
-def _json_lines(content: bytes, path: str) -> list[Any]:
+def json_lines(content: bytes, path: str) -> list[Any]:
     """Lines end at \\n alone: JSON texts may hold the other characters that str.splitlines takes for line ends. A file that is
     one JSON list of rows, on one line or on many, is read as that."""
     found: list[Any] = []
@@ -199,8 +206,8 @@ def _cell(column: str, text: str) -> Any:
 
 
 _TEXTS: Mapping[str, Callable[[bytes, str], list[Any]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
     ".json": _json_list,
     ".csv": lambda content, path: _table(content, path, ","),
     ".tsv": lambda content, path: _table(content, path, "\t"),

@@ -14,6 +14,7 @@ import numpy as np
 from unift.rows import pictures
 from unift.rows.store import StoredRows, problem_hash
 from unift.rows.tasks import canonical
+from unift.rows.tasks.format import contradictions
 from unift.types import Picture, Row, UniftError
 
 
@@ -73,11 +74,18 @@ def inspect(rows: Sequence[Row]) -> dict[str, Any]:
     few = len(set(counts)) <= 10  # derivations have dozens of lengths, which nobody reads
     steps = dict(Counter(counts)) if few else [counts[0], counts[len(counts) // 2], counts[-1]]
     lengths = sorted(len(r.solution) for r in rows)
+    faulty = contradictions(rows)
     digest = hashlib.sha256("".join(r.id for r in rows).encode()).hexdigest()[:12]
     return {
         "rows": len(rows),
         "without answer": sum(r.answer is None for r in rows),
         "without solution": sum(not r.steps for r in rows),
+        "solution ends with another answer": len(faulty),
+        **(
+            {"of these, the first": [f"row {n}: {other}, not {row.answer}" for n, row, other in faulty[:5]]}
+            if faulty
+            else {}
+        ),
         "ids": digest,
         "tasks": dict(Counter(r.task for r in rows)),
         "steps per row" if few else "steps per row (min, median, max)": steps,

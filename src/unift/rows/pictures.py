@@ -30,9 +30,9 @@ PIXELS = 2**26  # of one picture: 67 million, 200 MB once it is unpacked
 # ---------------------------------------------------------------------------------------------- from a record
 
 
-def normalised(record: Mapping[str, Any], where: str, folder: Path | None) -> Mapping[str, Any]:
+def normalised(record: Mapping[str, Any], where: str, source: str) -> Mapping[str, Any]:
     """The record with its pictures as ``images``, a tuple of `Picture`, and marks in place of parts of type image; the record
-    itself where it has neither. ``folder``: of the file, against which relative paths are tried first.
+    itself where it has neither. ``source``: the file of rows, in whose folder relative paths are looked for first.
 
     Raises DataError where marks and pictures do not fit, or a picture cannot be read.
     """
@@ -48,7 +48,7 @@ def normalised(record: Mapping[str, Any], where: str, folder: Path | None) -> Ma
         made["completion"] = _flattened(completion, beside, f"{where}, column 'completion'")
         if beside:
             raise DataError(f"{where}, column 'completion': a picture stands in the answer; expected text alone")
-    waiting = iter(listed)
+    folder, waiting = folder_of(source), iter(listed)
     found = [next(waiting, None) if value is None else value for value in inside]
     found += waiting
     if any(value is None for value in found):
@@ -68,6 +68,13 @@ def normalised(record: Mapping[str, Any], where: str, folder: Path | None) -> Ma
             "stands, or none: then the pictures come before the text"
         )
     return {**made, "images": images}
+
+
+def stand_in(record: Any) -> bool:
+    """Has a record, as it stands in a file, a column of pictures or messages of parts?"""
+    if not is_mapping(record):
+        return False
+    return any(record.get(name) for name in COLUMNS) or _has_parts(record.get("prompt"))
 
 
 def of_record(record: Mapping[str, Any]) -> tuple[Picture, ...]:

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeGuard, cast
 
-from unift.rows import pictures, store
-from unift.rows.files import records, streamed, streams
+from unift.rows import pictures
+from unift.rows.files import records
 from unift.rows.ids import told_apart
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
-from unift.rows.tasks.format import all_marked, own_endings, with_own_ending
+from unift.rows.tasks.format import all_marked, with_own_ending
 from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
@@ -66,83 +66,45 @@ def rows_of(
         return told_apart(records, name)
     found = [
         (check_steps(row, f"{name}, row {number}", need_steps), written)
-        for number, (row, written) in enumerate(_read(records, name, format), start=1)
+        for number, (row, written) in enumerate(read_records(records, name, format), start=1)
     ]
-    own = iter(own_endings([row for row, written in found if written]))
-    rows = [next(own) if written else row for row, written in found]
-    return told_apart(rows, name)
+    return told_apart(list(ended(found, all_marked(with_written_ending(found), name))), name)
 
 
-def open_rows(
-    path: str, *, format: str = "auto", split: str | None = None, limit: int | None = None, need_steps: bool = True
-) -> Sequence[Row]:
-    """As `read_rows`, but rows of a large source (`rows.store.LARGE`) stay on disk, in the cache of `rows.store`: JSON Lines,
-    Parquet and what ``datasets`` saved (``hf:FOLDER``)."""
-    source = Path(path.removeprefix("hf:")).expanduser()
-    if path.startswith("hf:") and (source / "dataset_dict.json").is_file():
-        source /= split or "train"
-    if not large(source, hub=path.startswith("hf:")) or (limit is not None and limit < 1):
-        return read_rows(path, format=format, split=split, limit=limit, need_steps=need_steps)
-
-    def found() -> Iterator[tuple[Row, bool]]:
-        records = _saved(source, split or "train") if path.startswith("hf:") else streamed(path)
-        return _read(islice(records, limit), path, format)
-
-    def rows() -> Iterator[Row]:
-        marked = all_marked(row for row, written in found() if written)
-        yield from (with_own_ending(row) if written and marked else row for row, written in found())
-
-    kept = store.stored(
-        source,
-        [format, split, limit, path.startswith("hf:")],
-        rows,
-        path,
-        source.suffix in (".jsonl", ".ndjson", ".gz"),
-    )
-    if kept is None or not len(kept):
-        return read_rows(path, format=format, split=split, limit=limit, need_steps=need_steps)
-    if need_steps and kept.facts.without_steps is not None:
-        number = kept.facts.without_steps
-        check_steps(kept[number - 1], f"{path}, row {number}", need_steps)
-    return kept
-
-
-def large(source: Path, hub: bool = False) -> bool:
-    """Is it a source of rows that can be read row by row, and too large to be kept in memory?"""
-    if hub:
-        return (source / "state.json").is_file() and sum(f.stat().st_size for f in source.iterdir()) > store.LARGE
-    return source.is_file() and streams(source) and source.stat().st_size > store.LARGE
-
-
-def _saved(folder: Path, split: str) -> Iterator[Any]:
-    """Rows of a folder that datasets saved, from its Arrow files."""
-    import datasets  # pyright: ignore[reportMissingTypeStubs]
-
-    try:
-        found = pictures.packed_columns(cast(Any, datasets).load_from_disk(str(folder)))
-    except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
-        raise DataError(
-            f"hf:{folder} (split {split!r}) could not be loaded: {type(error).__name__}: {error}"
-        ) from error
-    for batch in found.iter(batch_size=1000):
-        names = list(batch)
-        yield from (dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True))
-
-
-def _read(records: Iterable[Any], name: str, format: str) -> Iterator[tuple[Row, bool]]:
+def read_records(records: Iterable[Any], name: str, format: str) -> Iterator[tuple[Row, bool]]:
     """(row, was its ending written for it?) of records of one layout, one by one."""
-    layout, folder = format, pictures.folder_of(name)
+    layout = ""
     for number, record in enumerate(records, start=1):
-        if number == 1:
-            layout = detect(record, name) if format == "auto" else format
-            if layout not in _READERS:
-                raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
-        where = f"{name}, row {number}"
-        if not is_mapping(record):
-            raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
-        row = _READERS[layout](pictures.normalised(record, where, folder), where)
-        _check_text(row, where)
-        yield row, layout in ("unift", "reasoning-gym") and record.get("ending") is None and bool(row.ending)
+        layout = layout or layout_of(record, name, format)
+        yield read_record(record, name, number, layout)
+
+
+def layout_of(first: Any, name: str, format: str) -> str:
+    """``format``, or where it is auto, what the first record says. DataError where that is no layout."""
+    layout = detect(first, name) if format == "auto" else format
+    if layout not in _READERS:
+        raise DataError(f"data.format={format!r} is unknown; expected auto, {', '.join(_READERS)}")
+    return layout
+
+
+def read_record(record: Any, name: str, number: int, layout: str) -> tuple[Row, bool]:
+    """(row, was its ending written for it?) of the record of row ``number`` (from 1). Raises DataError."""
+    where = f"{name}, row {number}"
+    if not is_mapping(record):
+        raise DataError(f"{where}: expected a mapping of columns, found {type(record).__name__}")
+    row = _READERS[layout](pictures.normalised(record, where, name), where)
+    _check_text(row, where)
+    return row, layout in ("unift", "reasoning-gym") and record.get("ending") is None and bool(row.ending)
+
+
+def with_written_ending(found: Iterable[tuple[Row, bool]]) -> Iterator[tuple[int, Row]]:
+    """(number from 1, row) of the rows whose ending was written for them."""
+    return ((number, row) for number, (row, written) in enumerate(found, start=1) if written)
+
+
+def ended(found: Iterable[tuple[Row, bool]], marked: bool) -> Iterator[Row]:
+    """The rows; with the mark of their own solutions as the ending that was written for them, where all are ``marked``."""
+    return (with_own_ending(row) if written and marked else row for row, written in found)
 
 
 def check_steps(row: Row, where: str, need_steps: bool) -> Row:
@@ -209,6 +171,8 @@ def _is_message(value: Any) -> bool:
 
 
 def _are_texts(value: object) -> TypeGuard[Sequence[str]]:
+    if type(value) is list:  # as JSON has it
+        return set(map(type, cast("list[Any]", value))) <= {str}
     return isinstance(value, Sequence) and all(isinstance(s, str) for s in cast("Sequence[Any]", value))
 
 
@@ -241,6 +205,10 @@ def _string(value: Any, where: str, column: str) -> str:
 
 def _check_text(row: Row, where: str) -> None:
     """JSON can spell half a surrogate pair, which no tokenizer takes and no file in UTF-8 holds."""
+    if isinstance(row.prompt, str):  # the usual row has few texts, which need not be looked for
+        flat = [row.prompt, row.ending, row.id, row.task, row.answer, *row.steps, *row.extra, *row.extra.values()]
+        if all(map(_has_no_texts, flat)) and _is_text("".join([v for v in flat if isinstance(v, str)])):
+            return
     columns = {"prompt": row.prompt, "steps": row.solution, "id": row.id, "answer": row.answer, "task": row.task}
     for column, value in {**columns, **row.extra}.items():
         for text in _texts([column, value]):
@@ -250,6 +218,19 @@ def _check_text(row: Row, where: str) -> None:
                 raise DataError(
                     f"{where}, column {column!r}: {text[error.start]!r} is no character (half a pair)"
                 ) from None
+
+
+def _has_no_texts(value: Any) -> bool:
+    """Is it a text itself, or nothing that could hold one?"""
+    return type(value) in (str, int, float, bool, NoneType)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _texts(value: Any) -> list[str]:
@@ -271,9 +252,10 @@ def _build(
     prompt: Any, steps: tuple[str, ...], ending: str, answer: Any, record: Mapping[str, Any], used: Iterable[str]
 ) -> Row:
     source = str(record.get("task") or record.get("data_source") or "")
-    task = TASK_OF.get(source, "math" if "math" in source.lower() else source)
+    task = TASK_OF.get(source) or ("math" if "math" in source.lower() else source)
     images = pictures.of_record(record)
-    extra = {k: v for k, v in record.items() if k not in {*used, "id", "task", *(["images"] if images else [])}}
+    apart = {*used, "id", "task", *(["images"] if images else [])}
+    extra = {k: v for k, v in record.items() if k not in apart}
     content = prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
     shown = [content, *(found.digest for found in images)] if images else content
     own = _own_id(record) or content_id(shown, steps, ending, answer)
@@ -287,7 +269,7 @@ def _own_id(record: Mapping[str, Any]) -> str:
 
 def _unift(record: Mapping[str, Any], where: str) -> Row:
     """``ending`` is what follows the steps; without one it is written from the answer in answer tags (but see
-    `tasks.format.own_endings`)."""
+    `tasks.format.all_marked`)."""
     answer, column = record.get("answer"), "steps" if record.get("steps") is not None else "solution"
     steps = _steps(record.get(column) or (record.get("completion") if column == "solution" else None), where, column)
     if column == "steps" and record.get("steps") is not None and not record["steps"]:

@@ -1,9 +1,10 @@
 """Rows that outgrow memory: read once, kept in an Arrow file, taken from it one by one.
 
-The first start reads the source in one pass, row by row, checks every row as rows in memory are checked, and writes two
-files into a cache folder: ``rows.arrow``, and ``facts.json``, which holds what a start asks of all rows at once (their
-number, their fingerprint, the first row without a solution or an answer, the longest rows). The folder's name is a hash of
-the source's bytes, of the settings that change what is read and of the code that reads, so that nothing stale is found.
+The first start reads the source in one pass, checks every row as rows in memory are checked (``crew.py``: by several processes
+where it is large), and writes two files into a cache folder: ``rows.arrow``, and ``facts.json``, which holds what a start asks of
+all rows at once (their number, their fingerprint, the first row without a solution or an answer, the longest rows). The folder's
+name is a hash of the source's bytes, of the settings that change what is read and of the code that reads, so that nothing stale
+is found.
 Later starts read the facts alone. Rows, ids and the fingerprint are those of the same source read into memory.
 """
 
@@ -106,21 +107,26 @@ def problem_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
+_lenient = json.JSONEncoder(default=str).encode
+_strict = json.JSONEncoder().encode
+
+
 def digest_row(digest: Any, row: Row) -> None:
     """Feed a row's content to the fingerprint of its data set."""
-    digest.update(json.dumps([row.id, row.prompt, row.steps, row.ending, row.answer], default=str).encode())
-    for found in row.images:
-        digest.update(found.digest.encode())
+    digest.update(_lenient(_content(row)).encode())
 
 
-def stored(
-    source: Path, settings: Sequence[Any], rows: Callable[[], Iterable[Row]], name: str, is_json: bool = False
-) -> StoredRows | None:
-    """The rows of ``source``, from the cache, or read by ``rows`` and put there. None where JSON cannot hold them as they are
+def _content(row: Row) -> list[Any]:
+    """What the fingerprint sees of a row; of a picture what it holds."""
+    found = [row.id, row.prompt, row.steps, row.ending, row.answer]
+    return [*found, [one.digest for one in row.images]] if row.images else found
+
+
+def stored(source: Path, settings: Sequence[Any], parts: Callable[[], Iterable[Part]], name: str) -> StoredRows | None:
+    """The rows of ``source``, from the cache, or in ``parts`` that are put there. None where JSON cannot hold them as they are
     (times, bytes, tuples in a column), so that they must be read into memory.
 
-    settings: whatever else decides what is read. name: of the source, for messages. is_json: what the source holds
-    is JSON, so that every row survives. Raises DataError as reading does.
+    settings: whatever else decides what is read. name: of the source, for messages. Raises DataError as reading does.
     """
     folder = cache() / _key(source, settings)
     if not (folder / "facts.json").is_file():
@@ -129,7 +135,7 @@ def stored(
             temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             try:
-                if not _build(temporary, rows(), name, is_json):
+                if not _build(temporary, parts(), name):
                     return None
                 try:
                     publish_folder(temporary, folder)
@@ -163,23 +169,78 @@ def _key(source: Path, settings: Sequence[Any]) -> str:
 # ---------------------------------------------------------------------------------------------- one row
 
 
-def _packed(row: Row) -> str:
-    prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
-    shown = [[found.digest, pictures.as_json(found)] for found in row.images]
-    return json.dumps([row.id, prompt, row.steps, row.ending, row.answer, row.task, row.extra, shown])
+def _packed(row: Row) -> tuple[str, str]:
+    """(the row as JSON, what `digest_row` feeds to the fingerprint: the same text but for its last entries)."""
+    content = _strict(_content(row))
+    files = f", {_strict([pictures.as_json(one) for one in row.images])}" if row.images else ""
+    return f"{content[:-1]}, {_strict(row.task)}, {_strict(row.extra)}{files}]", content
 
 
 def _unpacked(text: str) -> Row:
-    name, prompt, steps, ending, answer, task, extra, shown = json.loads(text)
+    found: list[Any] = json.loads(text)
+    shown: list[str] = found.pop(5) if len(found) > 7 else []
+    files: list[Any] = found.pop() if shown else []
+    name, prompt, steps, ending, answer, task, extra = found
     prompt = prompt if isinstance(prompt, str) else tuple(prompt)
-    images = tuple(pictures.of_json(digest, value) for digest, value in shown)
+    images = tuple(pictures.of_json(digest, value) for digest, value in zip(shown, files, strict=True))
     return Row(name, prompt, tuple(steps), ending, answer, task, extra, images)
 
 
 # ---------------------------------------------------------------------------------------------- the pass
 
 
-def _build(folder: Path, rows: Iterable[Row], name: str, is_json: bool) -> bool:
+class Unfit(Exception):
+    """A row that JSON changes or cannot hold."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows in their order, as they are stored, and what is asked of all rows together."""
+
+    texts: list[str]
+    contents_N: array[int]  # characters of a text that are of the row's content, which the fingerprint sees
+    ids_N: array[int]  # 64-bit hashes
+    problems_N: array[int]
+    characters_N: array[int]
+    without_steps: int | None  # index in this part of the first such row
+    without_answer: int | None
+    tasks: set[str]
+    columns: set[str]
+    pictures: bool = False  # whether any row has one
+
+
+def part_of(rows: Iterable[Row], is_json: bool) -> Part:
+    """is_json: the rows come from JSON, so that every one survives being written. Raises Unfit for a row that does not."""
+    from unift.rows.tasks import canonical
+
+    made = Part([], array("Q"), array("Q"), array("Q"), array("Q"), None, None, set(), set())
+    without_steps = without_answer = None
+    shown = False
+    for index, row in enumerate(rows):
+        try:
+            text, content = _packed(row)
+        except (TypeError, ValueError):
+            raise Unfit from None
+        if not is_json and (back := _unpacked(text)) != row and repr(back) != repr(row):  # NaN is unequal to itself
+            raise Unfit
+        made.texts.append(text)
+        made.contents_N.append(len(content))
+        made.ids_N.append(problem_hash(row.id))
+        made.problems_N.append(problem_hash(canonical(row)))
+        made.characters_N.append(sum(map(len, row.steps)) + len(row.ending) + _characters(row))
+        if not row.steps and without_steps is None:
+            without_steps = index
+        if row.answer is None and without_answer is None:
+            without_answer = index
+        made.tasks.add(row.task)
+        shown |= bool(row.images)
+        for column, value in row.extra.items():
+            if value is not None:
+                made.columns.add(column)
+    return replace(made, without_steps=without_steps, without_answer=without_answer, pictures=shown)
+
+
+def _build(folder: Path, parts: Iterable[Part], name: str) -> bool:
     """Write the three files. False where a row does not survive being written."""
     import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
 
@@ -188,9 +249,9 @@ def _build(folder: Path, rows: Iterable[Row], name: str, is_json: bool) -> bool:
     schema = arrow.schema([("row", arrow.large_string())])
     try:
         with arrow.OSFile(str(folder / "rows.arrow"), "wb") as sink, arrow.ipc.new_file(sink, schema) as writer:
-            for texts in _batches(seen.look(rows, is_json)):
+            for texts in _batches(seen.look(parts)):
                 writer.write_batch(arrow.record_batch([arrow.array(texts, arrow.large_string())], schema=schema))
-    except _Unfit:
+    except Unfit:
         return False
     np.save(folder / "problems.npy", np.frombuffer(seen.problems, dtype=np.uint64))
     _write(folder, seen.facts())
@@ -208,19 +269,20 @@ def _write(folder: Path, facts: Facts) -> None:
     (folder / "facts.json").write_text(json.dumps(asdict(facts)), encoding="utf-8")
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    from itertools import islice
-
-    while batch := list(islice(texts, BATCH)):
-        yield batch
-
-
-class _Unfit(Exception):
-    """A row that JSON changes or cannot hold."""
+def _batches(parts: Iterable[Sequence[str]]) -> Iterator[list[str]]:
+    """BATCH texts each, whatever the sizes of the parts."""
+    left: list[str] = []
+    for texts in parts:
+        left += texts
+        whole = len(left) - len(left) % BATCH
+        yield from (left[i : i + BATCH] for i in range(0, whole, BATCH))
+        left = left[whole:]
+    if left:
+        yield left
 
 
 class _Seen:
-    """Facts while the rows go by: 16 bytes a row."""
+    """Facts while the parts go by: 16 bytes a row."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -232,31 +294,23 @@ class _Seen:
         self.pictures = False
         self.longest: list[tuple[int, int]] = []  # a heap of (characters, index)
 
-    def look(self, rows: Iterable[Row], is_json: bool) -> Iterator[str]:
-        from unift.rows.tasks import canonical
-
-        for index, row in enumerate(rows):
-            self.n = index + 1
-            try:
-                text = _packed(row)
-            except (TypeError, ValueError):
-                raise _Unfit from None
-            if (
-                not is_json and (back := _unpacked(text)) != row and repr(back) != repr(row)
-            ):  # repr: NaN is unequal to itself
-                raise _Unfit
-            digest_row(self.digest, row)
-            self.ids.append(problem_hash(row.id))
-            self.problems.append(problem_hash(canonical(row)))
-            if not row.steps and self.without_steps is None:
-                self.without_steps = self.n
-            if row.answer is None and self.without_answer is None:
-                self.without_answer = self.n
-            self.tasks.add(row.task)
-            self.pictures |= bool(row.images)
-            self.columns |= {column for column, value in row.extra.items() if value is not None}
-            self._weigh(len(row.solution) + _characters(row), index)
-            yield text
+    def look(self, parts: Iterable[Part]) -> Iterator[list[str]]:
+        for part in parts:
+            for text, characters in zip(part.texts, part.contents_N, strict=True):
+                self.digest.update(f"{text[: characters - 1]}]".encode("ascii"))
+            self.ids += part.ids_N
+            self.problems += part.problems_N
+            if self.without_steps is None and part.without_steps is not None:
+                self.without_steps = self.n + part.without_steps + 1
+            if self.without_answer is None and part.without_answer is not None:
+                self.without_answer = self.n + part.without_answer + 1
+            self.tasks |= part.tasks
+            self.pictures |= part.pictures
+            self.columns |= part.columns
+            for index, characters in enumerate(part.characters_N, start=self.n):
+                self._weigh(characters, index)
+            self.n += len(part.texts)
+            yield part.texts
 
     def _weigh(self, characters: int, index: int) -> None:
         if len(self.longest) < LONGEST:

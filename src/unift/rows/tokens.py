@@ -170,11 +170,16 @@ def _tokens(tokenizer: Any, text: str, special: bool, where: str) -> tuple[list[
 def _lost(tokenizer: Any, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> str:
     """Up to three characters that become the unknown token, or no token at all."""
     lost, end, whole = "", 0, True
-    for token, (a, b) in zip(ids, offsets, strict=True):
-        if token == tokenizer.unk_token_id and a < b and text[a:b].strip() != tokenizer.unk_token:
-            lost += text[a:b].strip()
-        whole &= not text[end:a].strip()
-        end = max(end, b)
+    unknown, name = tokenizer.unk_token_id, tokenizer.unk_token  # looked up once: each takes longer than a token
+    if unknown in ids:
+        for token, (a, b) in zip(ids, offsets, strict=True):
+            if token == unknown and a < b and text[a:b].strip() != name:
+                lost += text[a:b].strip()
+    for a, b in offsets:
+        if a > end and text[end:a].strip():
+            whole = False
+        if b > end:
+            end = b
     if not (whole and not text[end:].strip()):  # offsets behind a character that was left out may be off: ask for each
         alone = (c for c in dict.fromkeys(text) if unicodedata.category(c)[0] not in "CMZ")
         lost += "".join(c for c in alone if not tokenizer(c, add_special_tokens=False)["input_ids"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from unift.config import needs
@@ -15,9 +16,8 @@ from unift.hints import schedules
 from unift.rewards import score_groups
 from unift.rewards.pool import Scorer
 from unift.rows.dataset import Split
-from unift.rows.tokens import Encoded
 from unift.sampling.engines.base import Draws, Engine, Request, Watch, unwatched
-from unift.types import Group, Row, Sample, Score
+from unift.types import Group, Row, Sample, Score, Shown
 
 
 def completed(
@@ -58,51 +58,63 @@ def hinted(indices: Sequence[int], split: Split, moment: Moment, known: Mapping[
     return groups
 
 
+@dataclass(frozen=True)
+class Known:
+    """Of a group's row, beside its tokens. ``drafts``: texts that may come after its prompt (``sample.draft``). ``shown``: the
+    pictures whose placeholders the prompt has."""
+
+    drafts: Sequence[list[int]] = ()
+    shown: Shown | None = None
+
+
+NOTHING = Known()
+
+
 @dataclass
 class _Wanted:
     """Requests of one length limit, and whose each is: a group, and the hint that its members alone have seen."""
 
     max_tokens: int
-    encoded: Sequence[Encoded]
     requests: list[Request] = field(default_factory=list[Request])
     owners: list[tuple[Group, list[int]]] = field(default_factory=list[tuple[Group, list[int]]])
 
-    def add(self, group: Group, given: list[int], draws: Draws) -> None:
+    def add(self, group: Group, given: list[int], draws: Draws, known: Known) -> None:
         if draws.n:
-            shown = self.encoded[group.row].shown if self.encoded else None
-            self.requests.append(Request(group.prompt + (given or group.hint), draws, shown))
+            hint = given or group.hint
+            # What follows the hint, where a text begins with it; of others, parts may come.
+            drafts = [t[len(hint) :] if t[: len(hint)] == hint else t for t in known.drafts]
+            self.requests.append(Request(group.prompt + hint, draws, known.shown, drafts))
             self.owners.append((group, given))
 
 
 def complete(
     engine: Engine,
     tokenizer: Any,
-    groups: Sequence[Group],
-    places: Sequence[int],
+    groups: Mapping[int, Group],
     moment: Moment,
     attempt: int = 0,
-    encoded: Sequence[Encoded] = (),
+    known: Mapping[int, Known] = MappingProxyType({}),
 ) -> None:
-    """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those. ``encoded``:
-    all rows of the split, by ``group.row``, for their pictures.
+    """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those.
 
-    places: each group's position in the batch of all processes. It is part of the address of its random numbers, since a
-    small data set may bring a row twice in one step.
+    groups: by position in the batch of all processes, which is part of the address of a group's random numbers, since a small
+    data set may bring a row twice in one step.
+    known: of groups by the same position, their pictures and drafts.
     """
     sample, members, seed, step = moment.rules.sample, moment.rules.show.members, moment.seed, moment.step
-    whole = _Wanted(sample.max_tokens, encoded)
-    short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens), encoded)  # only the first tokens
-    for i, group in zip(places, groups, strict=True):
+    whole = _Wanted(sample.max_tokens)
+    short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens))  # only the first tokens
+    for i, group in groups.items():
         place = ("sample", seed, step, i, group.row_id, *([attempt] if attempt else []))
         draws = Draws(place, sample.completions, sample.completions, sample.max_tokens)
         wanted = short if cut_short(sample, seed, step, group.row_id) else whole
         if members is None:
-            wanted.add(group, [], draws)
+            wanted.add(group, [], draws, known.get(i, NOTHING))
             continue
         bare, hint = sample.completions - members, group.hint
         group.hint = []
-        wanted.add(group, [], replace(draws, n=bare))
-        wanted.add(group, hint, replace(draws, n=members, first=bare))
+        wanted.add(group, [], replace(draws, n=bare), known.get(i, NOTHING))
+        wanted.add(group, hint, replace(draws, n=members, first=bare), known.get(i, NOTHING))
     with engine.sampling():  # once, though not every process has requests of both lengths
         for wanted in (whole, short):
             if not wanted.requests:

@@ -12,7 +12,7 @@ from unift.types import Group
 
 
 def entropy(groups: Sequence[Group]) -> float:
-    """Mean entropy of the policy over the sampled tokens, estimated without bias by the mean of -log pi of the samples.
+    """Mean entropy of the policy that sampled, over the sampled tokens, estimated without bias by the mean of -log pi of these.
 
     Known before anything is packed, so it depends neither on the cut into micro-batches nor on the process count.
     """

@@ -24,14 +24,15 @@ from unift.config.identity import config_hash
 from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest, stages
 from unift.files import write_atomic, writing
-from unift.model import checkpointing, critic
+from unift.model import checkpointing, critic, quantize
 from unift.model.limits import check_positions, longest_context, use_threads
 from unift.model.load import load_policy, load_tokenizer, pick_device, save_adapter, save_pretrained
 from unift.model.policy import Policy
 from unift.objectives import input_noise
 from unift.rewards import open_scorer
 from unift.rows import dataset
-from unift.rows.tasks.format import check_format
+from unift.rows.tasks.format import check_format, meant_right
+from unift.sampling.ahead import Drawing
 from unift.sampling.engines.choose import open_engine
 from unift.training import evaluate
 from unift.training.evaluate import Answers, Judge
@@ -39,7 +40,7 @@ from unift.training.optimizer import check_optimizers, make_optimizer
 from unift.training.progress import Metrics, Report, Run, State, Watch, silent, unwatched
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
-from unift.training.run import check_trackers, checkpoint, claim, open_run, trackers, write_result
+from unift.training.run import check_trackers, checkpoint, claim, open_run, rollouts, trackers, write_result
 from unift.training.run.metrics import append_metrics, rewind_metrics
 from unift.training.step import one_step
 from unift.types import ConfigError, Given, Stopped
@@ -58,10 +59,11 @@ def train(
     """
     given = given or Given()
     check_trackers(config)
-    check_optimizers(config)
-    launcher.shards(config.model)
+    check_optimizers(config, launcher.shards(config.model) and processes.size() > 1)
     use_threads(config.threads)
-    with processes.joined(pick_device(config.model.device).type == "cuda"), asked_to_stop() as asked:
+    device = pick_device(config.model.device)
+    quantize.check(config.model, device)
+    with processes.joined(device.type == "cuda"), asked_to_stop() as asked:
         tokenizer = load_tokenizer(config.model)
         data = dataset.encode(tokenizer, dataset.load(config, given.rows), config)
         check_positions(config, data)
@@ -71,21 +73,24 @@ def train(
             if finished is not None:
                 return finished
             with open_scorer(config.reward, data.train.rows, given.reward) as scorer, trackers(config, folder) as track:
-                check_format(data.train.rows, config.reward.function, config.reward.rule, scorer.answer)
+                judged_rows = meant_right(data.train.rows, config.sample.label)
+                check_format(judged_rows, config.reward.function, config.reward.rule, scorer.answer)
                 scorer.check(data.train.rows[0])
                 policy = load(config, tokenizer)
                 with open_engine(config.engine, policy, folder, longest_context(config, data)) as engine:
                     return run_to_end(Run(config, folder, policy, engine, scorer, data, report, track, watch), asked)
 
 
-def load(config: Config, tokenizer: Any) -> Policy:
-    """The policy that a run begins with; of several processes that share its weights, this one's part."""
+def load(config: Config, tokenizer: Any, frozen: bool = False) -> Policy:
+    """The policy that a run begins with; of several processes that share its weights, this one's part. frozen: it is not
+    trained."""
     torch.manual_seed(config.seed)  # LoRA's initial values; nothing else draws from torch
     policy = load_policy(config.model, tokenizer, longest(config))
     if processes.size() == 1 or not launcher.shards(config.model):
         return policy
     valued = any(needs.critic(stage.rules) for stage in stages(config))
-    return policy.sharded(critic.new_critic(policy) if valued else None)
+    masters = not frozen and all(stage.rules.train.master_weights for stage in stages(config))
+    return policy.sharded(critic.new_critic(policy) if valued else None, masters)
 
 
 def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
@@ -102,6 +107,8 @@ def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
             if run.budget is not None:
                 metrics["budget/schedule"] = run.position / run.total
             if over or due(run.config.eval.every, before, run.position):
+                if state.ahead is not None:
+                    state.ahead.wait()  # the evaluation brings newer weights
                 metrics |= evaluated(run, step + 1)
             wanted = log_step(run, step + 1, metrics, time.perf_counter() - began)
             stop = any(processes.gather("whether to stop", bool(wanted or asked.is_set())))
@@ -182,7 +189,7 @@ def begin_stage(run: Run, stage: Stage) -> State:
     optimizer = make_optimizer(run.policy, rules.train)
     reference = None
     if needs.reference(rules):
-        twin = None if run.policy.root is None else partial(load, run.config, run.policy.tokenizer)
+        twin = None if run.policy.root is None else partial(load, run.config, run.policy.tokenizer, frozen=True)
         reference = Reference(run.policy, run.folder, run.start_of(stage), rules.sample.temperature, twin)
     state = State(optimizer, reference)
     if run.done > 0:  # at the start of a phase, too: each begins from the checkpoint, with a new optimizer
@@ -193,9 +200,19 @@ def begin_stage(run: Run, stage: Stage) -> State:
         run.scorer.recall([recent[i] for i in processes.share(len(recent))])
         if within:
             state.memory = RowMemory.load(stored.get("memory"))
+            state.ahead = drawn_ahead(run, stage)
     if len(run.progress.starts) <= run.stages.index(stage):
         run.progress.starts.append(run.start_of(stage))
     return state
+
+
+def drawn_ahead(run: Run, stage: Stage) -> Drawing | None:
+    """What the last checkpoint, in the middle of the stage, holds of the next step's completions."""
+    if not (run.config.engine.overlap and stage.rules.sample.completions and run.done < stage.stop):
+        return None
+    path = run.folder / "checkpoints" / checkpoint.step_name(run.done) / checkpoint.AHEAD
+    weights, groups = processes.lead("what was drawn ahead", lambda: rollouts.read(path, checkpoint.DAMAGED))
+    return Drawing(run.done, weights, groups)
 
 
 def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +257,13 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_path(policy: Policy, rules: Rules) -> None:
-    """A critic and changed inputs read and write inside the trunk, which the plain path leaves to the model."""
+    """A critic and changed inputs read and write inside the trunk, which the plain path leaves to the model. Drafts are checked
+    by the native engine, on a CPU."""
+    if rules.sample.draft != "none" and not (policy.shared and policy.device.type == "cpu"):
+        found = f"found device {policy.device.type}, path {policy.path}"
+        raise ConfigError(
+            f"sample.draft={rules.sample.draft} works on a CPU on the shared-prefix path only; {found}. Set it to none"
+        )
     wants = "a critic" if needs.critic(rules) else "changed input embeddings" if input_noise.active(rules) else ""
     if wants and not policy.shared:
         raise ConfigError(
@@ -323,5 +346,9 @@ def save(run: Run, finished: int, state: State) -> None:
         starts = [run.start_of(stage) for stage in run.stages]
         checkpoint.prune(run.folder, run.config.save.keep, [*starts, progress.best_step])
 
-    checkpoint.save(run.folder, finished, run.policy, state.optimizer, stored)
+    ahead = None
+    if state.ahead is not None:  # its weights are gone once this process is: what they drew is part of the state
+        groups = processes.interleave(processes.gather("what was drawn ahead", state.ahead.share()))
+        ahead = rollouts.encoded(finished, state.ahead.weights, groups, [("", "")] * len(groups))
+    checkpoint.save(run.folder, finished, run.policy, state.optimizer, stored, ahead)
     processes.lead("a checkpoint", tidy)

@@ -1,7 +1,8 @@
 """What steps the weights: AdamW in three forms, Muon, and either of them over copies of the weights (`MasterWeights`).
 
 bfloat16 weights lose small updates (``model/precision.py``). Their float32 copies do not: the optimizer steps those, and each
-weight becomes its copy, rounded once. Gradients of such weights are float32 too, so that many micro-batches add up.
+weight becomes its copy, rounded once. Gradients of such weights are float32 too, so that many micro-batches add up. Where
+weights are sharded, the shards are these copies (``model/sharding.py``), and the optimizer steps them as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from unift.config.sections import Config, Train
 from unift.config.stages import stages
 from unift.model import precision
 from unift.model.policy import Policy
-from unift.model.sharding import sharded
+from unift.model.sharding import assign, full, sharded
 from unift.types import ConfigError
 
 Parameters = Sequence[nn.Parameter]
@@ -31,14 +32,14 @@ Make = Callable[[Parameters], Optimizer]
 def make_optimizer(policy: Policy, train: Train) -> Optimizer:
     """The optimizer of ``train.optimizer`` over what is trained. Warns where the weights cannot hold its updates.
 
-    Sets the type of the weights' gradients. Raises ConfigError for an optimizer that is not installed, or that cannot step
-    sharded weights.
+    Sets the type of the weights' gradients, and begins from weights as the model sees them: float32 shards of bfloat16 weights
+    are rounded to these. Raises ConfigError for an optimizer that is not installed.
     """
     parameters = policy.parameters()
-    if train.optimizer not in ("adamw", "adamw_fused") and any(map(sharded, parameters)):
-        raise ConfigError(
-            f"train.optimizer={train.optimizer} needs whole weights, and these are sharded: use adamw_fused, or model.shard=none"
-        )
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if (seen := policy.seen(name, p)) is not p:
+                p.copy_(seen)
     half = [p for p in parameters if _half(p)]
     for p in (p for p in half if not sharded(p)):  # FSDP2 settles the type of its own
         _set_gradient_type(p, torch.float32 if train.master_weights else p.dtype)
@@ -63,15 +64,38 @@ def make_optimizer(policy: Policy, train: Train) -> Optimizer:
     return MasterWeights(parameters, make, train.lr, copied, place)
 
 
-def check_optimizers(config: Config) -> None:
-    """Raise ConfigError, before a model is loaded, for an optimizer whose package is not installed."""
-    for name in {stage.rules.train.optimizer for stage in stages(config)}:
+def check_optimizers(config: Config, shards: bool = False) -> None:
+    """Raise ConfigError, before a model is loaded, for an optimizer whose package is not installed, or that cannot step weights
+    in shards."""
+    trains = [stage.rules.train for stage in stages(config)]
+    if shards:
+        _check_shards(config, trains)
+    for name in {train.optimizer for train in trains}:
         if name == "adamw_8bit":
             _eight_bit()
         if name == "muon" and not hasattr(torch.optim, "Muon"):
             raise ConfigError(
                 f"train.optimizer=muon needs torch 2.9 or newer, found {torch.__version__}: use adamw_fused"
             )
+
+
+def _check_shards(config: Config, trains: Sequence[Train]) -> None:
+    if any(train.optimizer == "adamw_8bit" for train in trains):
+        raise ConfigError(
+            "train.optimizer=adamw_8bit scales its state by blocks of a process's own part of a weight, so that updates and "
+            "checkpoints of sharded weights would depend on the number of processes: use adamw_fused, whose state is shared out, "
+            "or model.shard=none"
+        )
+    if any(train.optimizer == "muon" and train.offload_optimizer for train in trains):
+        raise ConfigError(
+            "train.optimizer=muon gathers whole matrices on the GPUs, and with train.offload_optimizer=true its state is not "
+            "there: set one of them otherwise, or model.shard=none"
+        )
+    if config.model.dtype == "bfloat16" and config.model.lora is None and len({t.master_weights for t in trains}) > 1:
+        raise ConfigError(
+            "train.master_weights differs between the phases, and with model.shard=full the shards are float32 copies in all "
+            "phases or in none: set it once, for the whole run"
+        )
 
 
 def set_rate(optimizer: Optimizer, lr: float) -> None:
@@ -211,15 +235,42 @@ def _adamw_8bit(own: Parameters, train: Train) -> Optimizer:
     return kind(own, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
 
 
+def _make_muon(own: Parameters, train: Train) -> Optimizer:
+    return torch.optim.Muon(own, lr=train.lr, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw")
+
+
+class _MuonOfShards(Optimizer):
+    """Muon of sharded matrices. A step of it needs a whole one: each is gathered with gradient and momentum, stepped by every
+    process alike, and dealt out again, so that the update is that of one process."""
+
+    def __init__(self, own: Parameters, train: Train) -> None:
+        self._train = train
+        super().__init__(own, dict(_make_muon(own, train).defaults))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                whole = nn.Parameter(full(p.detach()))
+                whole.grad = full(p.grad)
+                inner = _make_muon([whole], self._train)
+                inner.param_groups = [{**group, "params": [whole]}]
+                inner.state[whole] = {name: full(value) for name, value in self.state[p].items()}
+                inner.step()
+                assign(p, whole.detach())
+                for name, value in inner.state[whole].items():
+                    self.state[p].setdefault(name, torch.zeros_like(p, dtype=value.dtype, requires_grad=False))
+                    assign(self.state[p][name], value)
+
+
 class _MuonAndAdamW(Optimizer):
     """Two optimizers that share one state; their parameters are the groups of this one, in this order."""
 
     def __init__(self, matrices: Parameters, others: Parameters, train: Train) -> None:
         self._parts: list[Optimizer] = []
         if matrices:
-            self._parts.append(
-                torch.optim.Muon(matrices, lr=train.lr, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            kind = _MuonOfShards if any(map(sharded, matrices)) else _make_muon
+            self._parts.append(kind(matrices, train))
         if others:
             self._parts.append(_adamw_fused(others, train))
         super().__init__([{"params": part.param_groups[0]["params"]} for part in self._parts], {"lr": train.lr})

@@ -17,6 +17,7 @@ from unift.model.policy import Policy
 from unift.rewards.journal import COUNTS
 from unift.rewards.pool import Scorer
 from unift.rows.dataset import Data
+from unift.sampling.ahead import Drawing
 from unift.sampling.engines.base import Engine
 from unift.training.reference import Reference
 from unift.training.row_memory import RowMemory
@@ -104,7 +105,8 @@ class Run:
 
     def used(self) -> float:
         """Tokens that the budget counts, so far; 0 without one, or with one of seconds."""
-        kinds = {"sampled": self.progress.tokens_sampled, "trained": self.progress.tokens_trained}
+        sampled, trained = self.progress.tokens_sampled, self.progress.tokens_trained
+        kinds = {"sampled": sampled, "trained": trained, "tokens": sampled + trained}
         return kinds.get(self.budget.kind, 0) if self.budget else 0
 
     def expected(self) -> int:
@@ -145,6 +147,7 @@ class State:
     optimizer: torch.optim.Optimizer
     reference: Reference | None
     memory: RowMemory = field(default_factory=RowMemory)
+    ahead: Drawing | None = None  # the next step's completions, with engine.overlap
 
 
 class Clock:

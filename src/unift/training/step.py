@@ -7,6 +7,7 @@ the row memory and the counts, in this order and at its end, so a step that is k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from unift.hints import schedules
 from unift.model.packs import DEMO, Item, Member, PackedBatch
 from unift.rewards import count_outcomes
 from unift.rows.dataset import refill_rows, rows_of_step
-from unift.sampling.groups import complete, equal_scores, hinted, judge
+from unift.sampling.ahead import Drawing
+from unift.sampling.groups import Known, complete, equal_scores, hinted, judge
 from unift.training import annealing, update
 from unift.training.progress import Clock, Metrics, Run, State
 from unift.training.run import checkpoint
@@ -32,7 +34,7 @@ from unift.types import Group
 
 def one_step(run: Run, moment: Moment, state: State) -> Metrics:
     """Everything between two optimizer states; returns the step's metrics."""
-    clock = Clock()
+    clock, stale = Clock(), state.ahead is not None
     groups = groups_of_step(run, moment, state, clock)
     _count(run, groups)
     # This step's weights in place of their schedules.
@@ -42,6 +44,7 @@ def one_step(run: Run, moment: Moment, state: State) -> Metrics:
     updates += _waiting(run, state, groups, rules)
     shown = _share_shown(state, groups, moment, rules)
     state.memory.see(groups, rules.show)
+    state.memory.keep(groups, rules.sample)
     clock.lap("reference")
     order = Order(
         lr=update.learning_rate(rules.train, moment.within, moment.stage.total),
@@ -52,6 +55,8 @@ def one_step(run: Run, moment: Moment, state: State) -> Metrics:
     parts = [update.apply(run.policy, state.optimizer, packs, rules, order) for packs in updates]
     clock.lap("update")
     metrics = merged(parts) | group_metrics(groups, rules) | {"hint/prob": shown}
+    if run.config.engine.overlap and needs.completions(rules):
+        metrics["sampling/staleness"] = float(stale)
     return metrics | _work(run, groups, items, metrics, rules, clock)
 
 
@@ -59,28 +64,42 @@ def one_step(run: Run, moment: Moment, state: State) -> Metrics:
 
 
 def groups_of_step(run: Run, moment: Moment, state: State, clock: Clock) -> list[Group]:
-    """The step's groups with scores: from disk if these very weights sampled them before a kill, else sampled now."""
-    sampled = moment.rules.sample.completions > 0
-    keep, weights = run.config.save.rollouts and sampled, ""
-    if keep:
+    """The step's groups with scores: from disk if these very weights sampled them before a kill, else what was drawn ahead, else
+    sampled now. With engine.overlap the next step's completions begin to be drawn as soon as this step's are there."""
+    rules, ahead = moment.rules, state.ahead
+    rows = rows_of_step(moment.seed, moment.step, rules.train.prompts, len(run.data.train.rows))
+    if not rules.sample.completions:
+        return hinted(rows, run.data.train, moment, state.memory.hints)
+    keep, own, sampler, stored = run.config.save.rollouts, "", "", None
+    if keep or run.config.engine.overlap:
         alike = run.policy.root is None  # then the first process's weights are everyone's
-        weights = checkpoint.fingerprint(run.policy) if processes.first() or not alike else ""
-        weights, stored = processes.lead("stored rollouts", lambda: (weights, _stored(run, moment.step, weights)))
+        own = checkpoint.fingerprint(run.policy) if processes.first() or not alike else ""
+        sampler = own if ahead is None else ahead.weights
+        known = (own, sampler)
+        own, sampler, stored = processes.lead(
+            "stored rollouts", lambda: (*known, _stored(run, moment.step, known[1]) if keep else None)
+        )
         clock.lap("save")
-        if stored is not None:
-            clock.lap("generate")
-            return stored
-    rows = rows_of_step(moment.seed, moment.step, moment.rules.train.prompts, len(run.data.train.rows))
-    groups = sampled_groups(run, rows, moment, state, clock)
-    if sampled:
-        groups = refilled(run, groups, moment, state, clock)
+    early, groups = stored is not None or not rules.sample.refill, list[Group]()
+    if ahead is not None:
+        groups = ahead.wait()
+        clock.laps["time/ahead"] = ahead.seconds
+    elif stored is None:
+        groups = _drawn(run, rows, moment, state)
+    clock.lap("generate")
+    state.ahead = _begun(run, moment, own) if early else None
+    if stored is not None:
+        return stored
+    groups = refilled(run, _judged(run, groups, moment, clock), moment, state, clock)
+    if not early:
+        state.ahead = _begun(run, moment, own)
     if keep and processes.first():
         decode = run.policy.tokenizer.batch_decode
         prompts, shown = (
             decode(x, skip_special_tokens=True) for x in ([g.prompt for g in groups], [g.hint for g in groups])
         )
         images = [run.data.train.rows[g.row].images for g in groups]
-        write_rollouts(run.folder, moment.step, weights, groups, list(zip(prompts, shown, strict=True)), images)
+        write_rollouts(run.folder, moment.step, sampler, groups, list(zip(prompts, shown, strict=True)), images)
         clock.lap("save")
     return groups
 
@@ -91,31 +110,46 @@ def _stored(run: Run, step: int, weights: str) -> list[Group] | None:
     return stored[1] if stored is not None and stored[0] == weights else None
 
 
-def sampled_groups(
-    run: Run, rows: Sequence[int], moment: Moment, state: State, clock: Clock, attempt: int = 0
-) -> list[Group]:
-    """Groups of these rows with completions and scores.
+def _begun(run: Run, moment: Moment, weights: str) -> Drawing | None:
+    """The next step's completions, which this step's weights begin to draw; None where the next step is not of this stage."""
+    if not run.config.engine.overlap or moment.step + 1 >= moment.stage.stop:
+        return None
+    after = replace(moment, step=moment.step + 1)
+    rows = rows_of_step(after.seed, after.step, after.rules.train.prompts, len(run.data.train.rows))
+    groups = hinted(rows, run.data.train, after, {})  # nothing is learnt about rows here, see config/checks.py
+    run.engine.sync(run.policy, lambda: weights)
+    drawing = Drawing(after.step, weights, groups)
+    drawing.begin(run.engine, run.policy.tokenizer, after)
+    return drawing
 
-    Every process draws all rows and hints, samples and scores its share of the groups, and gets those of the others.
-    """
+
+def _drawn(run: Run, rows: Sequence[int], moment: Moment, state: State, attempt: int = 0) -> list[Group]:
+    """Groups of these rows. Every process draws all rows and hints, and samples its share of the groups."""
     groups = hinted(rows, run.data.train, moment, state.memory.hints)
-    if moment.rules.sample.completions == 0:
-        return groups
-    places = processes.share(len(groups))
-    own, encoded = [groups[i] for i in places], run.data.train.encoded
+    own = {i: groups[i] for i in processes.share(len(groups))}
+    known: dict[int, Known] = {}
+    for i, group in own.items():
+        row = run.data.train.encoded[group.row]
+        known[i] = Known(state.memory.drafts(group, row.solution, moment.rules.sample), row.shown)
     if SOURCES[moment.rules.sample.source].reference and state.reference is not None:
         with state.reference.policy() as frozen:
             run.engine.sync(frozen, lambda: f"reference-{moment.stage.start}")
-            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt, encoded)
+            complete(run.engine, run.policy.tokenizer, own, moment, attempt, known)
     else:
         run.engine.sync(run.policy, partial(checkpoint.fingerprint, run.policy))
-        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt, encoded)
-    clock.lap("generate")
+        complete(run.engine, run.policy.tokenizer, own, moment, attempt, known)
+    return groups
+
+
+def _judged(run: Run, groups: Sequence[Group], moment: Moment, clock: Clock) -> list[Group]:
+    """The groups with scores: every process scores its share, and gets those of the others."""
+    own = [groups[i] for i in processes.share(len(groups))]
     judge(run.scorer, run.data.train.rows, own, moment.rules, run.policy.tokenizer)
     clock.lap("score")
-    if processes.size() > 1:
-        groups = processes.interleave(processes.gather("the groups of a step", own))
-        clock.lap("wait")
+    if processes.size() == 1:
+        return own
+    groups = processes.interleave(processes.gather("the groups of a step", own))
+    clock.lap("wait")
     return groups
 
 
@@ -130,7 +164,9 @@ def refilled(run: Run, groups: list[Group], moment: Moment, state: State, clock:
         if not equal:
             break
         others = refill_rows(moment.seed, moment.step, attempt, len(equal), len(run.data.train.rows))
-        for i, fresh in zip(equal, sampled_groups(run, others, moment, state, clock, attempt), strict=True):
+        drawn = _drawn(run, others, moment, state, attempt)
+        clock.lap("generate")
+        for i, fresh in zip(equal, _judged(run, drawn, moment, clock), strict=True):
             chosen, dropped = (groups[i], fresh) if equal_scores(fresh) else (fresh, groups[i])
             chosen.discarded = groups[i].discarded + sum(s.sampled for s in dropped.samples)
             groups[i] = chosen

@@ -106,15 +106,13 @@ class Tally:
     entropy: float = 0.0
     clipped_low: float = 0.0
     clipped_high: float = 0.0
-    gap: float = 0.0  # |log-prob here - log-prob when sampled|
+    gap: float = 0.0  # |log-prob at the start of the step - log-prob when sampled|
     importance: float = 0.0  # weights of sampled tokens, where engine.gap corrects
     forwarded: float = 0.0
     supervised: float = 0.0
     worst_gap: float = 0.0  # the largest
 
-    def see(
-        self, losses: Mapping[str, Tensor], l_S: Tensor, entropy_S: Tensor, batch: PackedBatch, rules: Rules
-    ) -> None:
+    def see(self, losses: Mapping[str, Tensor], l_S: Tensor, entropy_S: Tensor, batch: PackedBatch) -> None:
         for name, loss in losses.items():
             if name != "entropy":
                 setattr(self, name, getattr(self, name) + float(loss.detach()))
@@ -124,14 +122,10 @@ class Tally:
             return
         self.tokens += n
         self.entropy += float(entropy_S[own].sum())
-        if batch.old_S is None:
-            drift = (l_S[own] - batch.sampler_S[own]).abs()
-            self.gap += float(drift.sum())
-            self.worst_gap = max(self.worst_gap, float(drift.max()))
-        else:
-            ratio, a = torch.exp(l_S[own] - batch.old_S[own]), batch.advantage_S[own]
-            self.clipped_low += float(((ratio < 1 - rules.policy.low) & (a < 0)).sum())
-            self.clipped_high += float(((ratio > 1 + rules.policy.high) & (a > 0)).sum())
+        start_S = l_S if batch.old_S is None else batch.old_S
+        drift = (start_S[own] - batch.sampler_S[own]).abs()
+        self.gap += float(drift.sum())
+        self.worst_gap = max(self.worst_gap, float(drift.max()))
 
     def over_processes(self) -> None:
         """Numbers travel over gloo, which has a deadline: whoever goes on to sum gradients knows that all are there."""
@@ -160,7 +154,7 @@ def apply(
         gradients.backward(parameters, losses, [l_S] if v_S is None else [l_S, v_S], streams)
         if losses:
             with torch.no_grad():
-                tally.see(losses, l_S, entropy_S, batch, rules)
+                tally.see(losses, l_S, entropy_S, batch)
     real = [b for b in packs if not b.filler]
     tally.forwarded = sum(policy.tokens_forwarded(b) for b in real)
     tally.supervised = sum(len(b.target_S) for b in real)
@@ -191,13 +185,23 @@ def losses_of(
 ) -> dict[str, Tensor]:
     """Losses of both streams; the critic's loss is a part of the policy stream's. With them what else is summed up."""
     with_entropy = entropy_S if rules.policy.entropy or rules.policy.off_policy_top < 1 else None
-    kl = rules.reference
-    weighed, told = sampler_gap.corrected(batch, l_S, engine)
-    losses = objectives.losses(l_S, with_entropy, weighed, rules.policy, kl.estimator, rules.likelihood, kl.clamp)
+    weighed, told = sampler_gap.corrected(batch, l_S, rules.policy.loss, engine)
+    losses = objectives.losses(l_S, with_entropy, weighed, rules)
     if v_S is not None:
         losses["value"] = rules.credit.value_weight * objectives.value_loss(v_S, batch, rules.credit.value_clip)
         losses["policy"] = losses["policy"] + losses["value"]
-    return losses | told
+    return losses | told | _clipped(l_S, weighed, rules)
+
+
+@torch.no_grad()
+def _clipped(l_S: Tensor, batch: PackedBatch, rules: Rules) -> dict[str, Tensor]:
+    """Numbers of sampled tokens whose ratio is beyond the clip, where there is a ratio."""
+    if batch.old_S is None:
+        return {}
+    own_S = batch.role_S == COMPLETION
+    ratio, a = torch.exp(l_S[own_S] - batch.old_S[own_S]), batch.advantage_S[own_S]
+    low, high = (ratio < 1 - rules.policy.low) & (a < 0), (ratio > 1 + rules.policy.high) & (a > 0)
+    return {"clipped_low": low.sum(), "clipped_high": high.sum()}
 
 
 def _metrics(tally: Tally, policy: Policy, rules: Rules) -> dict[str, float]:

@@ -1,15 +1,16 @@
-"""Several methods, several seeds, one task: runs in processes of their own, a table with intervals, a plot, a reading."""
+"""Several methods, or several values of a method's settings, several seeds, one task: runs in processes of their own, a table
+with intervals, a plot, a reading."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unift.commands.compare import suites
+from unift.commands.compare import suites, vary
 from unift.commands.compare.jobs import Job, RunsFailed, on_signals, run_many, train_job
 from unift.commands.compare.suites import SuitePlan, check_suite
 from unift.commands.compare.table import Result, by_method, reading, table
@@ -21,8 +22,9 @@ DEFAULT = "sft,rft,sft-rft,r3,stage,uft"  # methods, where none are named
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison. ``settings``: key=value words for every run. ``budget``: "sampled=2M", "trained=2M" or "seconds=60".
-    ``suite``: problem sets that the base and every run are judged on afterwards."""
+    """A comparison. ``settings``: key=value words for every run. ``budget``: "sampled=2M", "trained=2M", "tokens=4M"
+    (both added up) or "seconds=60". ``suite``: problem sets that the base and every run are judged on afterwards.
+    ``vary``: "key=value,value", settings of the methods that are changed one at a time (`compare.vary`)."""
 
     methods: Sequence[str]
     seeds: int
@@ -32,6 +34,7 @@ class Plan:
     workers: int = 2
     budget: str | None = None
     suite: SuitePlan | None = None
+    vary: Sequence[str] = ()
 
 
 def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
@@ -58,7 +61,14 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     if limit and "steps" in over.get("train", {}):
         raise ConfigError("--budget chooses train.steps, which is also set; keep one")
     file = of_recipes_task(recipe, {}, over)
-    configs = {m: resolve(m, recipe=recipe, file=file, overrides=over) for m in methods}
+    if plan.vary and plan.suite:
+        raise ConfigError("--vary changes settings, --suite compares methods on problem sets: leave one out")
+    arms = vary.arms(methods, plan.vary)
+    configs = {
+        arm.name: resolve(arm.method, recipe=recipe, file=file, overrides=parse_overrides([*settings, *arm.settings]))
+        for arm in arms
+    }
+    arms = vary.without_copies(arms, configs)
     for config in configs.values():
         if not (config.data.task or config.data.test or plan.suite):
             raise ConfigError("a comparison needs held-out rows: set data.test=FILE, or name a suite (--suite uft)")
@@ -71,7 +81,11 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
 
     with on_signals(lambda number, frame: stop.set()):
         own = [f"train.budget={limit}"] if limit else []
-        jobs = [train_job(m, seed, recipe, folder, [*settings, *own]) for seed in range(seeds) for m in methods]
+        jobs = [
+            train_job(arm.method, seed, recipe, folder, [*settings, *own, *arm.settings], arm.name)
+            for seed in range(seeds)
+            for arm in arms
+        ]
         failure = None
         try:
             results = run_many(jobs, workers, say, stop)
@@ -79,16 +93,27 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
             results, failure = error.results, error
             if not results:
                 raise
-        judged = suites.judge(plan.suite, folder, configs, results, workers, say, stop) if plan.suite else []
+        judged: list[str] = []
+        if plan.suite:
+            judged = suites.judge(
+                plan.suite,
+                folder,
+                configs,
+                results,
+                lambda jobs: run_many(jobs, workers, lambda t: say(f"suite {t}"), stop),
+            )
     notes = (
         [f"**Not complete: {len(jobs) - len(results)} of {len(jobs)} runs failed and are missing here.**"]
         if failure
         else []
     )
     notes += [budgets.note(limit, results)] if limit else []
-    plot = write_report(folder, results, notes)
+    if plan.vary:
+        plot, found = write_varied(folder, vary.panels(arms, configs, results), results, notes)
+    else:
+        plot, found = write_report(folder, results, notes), [table(results), "", *notes, *reading(results), "", *judged]
     places = [f"plot: {plot}", f"folder: {folder}  (as a page: unift report {folder})"]
-    text = "\n".join([table(results), "", *notes, *reading(results), "", *judged, *places])
+    text = "\n".join([*found, *places])
     if failure:
         say(text)
         raise failure
@@ -119,3 +144,18 @@ def write_report(folder: Path, results: Sequence[Result], notes: Sequence[str] =
     curves(runs, temporary, "Same base, same rows: mean and range over seeds")
     os.replace(temporary, path)
     return path
+
+
+def write_varied(
+    folder: Path, panels: Mapping[str, Sequence[vary.Line]], results: Sequence[Result], notes: Sequence[str] = ()
+) -> tuple[Path, list[str]]:
+    """compare.json, table.md and ablations.png in the folder; the path of the picture, and the lines of the table."""
+    from unift.files import write_atomic
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [vary.table(panels), "", *notes]
+    write_atomic(folder / "compare.json", json.dumps(list(results), indent=1))
+    write_atomic(folder / "table.md", "\n".join([*lines, ""]))
+    path = folder / "ablations.png"
+    vary.figure(panels, path)
+    return path, lines

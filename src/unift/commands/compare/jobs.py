@@ -33,7 +33,8 @@ class RunsFailed(UniftError):
 
 @dataclass(frozen=True)
 class Job:
-    """One run. ``command`` leaves ``result.json`` in ``folder`` and exits with 0; on a begun folder it continues."""
+    """One run. ``method``: its name in messages and results. ``command`` leaves ``result.json`` in ``folder`` and exits with 0;
+    on a begun folder it continues."""
 
     method: str
     seed: int
@@ -56,7 +57,7 @@ def train_job(method: str, seed: int, recipe: str | None, folder: Path, settings
         "--run",
         str(own),
     ]
-    return Job(method, seed, own, [*start, *settings, f"seed={seed}", "threads=1"])
+    return Job(name or method, seed, own, [*start, *settings, f"seed={seed}", "threads=1"])
 
 
 # ---------------------------------------------------------------------------------------------- running
@@ -127,7 +128,7 @@ def run_many(
                     continue
                 del running[number]
                 atexit.unregister(process.terminate)
-                result = _read(jobs[number].folder)
+                result = _named(jobs[number], _read(jobs[number].folder))
                 if process.returncode == 0 and result is not None:
                     results[number] = result
                     # Only now: a command that `train` refused must not pass for the one that brought the result.
@@ -184,7 +185,12 @@ def _finished(job: Job) -> Result | None:
         same = json.loads((job.folder / COMMAND).read_text()) == job.command
     except (OSError, json.JSONDecodeError):
         return None
-    return _read(job.folder) if same else None
+    return _named(job, _read(job.folder)) if same else None
+
+
+def _named(job: Job, result: Result | None) -> Result | None:
+    """The result under the job's name, which tells apart runs of one method with other settings."""
+    return None if result is None else result | {"method": job.method}
 
 
 def _failure(job: Job, code: int, offset: int) -> str:

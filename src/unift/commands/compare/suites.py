@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unift.commands.compare.jobs import Job, run_many
+from unift.commands.compare.jobs import Job
 from unift.commands.compare.table import Result, accuracy_of
 from unift.commands.suite.columns import SUITES, read_problems
 from unift.commands.suite.table import average, line, shown
@@ -42,11 +41,10 @@ def judge(
     folder: Path,
     configs: Mapping[str, Config],
     results: Sequence[Result],
-    workers: int,
-    say: Callable[[str], None],
-    stop: threading.Event,
+    run: Callable[[Sequence[Job]], object],
 ) -> list[str]:
     """Judge the base and the finished runs; lines for people. Files: suite.json and suite.md in the folder.
+    ``run`` does the jobs, each of which leaves a ``result.json`` in its folder.
 
     All answers have one length limit, the largest of the methods, and one rule, that of the first method's settings where
     all agree, else unift's own: methods that grade by the paper's rule in training are compared with others here.
@@ -60,10 +58,10 @@ def judge(
     write_atomic(base / "settings.yaml", to_yaml(first))
     asked = [("base", 0, base, [first.model.path, "--config", str(base / "settings.yaml")])]
     for result in results:
-        run = folder / f"{result['method']}-seed{result['seed']}"
-        asked.append((result["method"], result["seed"], run, [str(run)]))
-    jobs = [_job(plan, method, seed, run, words, shared) for method, seed, run, words in asked]
-    run_many(jobs, workers, lambda text: say(f"suite {text}"), stop)
+        own = folder / f"{result['method']}-seed{result['seed']}"
+        asked.append((result["method"], result["seed"], own, [str(own)]))
+    jobs = [_job(plan, method, seed, own, words, shared) for method, seed, own, words in asked]
+    run(jobs)
     found: dict[str, list[dict[str, Any]]] = {}
     for job in jobs:
         found.setdefault(job.method, []).append(json.loads((job.folder / "result.json").read_text(encoding="utf-8")))

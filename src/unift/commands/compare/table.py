@@ -31,7 +31,8 @@ def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
     return {method: sorted(runs, key=lambda r: r["seed"]) for method, runs in groups.items()}
 
 
-def _tokens(runs: Sequence[Result], name: str) -> str:
+def tokens(runs: Sequence[Result], name: str) -> str:
+    """Mean count of the runs, in millions from ten thousand on."""
     count = mean(r[name] for r in runs)
     return f"{count / 1e6:.2f} M" if count >= 1e4 else f"{count:.0f}"
 
@@ -59,7 +60,7 @@ def table(results: Sequence[Result]) -> str:
         fit = f"{100 * mean(fits):.1f}" if fits else "-"
         lines.append(
             f"| {method} | {len(runs)} | {held_out} | {each} | {fit} "
-            f"| {_tokens(runs, 'tokens_sampled')} | {_tokens(runs, 'tokens_trained')} | {seconds:.0f} |"
+            f"| {tokens(runs, 'tokens_sampled')} | {tokens(runs, 'tokens_trained')} | {seconds:.0f} |"
         )
     return "\n".join(lines)
 

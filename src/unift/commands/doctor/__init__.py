@@ -102,7 +102,7 @@ def packages() -> Check:
 def threads(config: Config) -> Check:
     import torch
 
-    from unift.model.limits import cores as usable
+    from unift.rows.crew import cores as usable
 
     cores = usable()
     used = config.threads or torch.get_num_threads()
@@ -293,21 +293,27 @@ def room(config: Config, data: Data) -> Check:
 def try_reward(config: Config, rows: Sequence[Row]) -> tuple[Check, Any]:
     """The reward must load, give the demonstrations full marks and an empty text less."""
     from unift.rewards import open_scorer
-    from unift.rows.tasks.format import check_format
+    from unift.rows.tasks.format import check_format, contradictions, meant_right
     from unift.types import Score
 
     r = config.reward
     with open_scorer(r, rows) as scorer:
         found = scorer.check(rows[0])
-        some = [row for row in rows[:DEMONSTRATIONS] if row.solution.strip()]
+        meant = meant_right(rows, config.sample.label)
+        some = [row for row in meant[:DEMONSTRATIONS] if row.solution.strip()]
         outcomes = scorer.score(some, [row.solution for row in some])
     right = sum(isinstance(o, Score) and o.right for o in outcomes)
     faults = list(found.warnings)
     if right < len(some):
         first = next(row.id for row, o in zip(some, outcomes) if not (isinstance(o, Score) and o.right))
         faults.append(f"row {first!r} is the first whose own solution is not accepted: mend the row or the reward")
+    faults += [
+        f"row {row.id!r} ends with {other!r}, its column 'answer' has {row.answer!r:.60}: mend the row"
+        for _, row, other in contradictions(some)[:1]
+        if "task" in found.kind.split("+")
+    ]
     try:
-        check_format(rows, r.function, r.rule, scorer.answer)
+        check_format(meant, r.function, r.rule, scorer.answer)
     except UniftError as error:
         faults.append(str(error))
     text = f"{found.reward} ({found.kind}): accepts {right} of {len(some)} demonstrations tried"

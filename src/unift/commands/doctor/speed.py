@@ -16,8 +16,8 @@ import torch
 from unift.commands.doctor import Check
 from unift.config.sections import Config
 from unift.model import limits, matmul, memory
-from unift.model.limits import cores
 from unift.model.load import pick_device
+from unift.rows.crew import cores
 
 ROWS, WIDTH, INNER = 1024, 576, 1536  # a product of a 135 M model's feed-forward layer over a thousand tokens
 SHARE = 0.5  # of the free memory that activations may take

@@ -76,24 +76,22 @@ def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(x, edges) / counts, np.add.reduceat(y, edges) / counts
 
 
-def chart(
-    title: str,
-    lines: Sequence[Line],
-    *,
-    unit: str = "",
-    note: str = "",
-    total: float | None = None,
-    xlabel: str = "step",
-    limits: tuple[float, float] | None = None,
-    log: bool = False,
-    stacked: bool = False,
-    marks: Sequence[float] = (),
-) -> Html | None:
-    """A figure with its legend as text above it; None without a point to draw.
+@dataclass(frozen=True)
+class Look:
+    """Of a chart, beside its lines."""
 
-    limits: of the y axis at least. log: if all values are positive and span more than a factor of 30. stacked: areas on
-    top of each other (the lines share their x). marks: x of vertical lines, where a phase begins.
-    """
+    unit: str = ""
+    note: str = ""
+    total: float | None = None  # right end of the x axis; None: the last point
+    xlabel: str = "step"
+    limits: tuple[float, float] | None = None  # of the y axis at least
+    log: bool = False  # if all values are positive and span more than a factor of 30
+    stacked: bool = False  # areas on top of each other; the lines share their x
+    marks: Sequence[float] = ()  # x of vertical lines, where a phase begins
+
+
+def chart(title: str, lines: Sequence[Line], look: Look) -> Html | None:
+    """A figure with its legend as text above it; None without a point to draw."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -105,7 +103,7 @@ def chart(
         figure = Figure(figsize=(3.9, 2.1), layout="constrained")
         FigureCanvasSVG(figure)
         axis = figure.add_subplot()
-        if stacked:
+        if look.stacked:
             thinned = [thin(line.x, line.y) for line in lines]
             colours = [COLOURS[line.colour] for line in lines]
             axis.stackplot(thinned[0][0], [y for _, y in thinned], colors=colours, alpha=0.75, lw=0)
@@ -113,29 +111,29 @@ def chart(
             for line in lines:
                 _draw(axis, line)
         values = np.concatenate([line.y for line in lines])
-        if log and (values > 0).all() and values.max() > 30 * values.min():
+        if look.log and (values > 0).all() and values.max() > 30 * values.min():
             axis.set_yscale("log")
-        elif stacked:
+        elif look.stacked:
             axis.set_ylim(bottom=0)
-        elif limits is not None:
+        elif look.limits is not None:
             bands = [b for line in lines for b in (line.low, line.high) if b is not None]
             values = np.concatenate([values, *bands])
-            low, high = min(limits[0], values.min()), max(limits[1], values.max())
+            low, high = min(look.limits[0], values.min()), max(look.limits[1], values.max())
             room = 0.04 * (high - low) or 1.0
             axis.set_ylim(low - room, high + room)
-        right = total or max(line.x.max() for line in lines)
+        right = look.total or max(line.x.max() for line in lines)
         axis.set_xlim(min(min(line.x.min() for line in lines), 0 if right > 1 else right - 1), right)
-        for mark in marks:
+        for mark in look.marks:
             axis.axvline(mark, color=FAINT, lw=0.9, ls=(0, (2, 2)))
-        axis.set_xlabel(xlabel)
+        axis.set_xlabel(look.xlabel)
         axis.tick_params(length=0)
         axis.locator_params(axis="x", nbins=6, integer=True)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     legend = [tag("span", tag("i", cls=f"key {line.colour}" + " dash" * line.dashed), line.label) for line in lines]
-    heading = [tag("strong", title), f" ({unit})" if unit else None, tag("span", legend, cls="legend")]
+    heading = [tag("strong", title), f" ({look.unit})" if look.unit else None, tag("span", legend, cls="legend")]
     description = f"{title}: " + ", ".join(f"{line.label} ends at {line.y[-1]:.4g}" for line in lines)
-    caption = tag("p", note, cls="note") if note else None
+    caption = tag("p", look.note, cls="note") if look.note else None
     drawn = _inline(file.getvalue(), description)
     return tag("figure", tag("figcaption", heading), drawn, caption)
 

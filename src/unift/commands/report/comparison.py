@@ -12,7 +12,7 @@ from unift.commands import display
 from unift.commands.compare.plots import COLOURS, over_seeds, series
 from unift.commands.compare.table import accuracy_of, reading
 from unift.commands.report import cards, sections, words
-from unift.commands.report.charts import Line, chart
+from unift.commands.report.charts import Line, Look, chart
 from unift.commands.report.diagnosis import percent
 from unift.commands.report.gather import RunData
 from unift.commands.report.markup import Content, Html, document, fold, footer, table, tag
@@ -23,7 +23,7 @@ assert set(NAMED) == set(COLOURS)
 
 
 def comparison_page(name: str, runs: Sequence[RunData]) -> str:
-    methods = list(dict.fromkeys(run.method for run in runs))
+    methods = list(dict.fromkeys(run.arm for run in runs))
     colours = {m: _colour(m, methods) for m in methods}
     blocks = [
         tag("h1", f"Comparison: {name}", " ", _badge(runs)),
@@ -69,7 +69,7 @@ def _colour(method: str, methods: Sequence[str]) -> str:
 
 
 def _measured(runs: Sequence[RunData], method: str) -> list[dict[str, Any]]:
-    return [dict(r.result) for r in runs if r.method == method and r.result and r.result.get("test")]
+    return [dict(r.result) for r in runs if r.arm == method and r.result and r.result.get("test")]
 
 
 def _bars(runs: Sequence[RunData], methods: Sequence[str]) -> Html | None:
@@ -92,7 +92,7 @@ def _bars(runs: Sequence[RunData], methods: Sequence[str]) -> Html | None:
 def _table(runs: Sequence[RunData], methods: Sequence[str]) -> Html | None:
     rows: list[list[Content]] = []
     for method in methods:
-        results = [dict(r.result) for r in runs if r.method == method and r.result]
+        results = [dict(r.result) for r in runs if r.arm == method and r.result]
         measured = _measured(runs, method)
         each = " ".join(f"{100 * r['test']['accuracy']:.1f}" for r in measured) or "-"
         fits = [r["train"]["accuracy"] for r in results if r.get("train")]
@@ -118,7 +118,7 @@ def _readings(runs: Sequence[RunData]) -> Html | None:
 
 
 def _curves(runs: Sequence[RunData], methods: Sequence[str], colours: dict[str, str]) -> list[Html]:
-    several = any(sum(r.method == m for r in runs) > 1 for m in methods)
+    several = any(sum(r.arm == m for r in runs) > 1 for m in methods)
     shade = "Mean over seeds; shaded: their range." if several else ""
     found: list[Html | None] = []
     options: dict[str, Any]
@@ -131,13 +131,13 @@ def _curves(runs: Sequence[RunData], methods: Sequence[str], colours: dict[str, 
         share = 0.0 if name == "eval/test/accuracy" else 0.03
         lines = [_mean_line(runs, m, name, unit, colours[m], share) for m in methods]
         drawn = [line for line in lines if line is not None]
-        found.append(chart(title, drawn, total=100, xlabel="share of the run's steps, %", note=shade, **options))
+        found.append(chart(title, drawn, Look(total=100, xlabel="share of the run's steps, %", note=shade, **options)))
     return [c for c in found if c is not None]
 
 
 def _mean_line(runs: Sequence[RunData], method: str, name: str, unit: float, colour: str, share: float) -> Line | None:
     """Mean and range over the seeds, where every one of them has the metric."""
-    metrics = [r.metrics for r in runs if r.method == method and len(series(r.metrics, name)[0])]
+    metrics = [r.metrics for r in runs if r.arm == method and len(series(r.metrics, name)[0])]
     grid = np.linspace(0, 100, 201)
     values = unit * over_seeds(metrics, name, grid, share)
     if not len(values):

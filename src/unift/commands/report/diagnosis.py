@@ -235,6 +235,9 @@ def _gap(run: RunData) -> Cause | None:
     gap = at_end(run, "sampling/sampling_logp_difference/mean")
     if gap is None or gap <= GAP:
         return None
+    if at_end(run, "sampling/staleness"):
+        text = f"One update moves the log-prob of a sampled token by {gap:.3g} in the mean: completions are that far off-policy."
+        return Cause("sampler gap", text, "Lower train.lr, or draw with the newest weights: engine.overlap=false.")
     text = (
         f"Sampler and trainer disagree by {gap:.3g} in the mean log-prob of a sampled token: the completions are not quite "
         "on-policy."

@@ -50,6 +50,12 @@ class RunData:
         return self.folder.resolve().name
 
     @property
+    def arm(self) -> str:
+        """The method, with what was changed of it in a comparison: ``uft-show.cuts=1`` of the folder ``uft-show.cuts=1-seed0``."""
+        changed, seed, _ = self.name.rpartition("-seed")
+        return changed if seed and changed.startswith(f"{self.method}-") and "=" in changed else self.method
+
+    @property
     def done(self) -> int:
         """Finished steps."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0

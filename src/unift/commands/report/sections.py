@@ -9,7 +9,7 @@ import numpy as np
 
 from unift.commands import display
 from unift.commands.report import words
-from unift.commands.report.charts import Line, chart, series
+from unift.commands.report.charts import Line, Look, chart, series
 from unift.commands.report.diagnosis import at_end, causes, latest, next_steps, percent, verdict
 from unift.commands.report.findings import PARTS, details, findings, time_spent
 from unift.commands.report.gather import RunData, settings_of
@@ -166,7 +166,7 @@ def learning_charts(run: RunData) -> list[Html]:
         _chart(run, "Groups without a signal", groups, unit="% of groups", limits=(0, 100),
                note="Completions with equal scores have no advantage: such a group teaches nothing but its hint."),
         _chart(run, "Length of completions", lengths, unit="tokens"),
-        _chart(run, "Completions cut at the length limit", [_line(run, "completions/clipped_ratio", "cut", "c2", True, 100)],
+        _chart(run, "Completions cut at the length limit", [_line(run, "completions/clipped_ratio", "cut", "c2", 100, raw=True)],
                unit="%", limits=(0, 5)),
     )  # fmt: skip
 
@@ -194,9 +194,9 @@ def update_charts(run: RunData) -> list[Html]:
         _chart(run, "Entropy", [_line(run, "entropy", "per completion token", "c3", raw=True)], unit="nats", limits=(0, 0)),
         _chart(run, "KL to the reference", [_line(run, "kl", "per completion token", "c4", raw=True)], unit="nats"),
         _chart(run, "Clipped tokens", clip, unit="% of tokens", limits=(0, 0.1),
-               note="Only updates after the first of a step (train.updates) can clip."),
+               note="Only updates after the first of a step (train.updates) can clip; with engine.overlap, all."),
         _chart(run, "Sampler against trainer", gap, unit="difference of log-probs", log=True,
-               note="At the first update of a step; rounding only, if both are the same model."),
+               note="At the start of a step; rounding only, if both are the same model."),
         _chart(run, "Learning rate", [_line(run, "lr", "lr", "c7")]),
     )  # fmt: skip
 
@@ -206,7 +206,7 @@ def speed_charts(run: RunData) -> list[Html]:
         _chart(run, "Time of a step", _split_lines(run), unit="ms, mean", stacked=True),
         _chart(run, "Tokens a second", [_line(run, "tokens/per_second", "sampled", "c1", raw=True)], limits=(0, 1),
                note="Sampled tokens over the time of the whole step; trained tokens where nothing is sampled."),
-        _chart(run, "Tokens saved by the shared prefix", [_line(run, "tokens/shared_ratio", "of an update", "c3", True, 100)],
+        _chart(run, "Tokens saved by the shared prefix", [_line(run, "tokens/shared_ratio", "of an update", "c3", 100, raw=True)],
                unit="%", limits=(0, 100)),
     )  # fmt: skip
 
@@ -235,15 +235,14 @@ def _split_lines(run: RunData) -> list[Line]:
     return [Line(p, SPLIT[p], x, y) for p, y in named.items() if len(y) and y.sum() > 0.005 * whole.sum()]
 
 
-def _line(
-    run: RunData, name: str, label: str, colour: str, raw: bool = False, unit: float = 1.0, dashed: bool = False
-) -> Line:
-    return Line(label, colour, *series(run.metrics, name, unit), raw=raw, dashed=dashed)
+def _line(run: RunData, name: str, label: str, colour: str, unit: float = 1.0, **look: Any) -> Line:
+    """A metric of the run, times ``unit``; ``look``: raw, dashed of `Line`."""
+    return Line(label, colour, *series(run.metrics, name, unit), **look)
 
 
 def _chart(run: RunData, title: str, lines: Sequence[Line], **options: Any) -> Html | None:
     marks = [stage.start for stage in stages(run.config)[1:]] if run.config and not run.config.train.budget else []
-    return chart(title, lines, total=run.total, marks=marks, **options)
+    return chart(title, lines, Look(total=run.total, marks=marks, **options))
 
 
 def _present(*charts: Html | None) -> list[Html]:

@@ -7,7 +7,6 @@ same task ever holds. A task's module is imported when it is first asked for.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Hashable, Iterable
 from importlib import import_module
 from typing import Any
@@ -47,13 +46,13 @@ def split_of(form: Hashable) -> str:
 def canonical(row: Row) -> str:
     """The problem apart from its wording where the task knows how, else the prompt without case and spaces."""
     shown = "".join(f" {found.digest}" for found in row.images)
-    if row.task in task_names():
+    if row.task in _MODULES:
         try:
             return repr((row.task, get_task(row.task).canonical(row))) + shown
         except (UniftError, KeyError, TypeError, ValueError):
             pass  # a file may use a task's name with other answers
     text = row.prompt if isinstance(row.prompt, str) else "".join(m["content"] for m in row.prompt)
-    return re.sub(r"\s+", " ", text).strip().lower() + shown
+    return " ".join(text.split()).lower() + shown
 
 
 def make_rows(

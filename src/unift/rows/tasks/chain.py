@@ -3,6 +3,10 @@
     prompt "Calculate from left to right, ...\\n14 - 2 - 9 + 30\\n", steps "14 - 2 = 12\\n", "12 - 9 = 3\\n", "3 + 30 = 33\\n",
     ending "<answer>33</answer>"
 
+With ``example=True`` a solved problem stands in the prompt, the same for all rows of the same options. A base model that is
+shown the form closes a whole solution right in one of three samples; without it SmolLM2-135M does so once in twenty thousand,
+and then no hint leads to a reward.
+
 Short enough for a language model of 100 million parameters on a CPU: a line takes about ten tokens of one digit each. The
 left-to-right rule differs from the precedence of school where a product follows a sum, so ``signs`` with ``*`` ask for more
 than what a pretrained model already writes.
@@ -22,7 +26,8 @@ from unift.rows.tasks.base import Task, build_row, check_rule, field_of, span, v
 from unift.types import ConfigError, Row, Score
 
 PROMPT = (
-    "Calculate from left to right, one operation a line, then write the result in <answer> </answer> tags.\n{text}\n"
+    "Calculate from left to right, one operation a line, then write the result in <answer> </answer> tags.\n"
+    "{example}{text}\n"
 )
 SIGNS = "+-*"
 NUMBER = re.compile(r"[+-]?[0-9]{1,12}")
@@ -39,29 +44,45 @@ def make(
     results: Any = (0, 99),
     signs: Any = "+-",
     spaces: bool = True,
+    example: bool = False,
 ) -> Row:
     """Problem ``index`` of this seed: every result on the way lies in ``results``.
 
     operations, values, results: how many operations, the range of the numbers, of the results; a whole number or (low, high).
     signs: which of ``+-*`` are drawn, again and again until the result lies in ``results``. spaces: around the signs;
-    without them a line of two-digit numbers is 9 tokens of one digit each instead of 11.
+    without them a line of two-digit numbers is 9 tokens of one digit each instead of 11. example: whether a solved problem
+    comes first.
     """
     if not isinstance(signs, str) or not signs or set(signs) - set(SIGNS):
         raise ConfigError(f"option 'signs' of chain: found {signs!r}, expected one or more of {SIGNS!r}.")
     how_many, value_range = span("operations", operations, 1, 16), span("values", values, 0, 10**6)
-    low, high = span("results", results, 0, 10**9)
-    rng = generator("chain", seed, index)
-    length = int(rng.integers(how_many[0], how_many[1] + 1))
+    ranges = (how_many, value_range, span("results", results, 0, 10**9))
+    solved = ""
+    if example:
+        text, steps, result = _written(*_drawn(generator("chain", "example"), ranges, signs), spaces)
+        solved = f"{text}\n{''.join(steps)}<answer>{result}</answer>\n\n"
+    text, steps, result = _written(*_drawn(generator("chain", seed, index), ranges, signs), spaces)
+    prompt = PROMPT.format(example=solved, text=text)
+    answer = {"text": text, "result": result}
+    return build_row("chain", prompt, steps, f"<answer>{result}</answer>", answer, {"index": index})
+
+
+def _drawn(
+    rng: np.random.Generator, ranges: tuple[tuple[int, int], tuple[int, int], tuple[int, int]], signs: str
+) -> tuple[list[int], str, list[int]]:
+    """(numbers, signs between them, results); ranges: of the number of operations, of the values, of the results."""
+    operations, values, results = ranges
+    length = int(rng.integers(operations[0], operations[1] + 1))
     for _ in range(MAX_TRIES):
-        numbers, drawn, found = [int(rng.integers(value_range[0], value_range[1] + 1))], "", list[int]()
+        numbers, drawn, found = [int(rng.integers(values[0], values[1] + 1))], "", list[int]()
         for _ in range(length):
-            drawn_now = _next(rng, (found or numbers)[-1], signs, value_range, (low, high))
+            drawn_now = _next(rng, (found or numbers)[-1], signs, values, results)
             if drawn_now is None:
                 break
             sign, number, result = drawn_now
             numbers, drawn, found = [*numbers, number], drawn + sign, [*found, result]
         if len(found) == length:
-            return _row(numbers, drawn, found, spaces, index)
+            return numbers, drawn, found
     raise ConfigError(
         f"chain found no problem in {MAX_TRIES} tries with operations={operations}, values={values}, results={results}, "
         f"signs={signs!r}: widen one of the ranges."
@@ -105,16 +126,14 @@ def _next(
     return None
 
 
-def _row(numbers: list[int], signs: str, results: list[int], spaces: bool, index: int) -> Row:
+def _written(numbers: list[int], signs: str, results: list[int], spaces: bool) -> tuple[str, list[str], int]:
+    """(the problem, its lines, the last result)."""
     gap = " " if spaces else ""
     text = str(numbers[0]) + "".join(f"{gap}{s}{gap}{n}" for s, n in zip(signs, numbers[1:], strict=True))
     sides = [numbers[0], *results[:-1]]
     terms = zip(sides, signs, numbers[1:], results, strict=True)
     steps = [f"{a}{gap}{s}{gap}{b}{gap}={gap}{c}\n" for a, s, b, c in terms]
-    answer = {"text": text, "result": results[-1]}
-    return build_row(
-        "chain", PROMPT.format(text=text), steps, f"<answer>{results[-1]}</answer>", answer, {"index": index}
-    )
+    return text, steps, results[-1]
 
 
 TASK = Task(
@@ -122,5 +141,5 @@ TASK = Task(
     make,
     score,
     canonical,
-    {"operations": (3, 5), "values": (1, 99), "results": (0, 99), "signs": "+-", "spaces": True},
+    {"operations": (3, 5), "values": (1, 99), "results": (0, 99), "signs": "+-", "spaces": True, "example": False},
 )

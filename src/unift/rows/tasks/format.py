@@ -40,25 +40,32 @@ def answer_rule(rows: Sequence[Row], setting: str = "auto", rule: str = "unift")
     return max(PLACES, key=lambda place: accepted[place])
 
 
-def own_endings(rows: Sequence[Row]) -> list[Row]:
-    """Rows whose ending was written for them, with the mark of their own solutions as the ending where there is one: the steps
-    stop before it, so that no hint shows the answer.
+def all_marked(rows: Iterable[tuple[int, Row]], name: str) -> bool:
+    """Do all solutions mark their answer themselves, most of them rightly? Then each row ends with its mark (`with_own_ending`):
+    the steps stop before it, so that no hint shows the answer. Rows of several kinds keep the answer tags that were written
+    behind them, which are the same for all.
 
-    Only if every solution marks an answer and most are right by that mark: rows of several kinds keep the written tags, which
-    are the same for all.
+    rows: (number, row) of those whose ending was written for them; reading stops at the first that marks no answer. name: of
+    their source. Raises DataError where all are marked and most mark another answer than the column's, which would then stand
+    behind a solution that says otherwise.
     """
-    return [with_own_ending(row) for row in rows] if all_marked(rows) else list(rows)
-
-
-def all_marked(rows: Iterable[Row]) -> bool:
-    """Does the rule of `own_endings` hold for these rows? It ends at the first solution that marks no answer."""
     tried = right = 0
-    for row in rows:
+    faulty: list[tuple[int, Row, str]] = []
+    for number, row in rows:
         found = _marked(row)
         if found is None:
             return False
         if tried < TRIED:
             tried, right = tried + 1, right + _own(found[0], "auto", found[1]).right
+            other = other_answer(row)
+            faulty += [] if other is None else [(number, row, other)]
+    if len(faulty) > (1 - ENOUGH) * tried:
+        number, row, other = faulty[0]
+        raise DataError(
+            f"{name}, row {number}, column 'answer': {row.answer!r:.60}, but the row's own solution ends with {other!r:.60}; "
+            f"{len(faulty)} of the {tried} rows tried contradict themselves so. Mend the rows; if they are meant so "
+            "(wrong answers with scores, or the mark is no answer), say in a column 'ending' what follows the steps, if only ''"
+        )
     return tried > 0 and right >= ENOUGH * tried
 
 
@@ -92,6 +99,33 @@ def _marked(row: Row) -> tuple[Row, str] | None:
         ending = text[len("".join(steps)) :]
         return (replace(row, steps=tuple(steps), ending=ending), place) if steps else None
     return None
+
+
+def other_answer(row: Row) -> str | None:
+    """The answer that the row's own solution marks, where it is not the column's; None where they agree or nothing is marked.
+
+    The steps' own mark goes before an ending, which may have been written for them. A line of "####" within a solution is a
+    heading.
+    """
+    from unift.rows.tasks import get_task, task_names
+
+    if row.answer is None or row.task not in task_names() or not get_task(row.task).marked:
+        return None
+    for text in ("".join(row.steps), row.solution):
+        for place, sign in _MARKS.items():
+            start = text.rfind(sign)
+            found = extract_answer(text[start:], place) if start >= 0 else None
+            if found is None or (place == "hash" and "\n" in text[start:].strip()):
+                continue
+            right = get_task(row.task).score(text[start:], row, answer=place).right
+            return None if right else found
+    return None
+
+
+def contradictions(rows: Iterable[Row]) -> list[tuple[int, Row, str]]:
+    """(number from 1, row, the answer of its solution) of the rows whose solution ends with another answer than the column's."""
+    found = ((number, row, other_answer(row)) for number, row in enumerate(rows, start=1))
+    return [(number, row, other) for number, row, other in found if other is not None]
 
 
 def check_answers(rows: Sequence[Row], function: object, source: str) -> None:
@@ -143,6 +177,14 @@ def check_format(rows: Sequence[Row], function: object = "auto", rule: str = "un
         f"reward.rule={rule} (row {row.id!r}: {score.note or 'wrong'}), so completions in their form would earn nothing. "
         f"{advice or 'No other place of the answer does better: mend the solutions or the answers'}."
     )
+
+
+def meant_right(rows: Sequence[Row], label: str | None) -> Sequence[Row]:
+    """The rows that `check_format` may judge: where a column scores them (``sample.label``), none below half."""
+    if label is None:
+        return rows
+    scored = ((row, row.extra.get(label)) for row in rows)
+    return list(islice((row for row, x in scored if not (isinstance(x, (bool, int, float)) and x < 0.5)), TRIED))
 
 
 def places(rows: Sequence[Row], function: object = "auto") -> Counter[str]:

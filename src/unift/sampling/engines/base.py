@@ -55,6 +55,8 @@ class Request:
     prompt: list[int]
     draws: Draws | np.ndarray | None
     shown: Shown | None = None  # the pictures whose placeholders the prompt has
+    # Completions, or texts with parts of one, that may well come: a hint for speed alone.
+    drafts: Sequence[list[int]] = ()
 
     @property
     def samples(self) -> int:
@@ -89,7 +91,8 @@ class Engine(Protocol):
         """Samples of every request, in order: token ids, with what ended the completion as the last one, and their log-probs
         under softmax(logits / temperature) of the weights of the last ``sync``, nothing cut off. Texts are left empty.
 
-        Raises EngineError where an answer is missing, late, or from other weights.
+        Raises EngineError where an answer is missing, late, or from other weights. With engine.overlap, which is for engines
+        beside this process, another thread calls it while the trainer trains; no two calls overlap, and no `sync`.
         """
         ...
 

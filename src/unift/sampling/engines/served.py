@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unift.files import publish_folder, writing
-from unift.model import lora
+from unift.model import lora, sharding
 from unift.model.load import save_pretrained
 from unift.model.policy import Policy
 
@@ -24,8 +24,9 @@ TIED = "tie_word_embeddings"
 
 
 def state(policy: Policy) -> dict[str, Tensor]:
-    """Every weight by name, also those that share memory; adapters merged unless they are switched off."""
-    return lora.merged_state(policy.base) if policy.lora else dict(policy.base.state_dict())
+    """Every weight by name, also those that share memory; adapters merged unless they are switched off. Sharded weights are
+    whole by then (`Policy.whole`)."""
+    return lora.merged_state(policy.base) if policy.lora else sharding.state(policy.base)
 
 
 @torch.no_grad()

@@ -75,6 +75,7 @@ class VLLM:
     version: str = ""
     ends: list[int] = field(default_factory=list[int])
     barred: dict[int, float] = field(default_factory=dict[int, float])
+    closed: bool = False
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -147,6 +148,8 @@ class VLLM:
 
         def seen(index: int, answer: Any) -> None:
             nonlocal done
+            if self.closed:  # asked from another thread (sampling/ahead.py), whose run is over
+                raise EngineError(f"the run that asked {self.server.url} has ended")
             results[index] = self._samples(answer, requests[index], max_tokens)
             done += 1
             watch(done)
@@ -225,6 +228,7 @@ class VLLM:
 
     def close(self) -> None:
         """The server goes on; the folder of weights does not."""
+        self.closed = True
         if processes.first():
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -4,7 +4,8 @@
       config.yaml  environment.json  metrics.jsonl  result.json
       rollouts/step_000012.jsonl.gz       the groups of a step with tokens, log-probs and scores
       checkpoints/step_000012/            model/ (a plain Hugging Face folder), trainer.json, weights and optimizer in
-                                          state.pt, or in shards/ where each process holds a part of them
+                                          state.pt, or in shards/ where each process holds a part of them; with
+                                          engine.overlap ahead.jsonl.gz, what was drawn for the next step
       checkpoints/latest  checkpoints/best   names of folders
       nonfinite/                          the batch of a step that went NaN
 
@@ -33,15 +34,24 @@ if TYPE_CHECKING:
     from unift.model.policy import Policy
 
 
-_DAMAGED = "delete this folder, and the same command continues from the checkpoint before it, or from the start"
+AHEAD = "ahead.jsonl.gz"  # what was drawn for the next step, in a checkpoint
+DAMAGED = "delete this folder, and the same command continues from the checkpoint before it, or from the start"
 
 
 def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    ahead: bytes | None = None,
+) -> Path:
     """Checkpoint after ``step`` finished steps. ``state`` is JSON: data fingerprint, config hash, counters, versions.
+    ``ahead``: a file of what was drawn for the next step.
 
     All processes call this together. The first one writes, and each its own part where the weights are sharded.
     """
@@ -52,6 +62,9 @@ def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimiz
     try:
         if policy.root is not None:
             shards.write(temporary / shards.FOLDER, policy, optimizer)
+        if ahead is not None and processes.first():
+            with writing(f"the checkpoint of step {step}", root):
+                (temporary / AHEAD).write_bytes(ahead)
         with policy.whole():
             return processes.lead("a checkpoint", lambda: _completed(temporary, root, step, policy, optimizer, state))
     except UniftError:
@@ -99,7 +112,7 @@ def counters(folder: Path, step: int) -> dict[str, Any]:
     try:
         return dict(json.loads((where / "trainer.json").read_text(encoding="utf-8"))["counters"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UniftError(f"{where} cannot be read ({error!r:.100}): {_DAMAGED}") from None
+        raise UniftError(f"{where} cannot be read ({error!r:.100}): {DAMAGED}") from None
 
 
 def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -116,7 +129,7 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
         stored = _loaded(where / "state.pt", policy) if not parts.is_dir() else {}
         names = shards.names(parts) if parts.is_dir() else set(stored.get("weights", ()))
     if not {"counters", "scorer"} <= trainer.keys() or (stored and not {"weights", "optimizer"} <= stored.keys()):
-        raise UniftError(f"{where} holds no checkpoint of this version: {_DAMAGED}")
+        raise UniftError(f"{where} holds no checkpoint of this version: {DAMAGED}")
     own = dict(policy.named_parameters())
     if optimizer is None or policy.critic is None:  # a critic belongs to the phase that trained it
         own = {n: p for n, p in own.items() if not n.startswith("critic.")}
@@ -125,7 +138,7 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
         raise UniftError(f"{where} was saved from another model: its parameters have other names")
     if not stored:
         with _readable(where):
-            shards.read(parts, optimizer, own)
+            shards.read(parts, policy, optimizer, own)
         return trainer
     from unift.model.sharding import assign
 
@@ -156,7 +169,7 @@ def _readable(where: Path) -> Generator[None, None, None]:
     except UniftError:
         raise
     except Exception as error:  # torch and pickle raise many kinds; all mean that the file is damaged
-        raise UniftError(f"{where} cannot be read ({str(error) or repr(error):.100}): {_DAMAGED}") from None
+        raise UniftError(f"{where} cannot be read ({str(error) or repr(error):.100}): {DAMAGED}") from None
 
 
 def prune(folder: Path, keep: int, also: Iterable[int]) -> None:
@@ -179,8 +192,8 @@ def fingerprint(policy: Policy) -> str:
     from unift.model.sharding import full
 
     value = 0
-    for p in policy.parameters():
-        whole = full(p.detach())
+    for name, p in policy.named_parameters():
+        whole = policy.seen(name, full(p.detach()))
         if policy.root is None or processes.first():
             value = zlib.crc32(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"

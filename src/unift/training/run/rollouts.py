@@ -31,8 +31,22 @@ def write_rollouts(
     texts: list[tuple[str, str]],
     shown: Sequence[Sequence[Picture]] = (),
 ) -> None:
-    """One line a group: ids, texts, tokens, log-probs, scores. ``weights``: fingerprint of the policy that sampled. ``shown``:
-    the pictures of each group's prompt, of which the run keeps a small copy."""
+    """``shown``: the pictures of each group's prompt, of which the run keeps a small copy."""
+    path = rollouts_path(folder, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [[_kept(folder, found) for found in own] for own in shown]
+    write_atomic(path, encoded(step, weights, groups, texts, kept))
+
+
+def encoded(
+    step: int,
+    weights: str,
+    groups: list[Group],
+    texts: list[tuple[str, str]],
+    pictures: Sequence[Sequence[str]] = (),
+) -> bytes:
+    """One line a group: ids, texts (prompt, hint), tokens, log-probs, scores. ``weights``: fingerprint of the policy that
+    sampled. ``pictures``: of each group, names of small copies."""
     lines = [json.dumps({"step": step, "weights": weights, "groups": len(groups)})]
     for group, (prompt, hint) in zip(groups, texts, strict=True):
         record = {
@@ -47,12 +61,10 @@ def write_rollouts(
             "discarded": group.discarded,
             "samples": [_sample_record(s) for s in group.samples],
         }
-        if shown and shown[len(lines) - 1]:
-            record["pictures"] = [_kept(folder, found) for found in shown[len(lines) - 1]]
+        if pictures and pictures[len(lines) - 1]:
+            record["pictures"] = list(pictures[len(lines) - 1])
         lines.append(json.dumps(record, ensure_ascii=False))
-    path = rollouts_path(folder, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0))
+    return gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0)
 
 
 def _kept(folder: Path, found: Picture) -> str:
@@ -93,13 +105,16 @@ def read_rollouts(folder: Path, step: int) -> tuple[str, list[Group]] | None:
     path = rollouts_path(folder, step)
     if not path.is_file():
         return None
+    return read(path, "delete it, and the step is sampled again, to the same numbers")
+
+
+def read(path: Path, todo: str) -> tuple[str, list[Group]]:
+    """(fingerprint, groups) of a file. UniftError with what to do where it is damaged."""
     try:
         head, *records = read_records(path)
         return head["weights"], [_group(record) for record in records]
     except UNREADABLE as error:
-        raise UniftError(
-            f"{path} cannot be read ({error!r}): delete it, and the step is sampled again, to the same numbers"
-        ) from None
+        raise UniftError(f"{path} cannot be read ({error!r}): {todo}") from None
 
 
 def read_records(path: Path) -> list[Any]:

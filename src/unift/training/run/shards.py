@@ -1,5 +1,8 @@
 """Checkpoints of sharded weights (torch.distributed.checkpoint): every process writes its own part, and any number of
-processes reads what it needs of them, one process among them."""
+processes reads what it needs of them, one process among them.
+
+What is stored is the same whether weights are sharded or not: weights as the model sees them, and in the optimizer's state
+the float32 copies (``master``), which are the shards themselves where these are float32 (`Policy.seen`)."""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from unift.model.policy import Policy
 
 FOLDER = "shards"
+MASTER = "master"  # in the optimizer's state: the float32 copy of a weight (`optimizer.MasterWeights`)
 
 
 def write(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
@@ -29,8 +33,10 @@ def write(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Non
 
     tensors: dict[str, Any] = {}
     for name, p in policy.named_parameters():
-        tensors[f"weights/{name}"] = p.detach()
-        tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state.get(p, {}).items()}
+        tensors[f"weights/{name}"] = policy.seen(name, p.detach())
+        copied = {MASTER: p.detach()} if policy.seen(name, p).dtype != p.dtype else {}
+        kept = copied | optimizer.state.get(p, {})
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in kept.items()}
     with _clear("written", folder):
         save(tensors, storage_writer=FileSystemWriter(folder))
 
@@ -49,28 +55,45 @@ def names(folder: Path) -> set[str]:
     return {key.removeprefix("weights/") for key in _stored(folder) if key.startswith("weights/")}
 
 
-def read(folder: Path, optimizer: torch.optim.Optimizer | None, own: Mapping[str, Tensor]) -> None:
+def read(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer | None, own: Mapping[str, Tensor]) -> None:
     """Load the weights ``own`` (by name) and the optimizer's state in place. All processes call this together."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    wanted: dict[str, Any] = {f"weights/{name}": p.detach() for name, p in own.items()}
+    wanted: dict[str, Any] = {f"weights/{name}": policy.seen(name, p.detach()) for name, p in own.items()}
     for key, (shape, dtype) in _stored(folder).items():
         if key.startswith("optimizer/") and optimizer is not None:
             name, what = key.removeprefix("optimizer/").rsplit("/", 1)
-            optimizer.state[own[name]][what] = wanted[key] = _like(optimizer, own[name], shape, dtype)
+            wanted[key] = _like(optimizer, own[name], shape, dtype)
+            if not _is_shard(policy, name, own[name], what):
+                optimizer.state[own[name]][what] = wanted[key]
     with _clear("read", folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that one process reads alone
         load(wanted, storage_reader=FileSystemReader(folder), no_dist=processes.size() == 1)
+    with torch.no_grad():
+        for name, p in own.items():  # nothing to copy where the weight itself was read
+            if policy.seen(name, p).dtype != p.dtype:
+                p.copy_(wanted.get(f"optimizer/{name}/{MASTER}", wanted[f"weights/{name}"]))
 
 
 def spread(policy: Policy, optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
-    """Take a whole optimizer state (of ``Optimizer.state_dict()``) into one of sharded weights."""
-    for number, p in enumerate(policy.parameters()):
+    """Take a whole optimizer state (of ``Optimizer.state_dict()``) into one of sharded weights. It counts parameters in the
+    order of the optimizer's groups, which need not be the model's."""
+    names = {id(p): name for name, p in policy.named_parameters()}
+    for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        name = names[id(p)]
         for what, value in stored["state"].get(number, {}).items():
+            if _is_shard(policy, name, p, what):
+                assign(p, value)
+                continue
             state = _like(optimizer, p, value.shape, value.dtype)
             assign(state, value)
             optimizer.state[p][what] = state
+
+
+def _is_shard(policy: Policy, name: str, p: Tensor, what: str) -> bool:
+    """Is this part of a weight's state its float32 copy, where that is the shard itself?"""
+    return what == MASTER and policy.seen(name, p).dtype != p.dtype
 
 
 def _like(optimizer: torch.optim.Optimizer, p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
