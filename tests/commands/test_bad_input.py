@@ -403,7 +403,7 @@ def test_no_accuracy_without_held_out_rows(tmp_path, monkeypatch, capsys):
 
 
 def test_names_have_one_full_stop(refused):
-    assert "error: unknown recipe 'lok'; did you mean 'lock'? Known: countdown, jigsaw, lock." in refused(
+    assert "error: unknown recipe 'lok'; did you mean 'lock'? Known: countdown, jigsaw, lock, smollm2." in refused(
         "train", "--recipe", "lok"
     )
     assert "error: unknown method 'zzzz'. Known: " in refused("train", "--method", "zzzz")

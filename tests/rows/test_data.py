@@ -194,7 +194,7 @@ def test_overlap_is_by_canonical_form():
     assert overlap(a, make_rows("countdown", 50, 1, "test")) == []
 
 
-@pytest.mark.parametrize("task", ["countdown", "knights", "lock"])
+@pytest.mark.parametrize("task", ["countdown", "jigsaw", "knights", "lock"])
 def test_splits_never_overlap(task):
     """Any seed of one split against any seed of the other, and every demonstration is right."""
     t = get_task(task)
