@@ -60,6 +60,8 @@ def one(folder: Path, variant: str, rate: float, seed: int, steps: int, until: f
     given = COMMON | own | {"train.lr": rate, "train.steps": steps, "seed": seed}
     run = unift.train(method, recipe="jigsaw", run=folder, on_step=reached, quiet=True, **given)
     exact = {m["step"]: m["eval/test/accuracy"] for m in run.metrics if "eval/test/accuracy" in m}
+    if exact[max(exact)] < until and max(checkpoint.steps_saved(folder)) < steps:
+        sys.exit(f"{folder}: stopped by a signal; the same command continues")
     found = measured(folder, run.config, exact)
     (folder / "older.json").write_text(json.dumps({"points": found, **targets(run.config)}, indent=1))
 

@@ -105,7 +105,7 @@ def _inside(shape: str, y: np.ndarray, x: np.ndarray, place: np.ndarray, radius:
 
 def _pixels(rng: np.random.Generator, scene: np.ndarray) -> np.ndarray:
     noisy = scene + rng.uniform(-NOISE, NOISE, scene.shape)
-    return np.floor(np.clip(noisy, 0.0, 1.0) * 255 + 0.5).astype(np.uint8)
+    return np.floor(np.minimum(np.maximum(noisy, 0.0), 1.0) * 255 + 0.5).astype(np.uint8)
 
 
 def _tile(place: int, cols: int, height: int, width: int) -> tuple[slice, slice]:
