@@ -23,12 +23,15 @@ def share(p, n=500):
     return {"accuracy": p, "low": low, "high": high, "n": n}
 
 
-def run(change=None, result=None, base=0.1, test=0.5, stopped=False, hinted=None):
-    """A finished run of sound numbers. change: metrics of all steps; hinted: of the first half, with hints."""
+def run(change=None, result=None, base=0.1, test=0.5, stopped=False, hinted=None, peak=None):
+    """A finished run of sound numbers. change: metrics of all steps; hinted: of the first half, with hints. peak: accuracy in the
+    middle."""
     metrics = [{"step": 0, "base": share(base)}]
     for step in range(1, STEPS + 1):
         early = {"hint/fraction": 0.6} | (hinted or {}) if hinted is not None and step <= STEPS // 2 else {}
         metrics.append({"step": step, "eval/test/accuracy": test} | SOUND | (change or {}) | early)
+    if peak is not None:
+        metrics[STEPS // 2]["eval/test/accuracy"] = peak
     done = {"reward_seen": 100, "test": share(test), "scorer": {"train": {"total": 800}}} | (result or {})
     settings = {"method": "uft", "train": {"steps": STEPS}}
     return RunData(Path("run"), settings, None, metrics, done, {}, [], 0, stopped, [])
@@ -53,6 +56,8 @@ def names(found):
         ("hints gone too soon", {"change": {"reward": 0.01}, "hinted": {"reward": 0.5}},
          {"change": {"reward": 0.1}, "hinted": {"reward": 0.5}}),
         ("rows solved", {"change": {"groups/all_right": 0.9}}, {"change": {"groups/all_right": 0.7}}),
+        ("equal completions", {"change": {"frac_reward_zero_std": 0.85}}, {"change": {"frac_reward_zero_std": 0.75}}),
+        ("fell back", {"peak": 0.62}, {"peak": 0.54}),
         ("sampler gap", {"change": {"sampling/sampling_logp_difference/mean": 0.03}},
          {"change": {"sampling/sampling_logp_difference/mean": 0.02}}),
         ("rows learned by heart", {"result": {"train": share(0.9)}}, {"result": {"train": share(0.51)}}),
@@ -84,6 +89,12 @@ def test_while_hints_are_shown_it_is_too_early_to_say():
     unfinished = RunData(**(vars(whole) | {"result": None}))
     assert "Too early to say" in verdict(unfinished)[1] and "Too early" not in verdict(whole)[1]
     assert "Let it go on" in next_steps(unfinished)[0]
+
+
+def test_equal_completions_are_not_said_where_the_reason_is_known():
+    for known in ({"groups/all_right": 0.9}, {"reward": 0.0, "groups/all_wrong": 1.0}):
+        result = {"reward_seen": 0} if "reward" in known else None
+        assert "equal completions" not in names(run(change={"frac_reward_zero_std": 0.95} | known, result=result))
 
 
 def test_the_first_screen_says_it():

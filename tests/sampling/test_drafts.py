@@ -30,7 +30,7 @@ def requests(seed=0):
 
 
 def with_drafts(asked, drafts):
-    return [Request(r.prompt, r.draws, texts) for r, texts in zip(asked, drafts, strict=True)]
+    return [Request(r.prompt, r.draws, drafts=texts) for r, texts in zip(asked, drafts, strict=True)]
 
 
 def run(policy, asked):

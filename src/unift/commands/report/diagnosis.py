@@ -102,8 +102,11 @@ def verdict(run: RunData) -> tuple[str, str]:
 
 def causes(run: RunData) -> list[Cause]:
     """What holds the run back, the gravest first; empty where these numbers show nothing."""
-    found = [_not_finite(run), _errors(run), _no_reward(run), _no_answer(run), _cut(run), *_hints(run), _easy(run)]
-    return [cause for cause in [*found, _gap(run), _overfit(run)] if cause is not None]
+    silent = [_no_reward(run), *_hints(run), _easy(run)]  # reasons that a group has no signal
+    found = [_not_finite(run), _errors(run), silent[0], _no_answer(run), _cut(run), *silent[1:]]
+    if not any(silent):
+        found.append(_equal(run))
+    return [cause for cause in [*found, _fallen(run), _gap(run), _overfit(run)] if cause is not None]
 
 
 def next_steps(run: RunData) -> list[str]:
@@ -229,6 +232,43 @@ def _easy(run: RunData) -> Cause | None:
         return None
     text = f"The rows are solved: {percent(right)} of the groups at the end were all right, so they have no advantage."
     return Cause("rows solved", text, "Harder or more rows; further steps on these teach nothing.")
+
+
+def _equal(run: RunData) -> Cause | None:
+    flat = at_end(run, "frac_reward_zero_std")
+    if flat is None or flat <= MOST:
+        return None
+    entropy = at_end(run, "entropy")
+    said = "" if entropy is None else f" (entropy {entropy:.2g} nats a token)"
+    text = (
+        f"The completions of a prompt earn the same: {percent(flat)} of the groups at the end had no advantage{said}."
+    )
+    return Cause(
+        "equal completions",
+        text,
+        "More completions a prompt (sample.completions), a policy that stays open (policy.entropy, a lower train.lr), or other "
+        "rows for such groups (sample.refill).",
+    )
+
+
+def _fallen(run: RunData) -> Cause | None:
+    x, y = series(run.metrics, "eval/test/accuracy")
+    now = latest(run)
+    if not len(x) or now is None:
+        return None
+    best, (last, step), n = int(np.argmax(y)), now, now[0]["n"]
+    if int(x[best]) >= step or wilson(y[best] * n, n)[0] <= last["high"]:
+        return None
+    text = (
+        f"Held-out accuracy was {percent(y[best])} at step {int(x[best]):,} and fell to {percent(last['accuracy'])}; the 95 % "
+        "intervals do not overlap."
+    )
+    return Cause(
+        "fell back",
+        text,
+        "A lower rate, or one that falls (train.lr, train.decay=cosine); likelihood that stays when hints go (method uft-whole); "
+        "fewer steps.",
+    )
 
 
 def _gap(run: RunData) -> Cause | None:

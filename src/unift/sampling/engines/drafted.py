@@ -36,11 +36,13 @@ def generate(
     rows: int = ROWS,
     watch: Watch = unwatched,
 ) -> list[list[Sample]]:
-    """As `Engine.generate`, with this policy; requests without drafts as the native engine does them."""
+    """As `Engine.generate`, with this policy; batches without drafts, or with pictures, as the native engine does
+    them."""
     cut = batches(requests, rows, mixed=True)
 
     def run(batch: list[Request]) -> list[list[Sample]]:
-        drafted = policy.device.type == "cpu" and any(r.drafts for r in batch)
+        # A picture's tokens may stand in three dimensions, which this decode step does not know.
+        drafted = policy.device.type == "cpu" and any(r.drafts for r in batch) and not any(r.shown for r in batch)
         return (run_batch if drafted else native.run_batch)(policy, batch, max_tokens, temperature)
 
     with policy.sampling(max_tokens * len(cut)):
