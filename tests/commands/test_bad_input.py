@@ -323,7 +323,7 @@ SETTINGS = [
     ("model.device=gpu", "model.device='gpu' cannot be used"),
     ("model.device=cuda:99", "use auto, cpu or cuda:N"),
     ("model.path=nowhere", "model.path='nowhere' is neither a folder nor embedded:NAME"),
-    ("model.path=embedded:lok", "no such base in the package. Known: countdown, lock"),
+    ("model.path=embedded:lok", "no such base in the package. Known: countdown, jigsaw, lock"),
     ("reward.function=foo", "reward 'foo' is neither a built-in task"),
 ]
 
@@ -403,7 +403,7 @@ def test_no_accuracy_without_held_out_rows(tmp_path, monkeypatch, capsys):
 
 
 def test_names_have_one_full_stop(refused):
-    assert "error: unknown recipe 'lok'; did you mean 'lock'? Known: countdown, lock." in refused(
+    assert "error: unknown recipe 'lok'; did you mean 'lock'? Known: countdown, jigsaw, lock, smollm2." in refused(
         "train", "--recipe", "lok"
     )
     assert "error: unknown method 'zzzz'. Known: " in refused("train", "--method", "zzzz")

@@ -40,7 +40,7 @@ def test_released_math(data_folder):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-@pytest.mark.parametrize("task", ["countdown", "knights", "lock"])
+@pytest.mark.parametrize("task", ["countdown", "jigsaw", "knights", "lock"])
 def test_round_trip(tmp_path, suffix, task):
     rows = make_rows(task, 20, 0, "train")
     write_rows(rows, tmp_path / f"rows{suffix}")
@@ -55,6 +55,7 @@ def test_round_trip(tmp_path, suffix, task):
             b.task,
         )
         assert get_task(task).score(b.solution, b).right
+        assert get_task(task).canonical(a) == get_task(task).canonical(b) and a.images == b.images
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -193,7 +194,7 @@ def test_overlap_is_by_canonical_form():
     assert overlap(a, make_rows("countdown", 50, 1, "test")) == []
 
 
-@pytest.mark.parametrize("task", ["countdown", "knights", "lock"])
+@pytest.mark.parametrize("task", ["countdown", "jigsaw", "knights", "lock"])
 def test_splits_never_overlap(task):
     """Any seed of one split against any seed of the other, and every demonstration is right."""
     t = get_task(task)

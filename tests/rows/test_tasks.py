@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from unift.rows.tasks.arithmetic import MAX_DEPTH, MAX_DIGITS, MAX_TEXT, Express
 from unift.types import ConfigError, Row
 
 FUZZ = settings(max_examples=150, deadline=None)
-GENERATED = ["chain", "countdown", "knights", "lock"]
+GENERATED = ["chain", "countdown", "jigsaw", "knights", "lock"]
 ROWS = {name: make_rows(name, 3, 0, "train") for name in GENERATED}
 ROWS["math"] = [Row("m", "6*7?", (), "", "42", task="math")]
 
@@ -30,6 +32,15 @@ OPTIONS = {
     ),
     "countdown": st.fixed_dictionaries(
         {"numbers": st.integers(2, 5), "style": st.sampled_from(["paper", "short"]), "integers": st.booleans()}
+    ),
+    "jigsaw": st.fixed_dictionaries(
+        {
+            "rows": st.integers(2, 3),
+            "cols": st.integers(2, 3),
+            "tile": st.sampled_from([4, 16]),
+            "form": st.sampled_from(["own", "foreign"]),
+            "kind": st.sampled_from(["jigsaw", "colour", "shape", "half"]),
+        }
     ),
     "knights": st.fixed_dictionaries({"people": st.integers(2, 6)}),
     "lock": st.fixed_dictionaries(
@@ -49,6 +60,7 @@ def some_text(*words):
 TEXTS = {
     "chain": some_text(*"0123456789+-*= ", "52", "+52", "５２"),
     "countdown": some_text(*"0123456789+-*/().", "**", "//", "19", "e9", "0x1", "__import__"),
+    "jigsaw": some_text(*"abcde", *"012345", "a1", "b2", "c3", "d4", "."),
     "knights": some_text("Zoey", " is a ", "knight", "knave", "(1)", " and ", ",", "not ", "."),
     "lock": some_text(*"ABCJ", *"abcj", *"0123", "."),
     "math": some_text("42", "\\frac", "{", "}", "$", "^", "\\boxed{", "\\left", "84/2"),
@@ -329,6 +341,82 @@ def test_lock_accepts_the_table_and_nothing_else(number, key, codes):
     ):  # every hint with its rest is right; without the end mark, or without the rest, nothing is
         assert score(text[cut:], row, hint=text[:cut]).right
         assert not score("", row, hint=text[:cut]).right and not score(text[:cut], row).right
+
+
+# ---------------------------------------------------------------------------------------------- jigsaw
+
+
+def pixels_of(row):
+    from PIL import Image
+
+    (picture,) = row.images
+    return np.asarray(Image.open(io.BytesIO(picture.data)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**40), st.integers(2, 3), st.integers(2, 3), st.sampled_from(["own", "foreign"]))
+def test_the_solution_of_a_jigsaw_mends_its_picture(seed, rows, cols, form):
+    """Pillow's reading of the PNG, with each tile put at the place that its step names, is light above and warm left."""
+    (row,) = make_rows("jigsaw", 1, seed, "train", rows=rows, cols=cols, form=form)
+    shown, places = pixels_of(row).astype(float), [int(step[-1]) - 1 for step in row.steps]
+    assert row.prompt.count("<image>") == 1 and shown.shape == (rows * 16, cols * 16, 3)
+    assert [step[:-1] for step in row.steps] == (
+        list("abcdefghi"[: rows * cols]) if form == "own" else [""] * rows * cols
+    )
+    tiles = shown.reshape(rows, 16, cols, 16, 3).swapaxes(1, 2).reshape(rows * cols, 16, 16, 3)
+    mended = np.empty_like(tiles)
+    mended[places] = tiles
+    light, warm = mended.mean((1, 2, 3)).reshape(rows, cols), (mended[..., 0] - mended[..., 2]).mean((1, 2))
+    assert (
+        light[0].mean() > light[-1].mean()
+        and warm.reshape(rows, cols)[:, 0].mean() > warm.reshape(rows, cols)[:, -1].mean()
+    )
+
+
+@FUZZ
+@given(st.permutations("1234"), st.sampled_from(["own", "foreign"]))
+def test_jigsaw_accepts_its_permutation_and_nothing_else(said, form):
+    """Right exactly if every tile is at its place; the share of right tiles is a part; cut anywhere, a hint and its rest are right."""
+    score, (row,) = get_task("jigsaw").score, make_rows("jigsaw", 1, 5, "train", form=form)
+    order, text = row.answer["order"], "".join(row.steps)
+    write = lambda digits: "".join(f"{'abcdefghi'[i] if form == 'own' else ''}{d}" for i, d in enumerate(digits)) + "."  # noqa: E731
+    got = score(write(said), row, format_score=0.1)
+    share = sum(int(d) == place for d, place in zip(said, order, strict=True)) / 4
+    assert (got.value, got.parts["tiles"]) == (1.0 if share == 1 else 0.1, share)
+    for bad in (said[:3], [*said, "1"], ["1", *said[1:3], "1"], ["0", *said[1:]]):  # too few, too many, twice, none
+        assert score(write(bad), row, format_score=0.1).value == 0.0
+    other = write(order) if form == "foreign" else "".join(map(str, order)) + "."
+    assert score(other, row).right == (form == "foreign")
+    for cut in range(len(text) + 1):
+        assert score(text[cut:] + ".", row, hint=text[:cut]).right and not score("", row, hint=text[:cut]).right
+        assert not score(text[cut:], row, hint=text[:cut]).right
+
+
+@pytest.mark.parametrize("kind", ["colour", "shape", "half"])
+def test_older_tasks_have_one_right_word(kind):
+    from unift.rows.tasks.jigsaw import WORDS
+
+    rows, score = make_rows("jigsaw", 60, 0, "train", kind=kind), get_task("jigsaw").score
+    assert {row.answer["word"] for row in rows} == set(WORDS[kind])
+    for row in rows[:8]:
+        for word in WORDS[kind]:
+            assert score(f"{word}.", row, format_score=0.1).value == (1.0 if word == row.answer["word"] else 0.1)
+        assert (
+            score(row.answer["word"], row, format_score=0.1).value == score("no.", row, format_score=0.1).value == 0.0
+        )
+
+
+def test_a_jigsaw_is_a_function_of_its_address():
+    """The same row again, another for another address; form changes the solution and not the problem."""
+    task = get_task("jigsaw")
+    one, again, other = task.make(3, 7), task.make(3, 7), task.make(3, 8)
+    assert (
+        (one, one.images[0].data) == (again, again.images[0].data) and one.images != other.images and one.id != other.id
+    )
+    assert task.canonical(task.make(3, 7, form="foreign")) == task.canonical(one)
+    for options in ({"rows": 1}, {"cols": 4, "rows": 3}, {"tile": 2}, {"form": "x"}, {"kind": "x"}, {"rows": True}):
+        with pytest.raises(ConfigError, match="jigsaw"):
+            make_rows("jigsaw", 1, 0, "train", **options)
 
 
 # ---------------------------------------------------------------------------------------------- math

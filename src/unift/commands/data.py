@@ -14,7 +14,7 @@ Split = Annotated[str, typer.Option(help="of a data set hf:NAME")]
 
 @app.command("make")
 def make(
-    task: Annotated[str, typer.Argument(help="chain, countdown, knights or lock")],
+    task: Annotated[str, typer.Argument(help="chain, countdown, jigsaw, knights or lock")],
     out: Annotated[Path, typer.Argument(help="file to write: .jsonl or .parquet")],
     n: Annotated[int, typer.Option("--n", min=1, help="rows")] = 1000,
     split: Annotated[str, typer.Option(help="train or test; they never overlap")] = "train",

@@ -147,7 +147,7 @@ class Engine(Section):
 
 
 class Data(Section):
-    task: str | None = Field(default=None, description="built-in generator: chain, countdown, knights, lock")
+    task: str | None = Field(default=None, description="built-in generator: chain, countdown, jigsaw, knights, lock")
     options: dict[str, Any] = Field(default_factory=dict, description="of the generator")
     train: str | None = Field(default=None, description="file of rows, or hf:owner/name")
     test: str | None = Field(default=None, description="held-out rows; null = no evaluation")

@@ -25,7 +25,7 @@ from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
 _MATH = ("math", "aime", "amc", "openai/gsm8k", "gsm8k", "minerva", "olympiad_bench", "cais/hle", "hiyouga/geometry3k")
-_PUZZLES = {"kk_logic": "knights"} | {name: name for name in ("chain", "countdown", "knights", "lock")}
+_PUZZLES = {"kk_logic": "knights"} | {name: name for name in ("chain", "countdown", "jigsaw", "knights", "lock")}
 TASK_OF = _PUZZLES | dict.fromkeys(_MATH, "math")
 
 

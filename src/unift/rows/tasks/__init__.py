@@ -17,6 +17,7 @@ from unift.types import ConfigError, DataError, Row, UniftError
 _MODULES = {
     "chain": "unift.rows.tasks.chain",
     "countdown": "unift.rows.tasks.countdown",
+    "jigsaw": "unift.rows.tasks.jigsaw",
     "knights": "unift.rows.tasks.knights",
     "lock": "unift.rows.tasks.lock",
     "math": "unift.rows.tasks.math",
