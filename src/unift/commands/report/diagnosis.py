@@ -256,7 +256,7 @@ def _fallen(run: RunData) -> Cause | None:
     now = latest(run)
     if not len(x) or now is None:
         return None
-    best, (last, step), n = int(np.argmax(y)), now, now[0]["n"]
+    best, (last, step), n = int(np.argmax(y)), now, int(now[0]["n"])
     if int(x[best]) >= step or wilson(y[best] * n, n)[0] <= last["high"]:
         return None
     text = (
