@@ -131,6 +131,31 @@ def ablation() -> str:
     return table(["run", "switched off", "CPU seconds against all on", "tokens forwarded"], rows)
 
 
+def drafts() -> str:
+    """Sampling with drafts against the same sampling without: a line a place in training, a source and a number of rows."""
+    order = ["lock", "3m", "135m"]
+    records = sorted(read("drafts-*"), key=lambda r: ([r["name"].startswith(x) for x in order].index(True), r["name"]))
+    rows = [
+        [
+            r["name"],
+            f"{r['temperature']:g}",
+            f"{100 * x['share']:.0f}",
+            str(x["rows"]),
+            f"{x['length']:.0f}",
+            x["source"],
+            f"**{span(x['speed_cpu'])}**",
+            f"{100 * x['accepted']:.0f}",
+            f"{x['plain_forwards']} / {x['forwards']}",
+            f"{x['forwarded'] / x['plain_forwarded']:.2f}",
+            f"{x['equal'][0]} of {x['equal'][1]}",
+        ]
+        for r in records
+        for x in r["rows"]
+    ]
+    head = ["model and stage", "temperature", "hint %", "rows", "tokens a row", "sample.draft", "times as fast (CPU s)"]
+    return table([*head, "accepted %", "forwards, without / with", "tokens forwarded, of those without", "equal"], rows)
+
+
 def precision() -> str:
     rows = [
         [
@@ -246,7 +271,7 @@ def rows() -> str:
 
 
 PAGES = {
-    PAGE: (vs_trl, memory, ablation, scaling, roofline, precision, rounding, rows, gpu, gpu_vs_trl, machines),
+    PAGE: (vs_trl, memory, ablation, drafts, scaling, roofline, precision, rounding, rows, gpu, gpu_vs_trl, machines),
     PAGE.with_name("cluster.md"): (estimate, long),
 }
 

@@ -110,11 +110,11 @@ def first_tokens(study: Study) -> str:
     return "\n".join(lines)
 
 
-def graded_rows(seed: int, wrong: int = WRONG) -> list[Row]:
-    """80 solved locks, each also with answers of 1, 2, ... ``wrong`` false codes. Column ``score``: the share of right codes;
-    ``right``: whether all are."""
+def graded_rows(split: str, wrong: int = WRONG) -> list[Row]:
+    """80 solved locks of the split, each also with answers of 1, 2, ... ``wrong`` false codes. Column ``score``: the share of
+    right codes; ``right``: whether all are."""
     out: list[Row] = []
-    for row in make_rows("lock", 80, seed, "train", length=5):
+    for row in make_rows("lock", 80, 0, split, length=5):
         table, key = code_table(row.answer["table_seed"]), "ABCDEFGHIJ".index(row.steps[0])
         for bad in range(wrong + 1):
             steps = list(row.steps)
@@ -132,14 +132,21 @@ def labels(study: Study) -> str:
     places = {name: study.folder / f"{name}.jsonl" for name in ("graded", "solved", "test")}
     study.folder.mkdir(parents=True, exist_ok=True)
     if not all(map(Path.is_file, places.values())):
-        rows = graded_rows(0)
+        rows = graded_rows("train")
         write_rows(rows, places["graded"])
         write_rows([row for row in rows if row.extra["right"]], places["solved"])
         write_rows(make_rows("lock", 500, 0, "test", length=5), places["test"])
-    una = ("una", "graded", "sample.completions=0", "train.prompts=64")
+    una = (
+        "una",
+        "graded",
+        "sample.completions=0",
+        "train.prompts=64",
+        f"data.train_rows={80 * (WRONG + 1)}",
+        "policy.beta=0.3",
+    )
     arms: dict[str, tuple[str, ...]] = {
         "sft, solutions alone": ("sft", "solved"),
-        "sft, all answers": ("sft", "graded", "train.prompts=64"),
+        "sft, all answers": ("sft", "graded", "train.prompts=64", f"data.train_rows={80 * (WRONG + 1)}"),
         "una, binary column": (*una, "sample.label=right"),
         "una, score column": (*una, "sample.label=score"),
     }
@@ -157,11 +164,34 @@ def labels(study: Study) -> str:
         )
 
     found = study.run(make, list(arms))
-    lines = ["| method | held-out % | 95 % | each seed | tokens trained |", "|---" * 5 + "|"]
+    lines = ["| method | written right, % | 95 % | each seed | solution likelier, % of pairs |", "|---" * 5 + "|"]
+    lines.append(f"| base | - | - | - | {100 * ranked('embedded:lock'):.1f} |")
     for name, runs in found.items():
-        trained = mean(r["tokens_trained"] for r in runs)
-        lines.append(f"| {name} | {percent(runs)} | {trained / 1e6:.2f} M |")
+        folders = [make(name, s).folder / "model" for s in study.seeds]
+        lines.append(f"| {name} | {percent(runs)} | {' '.join(f'{100 * ranked(str(f)):.1f}' for f in folders)} |")
     return "\n".join(lines)
+
+
+def ranked(path: str) -> float:
+    """Share of pairs (solution, answer with false codes) of 80 held-out locks in which the model finds the solution likelier."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from unift.model.folder import locate
+    from unift.rows.tokens import encode_row
+
+    torch.set_num_threads(1)
+    folder = str(locate(path))
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    found: list[float] = []
+    for row in (encode_row(tokenizer, r, 64) for r in graded_rows("test")):
+        tokens = torch.tensor([[*row.prompt, *row.solution]])
+        with torch.no_grad():
+            l_L = model(input_ids=tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+        found.append(float(l_L[len(row.prompt) - 1 :].sum()))
+    groups = [found[i : i + WRONG + 1] for i in range(0, len(found), WRONG + 1)]
+    return mean(float(g[0] > other) for g in groups for other in g[1:])
 
 
 def vote(study: Study, samples: int = 16) -> str:

@@ -130,7 +130,6 @@ class Group:
     cuts_total: int  # min(L, number of steps)
     samples: list[Sample] = field(default_factory=list[Sample])
     discarded: int = 0  # tokens sampled for prompts that this one replaced (dynamic sampling)
-    shown: Shown | None = None  # the prompt's pictures, until its completions are drawn
 
 
 @dataclass(frozen=True)

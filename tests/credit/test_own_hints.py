@@ -34,7 +34,7 @@ def update(rules, *groups):
     total = 0.0
     (packs,) = prepare(policy, items, rules, None)
     for batch in packs:
-        parts = objectives.losses(logprobs(policy, batch)[0], None, batch, rules.policy, "k3", rules.likelihood)
+        parts = objectives.losses(logprobs(policy, batch)[0], None, batch, rules)
         loss = parts["policy"] + parts["likelihood"]
         loss.backward()
         total += loss.item()

@@ -200,6 +200,11 @@ def test_a_model_inside_of_an_installed_package(tmp_path: Path, monkeypatch: pyt
             locate(f"package:{name}")
 
 
+def test_the_recipe_finds_the_model_of_its_package(smollm: Path) -> None:
+    found = resolve("uft", recipe="smollm2").model
+    assert locate(found.path) / str(found.gguf) == smollm
+
+
 def test_names(tmp_path: Path) -> None:
     assert HUB_NAME.fullmatch("Qwen/Qwen2.5-0.5B") and not HUB_NAME.fullmatch("./models/own")
     for path in ("/no/where/at/all", "nowhere", "../own/model"):

@@ -50,7 +50,7 @@ def groups_of(rules, stage, policy, split):
     known = {row.id: (0.3, 0.9) for row in split.rows} if rules.show.schedule in ("adaptive", "bisection") else {}
     groups = hinted(range(len(split.rows)), split, moment, known)
     if rules.sample.completions:
-        complete(in_process(policy), policy.tokenizer, groups, range(len(groups)), moment)
+        complete(in_process(policy), policy.tokenizer, dict(enumerate(groups)), moment)
         rng = np.random.default_rng(5)
         for group in groups:
             group.samples = [replace(s, score=Score(float(rng.integers(0, 2)))) for s in group.samples]

@@ -387,7 +387,7 @@ def test_upft_samples_and_trains_the_first_tokens_only():
         config = settings("upft", "sample.first=3", f"sample.max_tokens={long}", *more)
         groups = [Group(i, f"r{i}", [3 + i % 30, 4, 9], [], 0, 5) for i in range(40)]
         policy.tokenizer.batch_decode = lambda x, **k: [""] * len(x)
-        complete(in_process(policy), policy.tokenizer, groups, range(len(groups)), Moment(0, 0, Stage(0, 1, config)))
+        complete(in_process(policy), policy.tokenizer, dict(enumerate(groups)), Moment(0, 0, Stage(0, 1, config)))
         asked[name] = [g.samples[0].tokens for g in groups]
     assert max(map(len, asked["cut"])) == 3 and max(map(len, asked["whole"])) == long
     for cut_, whole, mixed in zip(asked["cut"], asked["whole"], asked["mixed"], strict=True):

@@ -49,7 +49,7 @@ def test_sizes_of_the_caches_change_nothing(monkeypatch, kind, block, look):
 def rows_of(policy, length=40):
     asked = [Request(r.prompt, RNG.random((5, length))) for r in requests()[:2]]
     with torch.no_grad():
-        return native._Rows(policy, asked, length, 1.0)
+        return native.Rows(policy, asked, length, 1.0)
 
 
 def test_every_step_is_the_same():

@@ -69,7 +69,7 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
     groups = hinted(range(6), split, moment, {})
     if s.sample.completions:
         engine = in_process(reference if s.sample.source == "reference" else policy)
-        complete(engine, policy.tokenizer, groups, range(len(groups)), moment)
+        complete(engine, policy.tokenizer, dict(enumerate(groups)), moment)
         for g in groups:
             for n, sample in enumerate(g.samples):
                 sample.score = Score(float((sample.tokens[-1] + n) % 2) if g.row else 0.0)  # the first row fails

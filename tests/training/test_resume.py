@@ -202,8 +202,8 @@ def whole_seconds(folder: Path) -> float:
     return json.loads((folder / "result.json").read_text())["seconds"]
 
 
-def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
-    until = time.monotonic() + 120
+def wait_for(process: subprocess.Popen, happened: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
     while not happened():
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.001)

@@ -53,6 +53,10 @@ def check(config: Config) -> None:
                 f"engine.gap=correct weighs tokens one by one; policy.loss={phase.policy.loss} compares whole sequences. Use "
                 "warn or fail"
             )
+        if sample.draft != "none" and config.engine.kind not in ("auto", "native"):
+            raise ConfigError(
+                f"sample.draft={sample.draft} is of the native engine; found engine.kind={config.engine.kind}. Set it to none"
+            )
         if config.engine.overlap:
             _check_overlap(phase)
         _check_together(phase)

@@ -89,6 +89,11 @@ class SampleFrom(Section):
     source: words.SourceName = Field(
         default="policy", description="who samples: the policy, or the model the phase began with"
     )
+    draft: Literal["none", "solution", "last"] = Field(
+        default="none",
+        description="tokens to check several at a time: of the row's solution, or of its last completions too; samples stay as "
+        "they are (native engine on a CPU)",
+    )
     demonstration: bool = Field(default=False, description="the solution is one more member of the group, with score 1")
     rejected: str | None = Field(default=None, description="column with an answer that the solution is preferred to")
     label: str | None = Field(

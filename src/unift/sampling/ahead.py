@@ -38,7 +38,7 @@ class Drawing:
         def draw() -> None:
             began = time.perf_counter()
             try:
-                complete(engine, tokenizer, self.share(waiting=False), self._places(), moment)
+                complete(engine, tokenizer, {i: self.groups[i] for i in self._places()}, moment)
             except BaseException as error:
                 self.failed.append(error)
             self.seconds = time.perf_counter() - began
@@ -61,9 +61,9 @@ class Drawing:
             processes.gather("what was drawn ahead", None)
         return self.groups
 
-    def share(self, waiting: bool = True) -> list[Group]:
-        """This process's groups."""
-        groups = self.wait() if waiting else self.groups
+    def share(self) -> list[Group]:
+        """This process's groups, once they are complete."""
+        groups = self.wait()
         return [groups[i] for i in self._places()]
 
     def _places(self) -> range:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from unift.config import needs
@@ -16,7 +17,7 @@ from unift.rewards import score_groups
 from unift.rewards.pool import Scorer
 from unift.rows.dataset import Split
 from unift.sampling.engines.base import Draws, Engine, Request, Watch, unwatched
-from unift.types import Group, Row, Sample, Score
+from unift.types import Group, Row, Sample, Score, Shown
 
 
 def completed(
@@ -50,13 +51,23 @@ def hinted(indices: Sequence[int], split: Split, moment: Moment, known: Mapping[
         if show.unit == "tokens":
             most = e.steps_tokens
             k = math.floor(schedules.share(show, at, span) * most + 1e-9)
-            groups.append(Group(index, row.id, e.prompt, e.solution[:k], k, most, shown=e.shown))
+            groups.append(Group(index, row.id, e.prompt, e.solution[:k], k, most))
         else:
             k = schedules.draw(show, at, e.n_steps, span)
-            groups.append(
-                Group(index, row.id, e.prompt, e.hint(k, show.cuts), k, min(show.cuts, e.n_steps), shown=e.shown)
-            )
+            groups.append(Group(index, row.id, e.prompt, e.hint(k, show.cuts), k, min(show.cuts, e.n_steps)))
     return groups
+
+
+@dataclass(frozen=True)
+class Known:
+    """Of a group's row, beside its tokens. ``drafts``: texts that may come after its prompt (``sample.draft``). ``shown``: the
+    pictures whose placeholders the prompt has."""
+
+    drafts: Sequence[list[int]] = ()
+    shown: Shown | None = None
+
+
+NOTHING = Known()
 
 
 @dataclass
@@ -67,39 +78,43 @@ class _Wanted:
     requests: list[Request] = field(default_factory=list[Request])
     owners: list[tuple[Group, list[int]]] = field(default_factory=list[tuple[Group, list[int]]])
 
-    def add(self, group: Group, given: list[int], draws: Draws) -> None:
+    def add(self, group: Group, given: list[int], draws: Draws, known: Known) -> None:
         if draws.n:
-            self.requests.append(Request(group.prompt + (given or group.hint), draws, group.shown))
+            hint = given or group.hint
+            # What follows the hint, where a text begins with it; of others, parts may come.
+            drafts = [t[len(hint) :] if t[: len(hint)] == hint else t for t in known.drafts]
+            self.requests.append(Request(group.prompt + hint, draws, known.shown, drafts))
             self.owners.append((group, given))
 
 
 def complete(
     engine: Engine,
     tokenizer: Any,
-    groups: Sequence[Group],
-    places: Sequence[int],
+    groups: Mapping[int, Group],
     moment: Moment,
     attempt: int = 0,
+    known: Mapping[int, Known] = MappingProxyType({}),
 ) -> None:
     """Sample the completions of these groups. Where only some members see the hint, it becomes a part of those.
 
-    places: each group's position in the batch of all processes. It is part of the address of its random numbers, since a
-    small data set may bring a row twice in one step.
+    groups: by position in the batch of all processes, which is part of the address of a group's random numbers, since a small
+    data set may bring a row twice in one step.
+    known: of groups by the same position, their pictures and drafts.
     """
     sample, members, seed, step = moment.rules.sample, moment.rules.show.members, moment.seed, moment.step
     whole = _Wanted(sample.max_tokens)
     short = _Wanted(min(sample.first or sample.max_tokens, sample.max_tokens))  # only the first tokens
-    for i, group in zip(places, groups, strict=True):
+    for i, group in groups.items():
         place = ("sample", seed, step, i, group.row_id, *([attempt] if attempt else []))
         draws = Draws(place, sample.completions, sample.completions, sample.max_tokens)
         wanted = short if cut_short(sample, seed, step, group.row_id) else whole
         if members is None:
-            wanted.add(group, [], draws)
+            wanted.add(group, [], draws, known.get(i, NOTHING))
             continue
         bare, hint = sample.completions - members, group.hint
         group.hint = []
-        wanted.add(group, [], replace(draws, n=bare))
-        wanted.add(group, hint, replace(draws, n=members, first=bare))
+        wanted.add(group, [], replace(draws, n=bare), known.get(i, NOTHING))
+        wanted.add(group, hint, replace(draws, n=members, first=bare), known.get(i, NOTHING))
     with engine.sampling():  # once, though not every process has requests of both lengths
         for wanted in (whole, short):
             if not wanted.requests:
@@ -109,8 +124,6 @@ def complete(
                 if given:
                     samples = [replace(s, tokens=given + s.tokens, given=len(given)) for s in samples]
                 group.samples += samples
-    for group in groups:
-        group.shown = None  # no more is asked for: what travels to other processes stays small
 
 
 def judge(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: Rules, tokenizer: Any) -> None:

@@ -257,7 +257,13 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_path(policy: Policy, rules: Rules) -> None:
-    """A critic and changed inputs read and write inside the trunk, which the plain path leaves to the model."""
+    """A critic and changed inputs read and write inside the trunk, which the plain path leaves to the model. Drafts are checked
+    by the native engine, on a CPU."""
+    if rules.sample.draft != "none" and not (policy.shared and policy.device.type == "cpu"):
+        found = f"found device {policy.device.type}, path {policy.path}"
+        raise ConfigError(
+            f"sample.draft={rules.sample.draft} works on a CPU on the shared-prefix path only; {found}. Set it to none"
+        )
     wants = "a critic" if needs.critic(rules) else "changed input embeddings" if input_noise.active(rules) else ""
     if wants and not policy.shared:
         raise ConfigError(

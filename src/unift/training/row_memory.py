@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unift.config.sections import Likelihood, Show
+from unift.config.sections import Likelihood, SampleFrom, Show
 from unift.config.words import SCHEDULES
 from unift.credit.members import fails, success_rate
 from unift.hints import schedules
@@ -20,24 +20,27 @@ from unift.types import Group
 @dataclass
 class RowMemory:
     """``hints``: (low, high) of a row's hint length. ``waiting``: indices of gated rows, oldest first.
-    ``partition``: u of a row (discriminative), log domain."""
+    ``partition``: u of a row (discriminative), log domain. ``last``: what followed a row's prompt in its last group, tokens."""
 
     hints: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
     waiting: list[int] = field(default_factory=list[int])
     partition: dict[str, float] = field(default_factory=dict[str, float])
+    last: dict[str, list[list[int]]] = field(default_factory=dict[str, list[list[int]]])
 
     def dump(self) -> dict[str, Any]:
         return {
             "hints": {k: list(v) for k, v in self.hints.items()},
             "waiting": self.waiting,
             "partition": self.partition,
+            "last": self.last,
         }
 
     @classmethod
     def load(cls, stored: Mapping[str, Any] | None) -> RowMemory:
         stored = stored or {}
         pairs = {k: (v[0], v[1]) for k, v in stored.get("hints", {}).items()}
-        return cls(pairs, list(stored.get("waiting", [])), dict(stored.get("partition", {})))
+        partition, last = dict(stored.get("partition", {})), dict(stored.get("last", {}))
+        return cls(pairs, list(stored.get("waiting", [])), partition, last)
 
     def see(self, groups: Sequence[Group], show: Show) -> None:
         """Hint lengths after a step, in the order of the groups (a row may come twice)."""
@@ -64,3 +67,17 @@ class RowMemory:
             return []
         taken, self.waiting = self.waiting[: likelihood.buffer], self.waiting[likelihood.buffer :]
         return taken
+
+    def keep(self, groups: Sequence[Group], sample: SampleFrom) -> None:
+        """The completions that ``sample.draft=last`` needs when their row comes again, without repeats."""
+        if sample.draft != "last":
+            return
+        for group in groups:
+            texts = {tuple(group.hint + s.tokens) for s in group.samples}
+            self.last[group.row_id] = [list(t) for t in sorted(texts)]
+
+    def drafts(self, group: Group, solution: list[int], sample: SampleFrom) -> list[list[int]]:
+        """Texts that may come after the group's prompt, the likelier ones first."""
+        if sample.draft == "none":
+            return []
+        return [*self.last.get(group.row_id, []), solution]

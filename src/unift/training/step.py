@@ -22,7 +22,7 @@ from unift.model.packs import DEMO, Item, Member, PackedBatch
 from unift.rewards import count_outcomes
 from unift.rows.dataset import refill_rows, rows_of_step
 from unift.sampling.ahead import Drawing
-from unift.sampling.groups import complete, equal_scores, hinted, judge
+from unift.sampling.groups import Known, complete, equal_scores, hinted, judge
 from unift.training import annealing, update
 from unift.training.progress import Clock, Metrics, Run, State
 from unift.training.run import checkpoint
@@ -44,6 +44,7 @@ def one_step(run: Run, moment: Moment, state: State) -> Metrics:
     updates += _waiting(run, state, groups, rules)
     shown = _share_shown(state, groups, moment, rules)
     state.memory.see(groups, rules.show)
+    state.memory.keep(groups, rules.sample)
     clock.lap("reference")
     order = Order(
         lr=update.learning_rate(rules.train, moment.within, moment.stage.total),
@@ -125,15 +126,18 @@ def _begun(run: Run, moment: Moment, weights: str) -> Drawing | None:
 def _drawn(run: Run, rows: Sequence[int], moment: Moment, state: State, attempt: int = 0) -> list[Group]:
     """Groups of these rows. Every process draws all rows and hints, and samples its share of the groups."""
     groups = hinted(rows, run.data.train, moment, state.memory.hints)
-    places = processes.share(len(groups))
-    own = [groups[i] for i in places]
+    own = {i: groups[i] for i in processes.share(len(groups))}
+    known: dict[int, Known] = {}
+    for i, group in own.items():
+        row = run.data.train.encoded[group.row]
+        known[i] = Known(state.memory.drafts(group, row.solution, moment.rules.sample), row.shown)
     if SOURCES[moment.rules.sample.source].reference and state.reference is not None:
         with state.reference.policy() as frozen:
             run.engine.sync(frozen, lambda: f"reference-{moment.stage.start}")
-            complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
+            complete(run.engine, run.policy.tokenizer, own, moment, attempt, known)
     else:
         run.engine.sync(run.policy, partial(checkpoint.fingerprint, run.policy))
-        complete(run.engine, run.policy.tokenizer, own, places, moment, attempt)
+        complete(run.engine, run.policy.tokenizer, own, moment, attempt, known)
     return groups
 
 

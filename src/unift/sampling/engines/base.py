@@ -55,6 +55,8 @@ class Request:
     prompt: list[int]
     draws: Draws | np.ndarray | None
     shown: Shown | None = None  # the pictures whose placeholders the prompt has
+    # Completions, or texts with parts of one, that may well come: a hint for speed alone.
+    drafts: Sequence[list[int]] = ()
 
     @property
     def samples(self) -> int:

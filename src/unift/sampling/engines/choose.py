@@ -9,7 +9,7 @@ from pathlib import Path
 from unift.config.surroundings import Engine as Settings
 from unift.model.limits import ROWS
 from unift.model.policy import Policy
-from unift.sampling.engines import native, plain
+from unift.sampling.engines import drafted, plain
 from unift.sampling.engines.base import Engine, InProcess, Request, Watch, unwatched
 from unift.types import ConfigError, Sample
 
@@ -23,7 +23,7 @@ def generate(
     watch: Watch = unwatched,
 ) -> list[list[Sample]]:
     """By the engine of this process that fits the policy's path; ``rows``: so many samples at most side by side."""
-    run = native.generate if policy.shared else plain.generate
+    run = drafted.generate if policy.shared else plain.generate
     return run(policy, requests, max_tokens, temperature, rows, watch)
 
 
@@ -52,7 +52,7 @@ def _native(settings: Settings, policy: Policy, folder: Path, longest: int) -> E
             f"engine.kind=native samples on the shared-prefix path; this model takes the plain one: {policy.why_plain}. "
             "Use engine.kind=auto"
         )
-    return InProcess(native.generate, policy)
+    return InProcess(drafted.generate, policy)
 
 
 def _vllm(settings: Settings, policy: Policy, folder: Path, longest: int) -> Engine:

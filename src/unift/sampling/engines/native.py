@@ -38,10 +38,10 @@ def generate(
     """As `Engine.generate`, with this policy. ``watch`` is told after every batch."""
     cut = batches(requests, rows, mixed=True)
     with policy.sampling(max_tokens * len(cut)):  # outside of the loop: weights made for it are kept until it ends
-        return in_batches(requests, cut, lambda batch: _run(policy, batch, max_tokens, temperature), watch)
+        return in_batches(requests, cut, lambda batch: run_batch(policy, batch, max_tokens, temperature), watch)
 
 
-class _Rows:
+class Rows:
     """The rows of a batch while they are sampled, on the shared-prefix path: B groups of G rows.
 
     All that a step reads and writes lies on the device and stays at its address until ``drop`` or ``grow``, and a step never
@@ -154,8 +154,8 @@ def _look(device: torch.device) -> int:
 
 
 @torch.no_grad()
-def _run(policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> list[list[Sample]]:
-    rows = _Rows(policy, requests, max_tokens, temperature)
+def run_batch(policy: Policy, requests: Sequence[Request], max_tokens: int, temperature: float) -> list[list[Sample]]:
+    rows = Rows(policy, requests, max_tokens, temperature)
     recorded = cuda_graph.Recorded(rows.step) if policy.device.type == "cuda" and policy.cuda_graphs else None
     look = _look(policy.device)
     for drawn in range(1, max_tokens):
