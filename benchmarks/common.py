@@ -233,6 +233,7 @@ class Unift:
         from unift import rng
         from unift.credit import assign
         from unift.rows.dataset import Split
+        from unift.rows.tokens import Encoded
         from unift.sampling.engines.base import Request
         from unift.sampling.engines.choose import in_process
         from unift.sampling.groups import completed
@@ -242,6 +243,7 @@ class Unift:
         s, began, cpu = self.shape, now(), time.process_time()
         cut = s.prefix - (s.hint if self.config.likelihood.tokens == "hint" else 0)
         groups = [Group(i, str(i), p[:cut], p[cut:], 0, 1) for i, p in enumerate(prefixes)]
+        encoded = [Encoded(g.prompt, g.hint, [0, len(g.hint)]) for g in groups]
         asked = [
             Request(g.prompt + g.hint, rng.uniforms("sample", 0, self.count, i, g.row_id, shape=(s.g, s.completion)))
             for i, g in enumerate(groups)
@@ -255,7 +257,7 @@ class Unift:
             for j, sample in enumerate(samples):
                 sample.score = Score(float(j % 2))
         items = assign.credited(
-            groups, Split([], []), self.config, assign.Models(self.policy, None, {}), (0, self.count)
+            groups, Split([], encoded), self.config, assign.Models(self.policy, None, {}), (0, self.count)
         )
         (packs,) = update.prepare(self.policy, items, self.config, None)
         metrics = update.apply(
