@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -264,3 +265,11 @@ def saved_bytes(policy, batch):
         out = logprobs(policy, batch)
     assert out[0].requires_grad
     return sum(n for at, (n, _) in kept.items() if at not in weights)
+
+
+@pytest.fixture
+def at_a_terminal():
+    """A shell's background job ignores SIGINT, and a run then leaves it so; these tests are not about that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

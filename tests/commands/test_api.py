@@ -93,14 +93,6 @@ def test_on_step_stops_and_the_same_call_continues(tmp_path):
     assert rest.result["test"] == whole.result["test"]
 
 
-@pytest.fixture
-def at_a_terminal():
-    """A shell's background job ignores SIGINT, and a run then leaves it so; these tests are not about that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_first(tmp_path, number, at_a_terminal):
     """Steps since the last checkpoint are not lost, and the interpreter goes on."""

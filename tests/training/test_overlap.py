@@ -271,7 +271,7 @@ def test_a_failure_of_the_drawing_is_told_at_the_next_step(whole, url, tmp_path)
     assert outcome(tmp_path / "run", STEPS) == outcome(whole, STEPS)
 
 
-def test_two_interrupts_end_a_run_whose_server_hangs(tmp_path):
+def test_two_interrupts_end_a_run_whose_server_hangs(tmp_path, at_a_terminal):
     with apart(tmp_path / "served", "stalls", 4 + 2 * 4) as bad:
         command = [sys.executable, "-m", "unift", "train", "--recipe", "lock", "--method", "uft", "--quiet"]
         command += ["--run", str(tmp_path / "run"), *TINY, f"engine.url={bad}", "engine.timeout=300"]
