@@ -128,7 +128,7 @@ def _json_list(content: bytes, path: str) -> list[Any]:
     return found
 
 
-def json_lines(content: bytes, path: str) -> list[Any]:
+def _json_lines(content: bytes, path: str) -> list[Any]:
     """Lines end at \\n alone: JSON texts may hold the other characters that str.splitlines takes for line ends. A file that is
     one JSON list of rows, on one line or on many, is read as that."""
     found: list[Any] = []
@@ -206,8 +206,8 @@ def _cell(column: str, text: str) -> Any:
 
 
 _TEXTS: Mapping[str, Callable[[bytes, str], list[Any]]] = {
-    ".jsonl": json_lines,
-    ".ndjson": json_lines,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _json_list,
     ".csv": lambda content, path: _table(content, path, ","),
     ".tsv": lambda content, path: _table(content, path, "\t"),

@@ -105,9 +105,9 @@ class Run:
 
     def used(self) -> float:
         """Tokens that the budget counts, so far; 0 without one, or with one of seconds."""
-        sampled, trained = self.progress.tokens_sampled, self.progress.tokens_trained
-        kinds = {"sampled": sampled, "trained": trained, "tokens": sampled + trained}
-        return kinds.get(self.budget.kind, 0) if self.budget else 0
+        if self.budget is None or self.budget.kind == "seconds":
+            return 0
+        return self.budget.used(vars(self.progress))
 
     def expected(self) -> int:
         """Steps of the whole run; with a budget, by what they have cost so far."""

@@ -70,16 +70,16 @@ def groups_of_step(run: Run, moment: Moment, state: State, clock: Clock) -> list
     rows = rows_of_step(moment.seed, moment.step, rules.train.prompts, len(run.data.train.rows))
     if not rules.sample.completions:
         return hinted(rows, run.data.train, moment, state.memory.hints)
-    keep, own, sampler, stored = run.config.save.rollouts, "", "", None
+    keep, own, stored = run.config.save.rollouts, "", None
     if keep or run.config.engine.overlap:
         alike = run.policy.root is None  # then the first process's weights are everyone's
         own = checkpoint.fingerprint(run.policy) if processes.first() or not alike else ""
-        sampler = own if ahead is None else ahead.weights
-        known = (own, sampler)
-        own, sampler, stored = processes.lead(
-            "stored rollouts", lambda: (*known, _stored(run, moment.step, known[1]) if keep else None)
+        own, stored = processes.lead(
+            "stored rollouts",
+            lambda: (own, _stored(run, moment.step, ahead.weights if ahead else own) if keep else None),
         )
         clock.lap("save")
+    sampler = ahead.weights if ahead else own
     early, groups = stored is not None or not rules.sample.refill, list[Group]()
     if ahead is not None:
         groups = ahead.wait()

@@ -102,10 +102,9 @@ def verdict(run: RunData) -> tuple[str, str]:
 
 def causes(run: RunData) -> list[Cause]:
     """What holds the run back, the gravest first; empty where these numbers show nothing."""
-    silent = [_no_reward(run), *_hints(run), _easy(run)]  # reasons that a group has no signal
-    found = [_not_finite(run), _errors(run), silent[0], _no_answer(run), _cut(run), *silent[1:]]
-    if not any(silent):
-        found.append(_equal(run))
+    unseen, known = _no_reward(run), [*_hints(run), _easy(run)]
+    equal = None if unseen or any(known) else _equal(run)  # else it is said why groups have no signal
+    found = [_not_finite(run), _errors(run), unseen, _no_answer(run), _cut(run), *known, equal]
     return [cause for cause in [*found, _fallen(run), _gap(run), _overfit(run)] if cause is not None]
 
 
@@ -251,16 +250,22 @@ def _equal(run: RunData) -> Cause | None:
     )
 
 
-def _fallen(run: RunData) -> Cause | None:
+def best_evaluation(run: RunData) -> tuple[float, int] | None:
+    """(held-out accuracy, step) of the best evaluation, where its interval lies above that of the `latest`."""
     x, y = series(run.metrics, "eval/test/accuracy")
     now = latest(run)
     if not len(x) or now is None:
         return None
-    best, (last, step), n = int(np.argmax(y)), now, int(now[0]["n"])
-    if int(x[best]) >= step or wilson(y[best] * n, n)[0] <= last["high"]:
+    best, n = int(np.argmax(y)), int(now[0]["n"])
+    return (float(y[best]), int(x[best])) if wilson(y[best] * n, n)[0] > now[0]["high"] else None
+
+
+def _fallen(run: RunData) -> Cause | None:
+    best, now = best_evaluation(run), latest(run)
+    if best is None or now is None or best[1] >= now[1]:
         return None
     text = (
-        f"Held-out accuracy was {percent(y[best])} at step {int(x[best]):,} and fell to {percent(last['accuracy'])}; the 95 % "
+        f"Held-out accuracy was {percent(best[0])} at step {best[1]:,} and fell to {percent(now[0]['accuracy'])}; the 95 % "
         "intervals do not overlap."
     )
     return Cause(

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from unift.commands.report.charts import series
-from unift.commands.report.diagnosis import GOOD, PLAIN, WATCH, at_end, causes, latest, percent
+from unift.commands.report.diagnosis import GOOD, MOST, PLAIN, WATCH, at_end, best_evaluation, causes, latest, percent
 from unift.commands.report.gather import RunData
-from unift.intervals import wilson
 
 
 def findings(run: RunData) -> list[tuple[str, str]]:
@@ -46,22 +45,18 @@ def _outcome(run: RunData) -> tuple[str, str] | None:
 
 def _learning(run: RunData) -> list[tuple[str, str] | None]:
     found: list[tuple[str, str] | None] = []
-    now = latest(run)
-    x, y = series(run.metrics, "eval/test/accuracy")
-    if now and len(y) > 2:
-        best = int(np.argmax(y))
-        n = int(now[0]["n"])
-        if wilson(y[best] * n, n)[0] > now[0]["high"]:
-            found.append(
-                (WATCH, f"The best evaluation, {percent(y[best])} at step {x[best]:,.0f}, is beyond the interval of the last one. "
-                 "checkpoints/best names that checkpoint, if it was saved.")
-            )  # fmt: skip
+    best = best_evaluation(run)
+    if best is not None and len(series(run.metrics, "eval/test/accuracy")[0]) > 2:
+        found.append(
+            (WATCH, f"The best evaluation, {percent(best[0])} at step {best[1]:,}, is beyond the interval of the last one. "
+             "checkpoints/best names that checkpoint, if it was saved.")
+        )  # fmt: skip
     flat, wrong, right = (at_end(run, n) for n in ("frac_reward_zero_std", "groups/all_wrong", "groups/all_right"))
-    if flat is not None and wrong is not None and right is not None and flat > 0.8:
+    if flat is not None and wrong is not None and right is not None and flat > MOST:
         cause = (
             "mostly since every completion was right" if right > wrong else "mostly since every completion was wrong"
         )
-        done = right > wrong and right > 0.8
+        done = right > wrong and right > MOST
         found.append(
             (PLAIN if done else WATCH, f"In the last tenth of the steps {percent(flat)} of the groups had equal scores and so "
              f"no advantage, {cause}.")
