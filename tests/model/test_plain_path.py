@@ -18,6 +18,7 @@ from conftest import (
     settings,
     tiny_policy,
 )
+from kills import killed
 from plain import uft_loss
 from test_packed import naive
 
@@ -329,7 +330,7 @@ def outcome(folder):
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mamba"])
-def test_run_and_resume(saved, tmp_path, monkeypatch, kind):
+def test_run_and_resume(saved, tmp_path, kind):
     """A run that is stopped inside step 3 and continued is the run that was never stopped; what it saves loads plainly."""
     from transformers import AutoModelForCausalLM
 
@@ -341,17 +342,8 @@ def test_run_and_resume(saved, tmp_path, monkeypatch, kind):
     assert metrics[1]["kl"] < 1e-9 < metrics[-1]["kl"]
     assert max(m["sampling/sampling_logp_difference/max"] for m in metrics[1:]) < 1e-4
     assert all(m["tokens/shared_ratio"] < 0.2 for m in metrics[1:])
-    real = loop.one_step
-
-    def stop(run, moment, *rest):
-        if moment.step == 2:
-            raise KeyboardInterrupt
-        return real(run, moment, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "one_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "cut")
+    with killed(loop, "one_step", 2, error=KeyboardInterrupt):
+        train(config, tmp_path / "cut")
     train(config, tmp_path / "cut")
     assert outcome(tmp_path / "cut") == (weights, metrics)
     again = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").named_parameters())

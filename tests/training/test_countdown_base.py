@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import re
 from pathlib import Path
 
 import pytest
+from conftest import script
 
 from unift import rng
 from unift.config.resolve import resolve
@@ -24,12 +24,7 @@ score = get_task("countdown").score
 
 @pytest.fixture(scope="module")
 def tool():
-    path = Path(__file__).parents[2] / "tools" / "make_countdown_base.py"
-    spec = importlib.util.spec_from_file_location("make_countdown_base", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(Path(__file__).parents[2] / "tools" / "make_countdown_base.py")
 
 
 @pytest.fixture(scope="module")

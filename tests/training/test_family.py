@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import close, gradients, random_tokens, settings, tiny_policy
+from kills import killed
 from test_resume import outcome
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -155,16 +156,12 @@ def test_the_update_depends_on_neither_cut_nor_row_order(name, phase, monkeypatc
 # ---------------------------------------------------------------------------------------------- whole runs
 
 
-class Killed(Exception):
-    pass
-
-
 # Always run: one of each kind of state, sampler and pass. The others, of the same kinds, are slow tests.
 QUICK = "adaptive adaback relift dapo reft data-mixing prefix-rft rloo psft neftune ift upft luffy una discriminative".split()
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PRESETS])
-def test_runs_and_resumes_bitwise(name, tmp_path, monkeypatch):
+def test_runs_and_resumes_bitwise(name, tmp_path):
     """A few steps on the demo's base with a reward that is often earned, killed before the last step, then continued."""
     (tmp_path / "coin.py").write_text(
         "def score(completion, row):\n    return float(sum(map(ord, completion)) % 3 == 0)\n"
@@ -184,23 +181,14 @@ def test_runs_and_resumes_bitwise(name, tmp_path, monkeypatch):
     expected = outcome(tmp_path / "whole", steps)
     assert result["steps"] == steps and all(np.isfinite(m["loss"]) for m in expected[1][1:])
     assert any(m["grad/norm"] > 0 for m in expected[1][1:])
-    real = loop.one_step
-
-    def stop(run, moment, *args):
-        if moment.step == steps - 1:
-            raise Killed
-        return real(run, moment, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "one_step", stop)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "cut")
+    with killed(loop, "one_step", steps - 1):
+        train(config, tmp_path / "cut")
     train(config, tmp_path / "cut")
     assert outcome(tmp_path / "cut", steps) == expected
 
 
 @pytest.mark.parametrize("name", ["adaptive", "relift", "dapo", "discriminative"])
-def test_a_kill_between_sampling_and_training_counts_nothing_twice(name, tmp_path, monkeypatch):
+def test_a_kill_between_sampling_and_training_counts_nothing_twice(name, tmp_path):
     """What a run remembers about its rows moves with the weights: sampled-only steps leave the old memory."""
     (tmp_path / "coin.py").write_text(
         "def score(completion, row):\n    return float(sum(map(ord, completion)) % 3 == 0)\n"
@@ -212,18 +200,8 @@ def test_a_kill_between_sampling_and_training_counts_nothing_twice(name, tmp_pat
     tiny += ["likelihood.buffer=2"] if name == "relift" else []
     config = resolve(name, recipe="lock", overrides=parse_overrides(tiny))
     train(config, tmp_path / "whole")
-    real = step.groups_of_step
-
-    def stop(run, moment, *args):
-        groups = real(run, moment, *args)
-        if moment.step == 1:
-            raise Killed
-        return groups
-
-    with monkeypatch.context() as patch:
-        patch.setattr(step, "groups_of_step", stop)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "cut")
+    with killed(step, "groups_of_step", 1, after=True):
+        train(config, tmp_path / "cut")
     train(config, tmp_path / "cut")
     assert outcome(tmp_path / "cut", 3) == outcome(tmp_path / "whole", 3)
     import json

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import script
 
 import unift
 from unift.config.resolve import resolve
@@ -34,12 +34,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def tool():
-    path = Path(__file__).parents[2] / "tools" / "make_jigsaw_base.py"
-    spec = importlib.util.spec_from_file_location("make_jigsaw_base", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(Path(__file__).parents[2] / "tools" / "make_jigsaw_base.py")
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,10 @@ from conftest import close, gradients, tiny_policy
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fake_vllm import apart
+from kills import Killed, killed
 from plain import token_logprobs
 from test_processes import REWARD, launched, words
-from test_resume import Killed, outcome, wait_for
+from test_resume import outcome, wait_for
 
 from unift.config.resolve import parse_overrides, resolve
 from unift.config.surroundings import Engine, Model
@@ -120,23 +121,13 @@ def test_the_first_step_of_a_stage_is_drawn_by_its_own_weights(url, tmp_path):
     assert metrics[2][GAP] < 1e-5 < metrics[3][GAP]
 
 
-def test_groups_that_are_replaced_are_drawn_by_the_newest_weights(url, tmp_path, monkeypatch):
+def test_groups_that_are_replaced_are_drawn_by_the_newest_weights(url, tmp_path):
     """With sample.refill the next step begins to be drawn after it; killed before the update, the run goes on as it would have."""
     items = ["sample.refill=2", "eval.every=0", "train.steps=4", "sample.completions=2"]
     train(tiny(url, *items), tmp_path / "whole")
     assert any(g.discarded for t in range(1, 4) for g in read_rollouts(tmp_path / "whole", t)[1])
-    real = step.groups_of_step
-
-    def stop(run, moment, *args):
-        groups = real(run, moment, *args)
-        if moment.step == 2:
-            raise Killed
-        return groups
-
-    with monkeypatch.context() as patch:
-        patch.setattr(step, "groups_of_step", stop)
-        with pytest.raises(Killed):
-            train(tiny(url, *items, "save.every=2"), tmp_path / "cut")
+    with killed(step, "groups_of_step", 2, after=True):
+        train(tiny(url, *items, "save.every=2"), tmp_path / "cut")
     train(tiny(url, *items, "save.every=2"), tmp_path / "cut")
     assert outcome(tmp_path / "cut", 4) == outcome(tmp_path / "whole", 4)
 
@@ -172,51 +163,30 @@ def test_a_kill_loses_nothing_and_repeats_nothing(whole, url, tmp_path, monkeypa
     """In step k + 1: once its completions are there, once they are scored and the next ones are under way, after the update and
     before the checkpoint, and inside the save of the checkpoint."""
 
-    def stop_at(real, after):
-        def stopping(run, moment, *args):
-            found = real(run, moment, *args) if after else None
-            if moment.step == k:
-                raise Killed
-            return found if after else real(run, moment, *args)
-
-        return stopping
-
     def torn(temporary, final):
         if final.name == checkpoint.step_name(k + 1):
             assert (temporary / checkpoint.AHEAD).is_file()
             raise Killed
         publish_folder(temporary, final)
 
-    with monkeypatch.context() as patch:
-        if place == "drawn":
-            patch.setattr(loop, "one_step", stop_at(loop.one_step, False))
-        if place == "scored":
-            patch.setattr(step, "groups_of_step", stop_at(step.groups_of_step, True))
-        if place == "updated":
-            patch.setattr(loop, "one_step", stop_at(loop.one_step, True))
-        if place == "saving":
+    if place == "saving":
+        with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr("unift.training.run.checkpoint.publish_folder", torn)
-        with pytest.raises(Killed):
+            train(tiny(url), tmp_path)
+    else:
+        module, name = (step, "groups_of_step") if place == "scored" else (loop, "one_step")
+        with killed(module, name, k, after=place != "drawn"):
             train(tiny(url), tmp_path)
     assert checkpoint.steps_saved(tmp_path)[-1] == k
     train(tiny(url), tmp_path)
     assert outcome(tmp_path, STEPS) == outcome(whole, STEPS)
 
 
-def test_without_stored_rollouts_and_with_sparse_checkpoints(whole, url, tmp_path, monkeypatch):
+def test_without_stored_rollouts_and_with_sparse_checkpoints(whole, url, tmp_path):
     """What was drawn ahead is in the checkpoint also where no rollouts are kept; steps since then are drawn again, alike."""
     settings = tiny(url, "save.rollouts=false", "save.every=2")
-    real = loop.one_step
-
-    def stop_at(run, moment, *args):
-        if moment.step == 3:
-            raise Killed
-        return real(run, moment, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "one_step", stop_at)
-        with pytest.raises(Killed):
-            train(settings, tmp_path)
+    with killed(loop, "one_step", 3):
+        train(settings, tmp_path)
     train(settings, tmp_path)
     assert outcome(tmp_path, STEPS)[:2] == outcome(whole, STEPS)[:2]
 

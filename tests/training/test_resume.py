@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kills import Killed, killed
 
 from unift.config.resolve import parse_overrides, resolve
 from unift.files import publish_folder
@@ -36,10 +37,6 @@ TINY = [
     "log.gradients_every=2",
     "threads=1",
 ]
-
-
-class Killed(Exception):
-    pass
 
 
 def tiny(method: str = "uft", *more: str):
@@ -71,26 +68,11 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("k", range(1, STEPS))
 @pytest.mark.parametrize("untrained", [False, True], ids=["trained", "sampled-only"])
-def test_every_step(whole, tmp_path, monkeypatch, k, untrained):
+def test_every_step(whole, tmp_path, k, untrained):
     """Stop after step k, or inside step k+1 when its completions are sampled and scored but not trained on."""
-    real, sampled = loop.one_step, step.groups_of_step
-
-    def stop_at(run, moment, *args):
-        if moment.step == k and not untrained:
-            raise Killed
-        return real(run, moment, *args)
-
-    def stop_after_sampling(run, moment, *args):
-        groups = sampled(run, moment, *args)
-        if moment.step == k and untrained:
-            raise Killed
-        return groups
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "one_step", stop_at)
-        patch.setattr(step, "groups_of_step", stop_after_sampling)
-        with pytest.raises(Killed):
-            train(tiny(), tmp_path)
+    module, name = (step, "groups_of_step") if untrained else (loop, "one_step")
+    with killed(module, name, k, after=untrained):
+        train(tiny(), tmp_path)
     assert checkpoint.steps_saved(tmp_path)[-1] == k
     assert rollouts_path(tmp_path, k).exists() == untrained
     train(tiny(), tmp_path)
@@ -142,23 +124,14 @@ def test_phases_and_sparse_checkpoints(tmp_path, monkeypatch, method):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters(tmp_path, monkeypatch, dtype):
+def test_adapters(tmp_path, dtype):
     """A killed LoRA run, also with adapters on the tied embeddings: bitwise, and so is one that saves less often."""
     words = ["model.lora={rank: 4, targets: [q_proj, embed_tokens]}", f"model.dtype={dtype}", "train.lr=0.01",
              "train.steps=4", "train.prompts=2", "eval.every=0", "sample.max_tokens=12"]  # fmt: skip
     settings, seldom = tiny("uft", *words), tiny("uft", *words, "save.every=0")
     train(seldom, tmp_path / "whole")
-    real = loop.one_step
-
-    def stop_at(run, moment, *args):
-        if moment.step == 2:
-            raise Killed
-        return real(run, moment, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "one_step", stop_at)
-        with pytest.raises(Killed):
-            train(settings, tmp_path / "cut")
+    with killed(loop, "one_step", 2):
+        train(settings, tmp_path / "cut")
     train(settings, tmp_path / "cut")
     assert outcome(tmp_path / "cut", 4) == outcome(tmp_path / "whole", 4)
     one, other = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("cut", "whole"))

@@ -12,8 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_processes import REWARD, cut_back, launched
-from test_sharding import COMMON, SUPERVISED, WIDE, assert_same, drawn, sharded, weights
+from test_processes import REWARD, launched
+from test_sharding import COMMON, SUPERVISED, WIDE, assert_same, drawn, handed_on, sharded, weights
 
 from unift.config.resolve import parse_overrides, resolve
 from unift.training.loop import train
@@ -133,21 +133,11 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, cases, name):
     """One process, two, one, four, a step each: the copies, and the optimizer's state, go through both kinds of files."""
     method, items = cases[name]
     items = [*items, "train.steps=4", "model.shard=full"]
-    train(settings(method, items), tmp_path / "whole")
-    source = tmp_path / "whole"
-    for step, n in enumerate((1, 2, 1, 4)):
-        run = tmp_path / f"part{step}" / "run"
-        run.parent.mkdir()
-        if step:
-            cut_back(source, run, step)
-        if n == 1:
-            train(settings(method, items), run)
-        else:
-            sharded(run.parent, {"run": (method, items)}, n)
+    run = tmp_path
+    for step, n, run in handed_on(tmp_path, method, items):
         assert (run / "checkpoints" / checkpoint.step_name(step + 1) / "shards").is_dir() == (n > 1)
         if name == "muon":
             assert drawn(run, step) == drawn(tmp_path / "whole", step)
-        source = run
     if name == "muon":
         assert_same(run, tmp_path / "whole", 1e-10, steps=4)
     else:

@@ -190,15 +190,12 @@ def drawn(folder, step):
     return [(g.row_id, g.cuts, [s.tokens for s in g.samples]) for g in read_rollouts(folder, step)[1]]
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, cases, one):
-    """One process, two, one, four: a step each, all with model.shard=full. In float64 the rows, hints and tokens are those
-    of a run that was never stopped; the weights differ by the order of sums."""
-    method, items = cases["uft"]
-    items = [*items, "train.steps=4", "model.shard=full"]
+def handed_on(tmp_path, method, items):
+    """(step, processes, folder) of a run that one, two, one and four processes train, a step each; beside it "whole", which one
+    process trains to the end."""
     config = resolve(method, recipe="lock", overrides=parse_overrides(items))
-    train(config, tmp_path / "whole")
-    run, kinds = tmp_path / "runs" / "run", []
     source = tmp_path / "whole"
+    train(config, source)
     for step, n in enumerate((1, 2, 1, 4)):
         run = tmp_path / f"part{step}" / "run"
         run.parent.mkdir()
@@ -208,9 +205,19 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, cases, one):
             train(config, run)
         else:
             sharded(run.parent, {"run": (method, items)}, n)
+        yield step, n, run
+        source = run
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, cases, one):
+    """One process, two, one, four: a step each, all with model.shard=full. In float64 the rows, hints and tokens are those
+    of a run that was never stopped; the weights differ by the order of sums."""
+    method, items = cases["uft"]
+    items = [*items, "train.steps=4", "model.shard=full"]
+    run, kinds = tmp_path, []
+    for step, _, run in handed_on(tmp_path, method, items):
         kinds.append((run / "checkpoints" / checkpoint.step_name(step + 1) / "shards").is_dir())
         assert drawn(run, step) == drawn(tmp_path / "whole", step)
-        source = run
     assert kinds == [False, True, False, True]
     assert_same(run, tmp_path / "whole", 1e-10, steps=4)
     one_result, whole = (json.loads((x / "result.json").read_text()) for x in (run, tmp_path / "whole"))
