@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,14 @@ from unift.model import matmul
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_rss() -> int:
+    """Peak resident set of this process in KiB. ``ru_maxrss`` is the parent's, where that is larger: it survives fork and exec."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(next(x for x in status.read_text().splitlines() if x.startswith("VmHWM")).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @dataclass(frozen=True)
