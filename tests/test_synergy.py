@@ -54,7 +54,9 @@ def test_every_run_begins_with_the_same_weights_and_steps(tool, task, arm, tmp_p
     assert config.train.steps == 12 and config.train.decay == "constant"
 
 
-@pytest.mark.parametrize(("share", "name"), [(0.0, "hard"), (1 / 16, "medium"), (0.5, "medium"), (9 / 16, "easy")])
+@pytest.mark.parametrize(
+    ("share", "name"), [(0.0, "hard"), (2 / 16, "hard"), (3 / 16, "medium"), (7 / 16, "medium"), (0.5, "easy")]
+)
 def test_bins(tool, share, name):
     assert tool.bin_of(share) == name
 

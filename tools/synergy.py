@@ -7,7 +7,8 @@
     data-mixing    RL, then SFT on given and own solutions    merged        the mean of the weights of sft and rft
 
 Every run of a task starts from the same weights, which solve a part of the problems: a short SFT of the embedded base on rows
-of another seed. Problems are easy, medium or hard by what those weights reach in 16 samples: more than half right, some, none.
+of another seed. Problems are easy, medium or hard by what those weights reach in 16 samples: half of them right or more, less,
+at most two.
 All runs have the same rows, prompts a step and number of steps. OUT gets a folder a run and ``table.md``; what was interrupted
 continues.
 """
@@ -177,7 +178,7 @@ def _judged(study: Study, model: Path, count: int, samples: int) -> Judged:
 
 
 def bin_of(share: float) -> str:
-    return "hard" if share == 0 else "medium" if share <= 0.5 else "easy"
+    return "hard" if share <= 1 / 8 else "medium" if share < 1 / 2 else "easy"
 
 
 # ---------------------------------------------------------------------------------------------- table
