@@ -1,6 +1,6 @@
 """Five ways of combining SFT and RL, by difficulty for the base (arXiv 2507.07562), on the jigsaw and on Countdown.
 
-    python tools/synergy.py OUT [--tasks jigsaw,countdown] [--seeds 3] [--steps 80] [--workers 1]
+    python tools/synergy.py OUT [--tasks jigsaw,countdown] [--seeds 3] [--steps N] [--workers 1]
 
     sft, rft       alone                                      interleaved   RL, and SFT on rows that failed
     sft-rft        two stages                                 progressive   RL after a prefix of the solution that shrinks
@@ -45,10 +45,11 @@ INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
 
 @dataclass(frozen=True)
 class Study:
-    """A task's recipe, steps of the short SFT that makes the start, and settings of all runs."""
+    """A task's recipe, steps of the short SFT that makes the start, steps and settings of all other runs."""
 
     recipe: str
     start: int
+    steps: int  # before plain RL has nothing left to learn
     settings: tuple[str, ...] = ()
     long: bool = False  # solutions are given in a longer form than the start's own
     test: int = 400  # held-out problems
@@ -59,8 +60,8 @@ class Study:
 
 
 STUDIES = {
-    "jigsaw": Study("jigsaw", 46),
-    "countdown": Study("countdown", 60, ("data.options.numbers=[2, 3]", "sample.max_tokens=40"), long=True),
+    "jigsaw": Study("jigsaw", 46, 24),
+    "countdown": Study("countdown", 60, 60, ("data.options.numbers=[2, 3]", "sample.max_tokens=40"), long=True),
 }
 
 
@@ -70,7 +71,7 @@ class Order:
 
     out: Path
     seeds: Sequence[int]
-    steps: int
+    steps: int | None  # None: the study's own
     workers: int
     more: tuple[str, ...] = ()  # settings, key=value
     test: int | None = None  # problems
@@ -118,7 +119,7 @@ def start_job(study: Study, folder: Path) -> Job:
 
 def jobs_of(study: Study, order: Order, folder: Path) -> list[Job]:
     own = [*QUICK, *rows_settings(study, folder), f"model.path={folder / 'start-seed0' / 'model'}"]
-    own += [f"train.steps={order.steps}", "train.decay=constant", *study.settings, *order.more]
+    own += [f"train.steps={order.steps or study.steps}", "train.decay=constant", *study.settings, *order.more]
     wanted = [arm for arm in TRAINED if arm in order.arms or (arm in ("sft", "rft") and "merged" in order.arms)]
     return [train_job(arm, seed, study.recipe, folder, own) for seed in order.seeds for arm in wanted]
 
@@ -250,7 +251,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", default=",".join(STUDIES))
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, help="of every run")
     parser.add_argument("--test", type=int, help="held-out problems")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("settings", nargs="*", help="key=value, for every run")
