@@ -49,7 +49,8 @@ def make(
         raise ConfigError(f"option 'kind' of jigsaw: {kind!r} is unknown.{nearest(str(kind), KINDS)}")
     if form not in FORMS:
         raise ConfigError(f"option 'form' of jigsaw: {form!r} is unknown.{nearest(str(form), FORMS)}")
-    if not isinstance(square, bool):  # a setting may be of any type
+    padded: Any = square  # a setting may be of any type
+    if not isinstance(padded, bool):
         raise ConfigError(f"option 'square' of jigsaw: found {square!r}, expected true or false.")
     pixels, found = draw(seed, index, rows=rows, cols=cols, tile=tile, kind=kind)
     pixels = scenes.squared(pixels) if square else pixels
