@@ -5,8 +5,8 @@
 
 Each measurement is a process of its own, which trains ``--steps`` steps on the version's own ``src`` by `unift.train` and says the
 CPU seconds of each; the first step is a warm-up. Completions of a run depend on the weights, and these on rounding, so both
-versions begin from the same model and take few steps: the recipe's after ``--warm`` steps of SFT, because a base that never ends its
-answers is not what a run is about. "evaluate" is `unift.evaluate` of the recipe's held-out rows.
+versions begin from the same model and take few steps: the recipe's after ``--warm`` steps of SFT, because a base that never ends
+its answers is not what a run is about. "evaluate" is `unift.evaluate` of the recipe's held-out rows.
 """
 
 from __future__ import annotations
