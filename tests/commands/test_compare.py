@@ -57,6 +57,13 @@ def test_wilson_is_scipys(k, n):
     assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
 
 
+@pytest.mark.parametrize("n", [8, 100, 128, 200, 300, 500, 1319])
+def test_wilson_holds_the_share_itself(n):
+    """Of none and of all right, too, where a bound is the share and rounding could leave it outside."""
+    assert wilson(0, n)[0] == 0.0 and wilson(n, n)[1] == 1.0
+    assert all(low <= k / n <= high for k in range(n + 1) for low, high in [wilson(k, n)])
+
+
 def test_wilson_of_nothing_says_nothing():
     assert wilson(0, 0) == (0.0, 1.0)
 
