@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,14 @@ from unift.model import matmul
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_rss() -> int:
+    """Peak resident set of this process in KiB. ``ru_maxrss`` is the parent's, where that is larger: it survives fork and exec."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(next(x for x in status.read_text().splitlines() if x.startswith("VmHWM")).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ SHAPES = {
     },
 }
 SHAPES["135m-random"] = SHAPES["135m"]
+# Of recipes, with their own prompts (`recipe_prompts`): what a solution has, and 84 tokens of prompt of which all begin with 74.
+RECIPES = {"smollm2": ("135m", Shape(84, 0, 33, 8, 4))}
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -113,16 +124,12 @@ def smollm_path() -> Path:
 
 def model_135m() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct, dequantised to float32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from unift.config.sections import Model
+    from unift.model.load import load_policy
 
-    from unift.model.load import _forget_gguf
-
-    path = smollm_path()
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, local_files_only=True, dtype=torch.float32
-    )
-    _forget_gguf(model)
+    policy = load_policy(Model(path=str(smollm_path()), device="cpu", forward="plain"))
+    matmul.route(False)  # loading chose for the process; each side of a comparison chooses for itself
+    model, tokenizer = policy.model, policy.tokenizer
     tokenizer.add_special_tokens({"eos_token": "<end>"})
     assert tokenizer.eos_token_id >= model.config.vocab_size, tokenizer.eos_token_id
     tokenizer.pad_token_id = tokenizer.pad_token_id or 0
@@ -165,6 +172,16 @@ def prompts(tokenizer: Any, shape: Shape, count: int, seed: int = 0) -> list[tup
         assert len(tokens) == shape.prefix, (len(tokens), shape.prefix)
         out.append((text, tokens))
     return out
+
+
+def recipe_prompts(tokenizer: Any, recipe: str, count: int) -> list[tuple[str, list[int]]]:
+    """The first ``count`` training prompts of a recipe, and their tokens."""
+    from unift.config.resolve import resolve
+    from unift.rows import dataset
+
+    rows = dataset.load(resolve("rft", recipe=recipe)).train
+    texts = [str(rows[i % len(rows)].prompt) for i in range(count)]
+    return [(text, tokenizer(text)["input_ids"]) for text in texts]
 
 
 # ---------------------------------------------------------------------------------------------- one unift step
@@ -241,8 +258,8 @@ class Unift:
         from unift.types import Group, Score
 
         s, began, cpu = self.shape, now(), time.process_time()
-        cut = s.prefix - (s.hint if self.config.likelihood.tokens == "hint" else 0)
-        groups = [Group(i, str(i), p[:cut], p[cut:], 0, 1) for i, p in enumerate(prefixes)]
+        hint = s.hint if self.config.likelihood.tokens == "hint" else 0
+        groups = [Group(i, str(i), p[: len(p) - hint], p[len(p) - hint :], 0, 1) for i, p in enumerate(prefixes)]
         encoded = [Encoded(g.prompt, g.hint, [0, len(g.hint)]) for g in groups]
         asked = [
             Request(g.prompt + g.hint, rng.uniforms("sample", 0, self.count, i, g.row_id, shape=(s.g, s.completion)))

@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--quick]
     python benchmarks/memory.py --estimate     what `unift train --dry-run` says, against the peak of two steps
 
-Reports the peak resident set (``ru_maxrss``) of a process that loads the model and takes one step, and how it grows with
+Reports the peak resident set of a process that loads the model and takes one step, and how it grows with
 the vocabulary and the group size. On a GPU it is the peak of the CUDA allocator, both sides multiply in bfloat16, and the
 result is kept apart.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, RESULTS, SHAPES, Shape, Unift, load, machine, prompts, save
+from common import DEVICE, RESULTS, SHAPES, Shape, Unift, load, machine, peak_rss, prompts, save
 
 SIDES = ("unift", "trl", "trl-checkpointing")
 
@@ -53,7 +52,7 @@ def child(side: str, model_name: str, shape: Shape, vocab: int) -> None:
     torch.set_num_threads(1)
     model, tokenizer = sized(vocab) if vocab else load(model_name)
     rows = prompts(tokenizer, shape, shape.groups)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = peak_rss()
     cuda = DEVICE.type == "cuda"
     if side == "unift":
         Unift(model, tokenizer, shape, ("model.autocast=all",) if cuda else ()).step([tokens for _, tokens in rows])
@@ -63,7 +62,7 @@ def child(side: str, model_name: str, shape: Shape, vocab: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             texts = [text for text, _ in rows]
             trl_trainer(model, tokenizer, texts, shape, 1, side == "trl-checkpointing", folder, cuda).train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_rss()
     if cuda:  # in KiB, as the others
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         peak, loaded = torch.cuda.max_memory_allocated() // 1024, weights // 1024
@@ -78,7 +77,7 @@ def two_steps(name: str, shape: Shape, settings: str) -> None:
     side = Unift(model.bfloat16() if "bfloat16" in settings else model, tokenizer, shape, tuple(settings.split()))
     for _ in range(2):
         side.step(rows)
-    print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(json.dumps({"peak_mib": peak_rss() / 1024}))
 
 
 def estimated(name: str, shape: Shape, settings: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -44,7 +43,7 @@ def cpu_seconds() -> float:
 
 def start(file: str, kind: str) -> dict[str, Any]:
     """What a run does with rows until its first step, in this process."""
-    from common import model_3m
+    from common import model_3m, peak_rss
 
     from unift.config.resolve import parse_overrides, resolve
     from unift.rows import dataset, store
@@ -61,13 +60,13 @@ def start(file: str, kind: str) -> dict[str, Any]:
     ]
     config = resolve("uft", recipe="lock", overrides=parse_overrides([*own, "model.path=embedded:countdown"]))
     tokenizer = model_3m()[1]
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    base = peak_rss() / 1024
     began, cpu = time.perf_counter(), cpu_seconds()
     data = dataset.encode(tokenizer, dataset.load(config), config)
     batch = dataset.rows_of_step(0, 0, PROMPTS, len(data.train.rows))
     tokens = sum(len(data.train.encoded[i].solution) for i in batch)
     seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_rss() / 1024
     return {"rows": len(data.train.rows), "kind": kind, "seconds": seconds, "cpu": cpu, "mib": peak - base,
             "peak_mib": peak, "tokens": tokens, "fingerprint": data.fingerprint}  # fmt: skip
 

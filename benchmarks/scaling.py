@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Shape, Unift, load, machine, prompts, save, spread
+from common import Shape, Unift, load, machine, peak_rss, prompts, save, spread
 
 BASE = Shape(prefix=350, hint=200, completion=32, groups=2, g=8)
 LONG = Shape(prefix=2048, hint=0, completion=4096, groups=1, g=8)
@@ -59,9 +58,9 @@ def child(shape: Shape, settings: str) -> None:
     model, tokenizer = load("3m")
     rows = [t for _, t in prompts(tokenizer, shape, shape.groups)]
     side = Unift(model, tokenizer, shape, tuple(settings.split()))
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = peak_rss()
     found = side.step(rows)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_rss()
     print(json.dumps(found | {"peak_mib": peak / 1024, "loaded_mib": loaded / 1024}))
 
 

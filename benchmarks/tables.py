@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parent
 RESULTS, PAGE = ROOT / "results", ROOT.parent / "docs" / "performance.md"
 SIDES = ("unift", "trl", "trl-checkpointing")
-ORDER = ["short", "countdown", "knights", "math"]
+ORDER = ["short", "countdown", "knights", "math", "smollm2"]
 
 
 def read(pattern: str) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def vs_trl() -> str:
         s = r["sizes"]
         rows.append(
             [
-                f"{r['model']} {r['shape']}",
+                f"{r['model']} {r['shape']}" + (", bfloat16" if r.get("precision") == "bfloat16" else ""),
                 f"{s['groups']} x {s['g']} x ({s['prefix']} + {s['completion']})",
                 "on" if r["trl_gradient_checkpointing"] else "off",
                 f"**{span(r['ratio_cpu'])}**",
@@ -154,6 +154,22 @@ def drafts() -> str:
     ]
     head = ["model and stage", "temperature", "hint %", "rows", "tokens a row", "sample.draft", "times as fast (CPU s)"]
     return table([*head, "accepted %", "forwards, without / with", "tokens forwarded, of those without", "equal"], rows)
+
+
+def versions() -> str:
+    """A recipe by two versions, alternating."""
+    rows = [
+        [
+            f"{r['recipe']} {name}",
+            f"{r['commits']['before']} / {r['commits']['now']}",
+            f"**{span(m['ratio'])}**",
+            f"{m['before']['median']:.1f} / {m['now']['median']:.1f}",
+            str(m["ratio"]["n"]),
+        ]
+        for r in read("versions-*")
+        for name, m in r["methods"].items()
+    ]
+    return table(["recipe, method", "versions", "times as fast (CPU s)", "CPU s, before / now", "pairs"], rows)
 
 
 def precision() -> str:
@@ -271,7 +287,7 @@ def rows() -> str:
 
 
 PAGES = {
-    PAGE: (vs_trl, memory, ablation, drafts, scaling, roofline, precision, rounding, rows, gpu, gpu_vs_trl, machines),
+    PAGE: (vs_trl, memory, ablation, versions, drafts, scaling, roofline, precision, rounding, rows, gpu, gpu_vs_trl, machines),
     PAGE.with_name("cluster.md"): (estimate, long),
 }
 

@@ -1,6 +1,7 @@
 """One GRPO step of TRL against one of unift: same weights, prompts, group size, lengths, precision, one update.
 
     python benchmarks/vs_trl.py --model 3m --shape short            # needs `pip install trl==1.16.0`
+    python benchmarks/vs_trl.py --recipe smollm2                    # its model, prompts, group size and precision
 
 TRL's own trainer runs its own loop. A callback stops the clock at the end of each of its steps and lets unift take one,
 so the two sides alternate in one process with the same threads. The first pair is a warm-up and is dropped. What is the
@@ -19,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from common import DEVICE, SHAPES, Unift, clone, load, machine, now, prompts, save, spread
+from common import DEVICE, RECIPES, SHAPES, Unift, clone, load, machine, now, prompts, recipe_prompts, save, spread
 from transformers import TrainerCallback
 
 
@@ -117,11 +118,16 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
         a.checkpointing,
         tuple(a.settings),
     )
-    shape = SHAPES[model_name][shape_name]
+    if a.recipe:
+        (model_name, shape), shape_name = RECIPES[a.recipe], a.recipe
+        a.bf16 = True
+    else:
+        shape = SHAPES[model_name][shape_name]
     shape = replace(shape, groups=a.groups or shape.groups)
     settings += ("model.autocast=all",) if a.bf16 else ()
     model, tokenizer = load(model_name)
-    rows = prompts(tokenizer, shape, shape.groups * (pairs + 1))
+    count = shape.groups * (pairs + 1)
+    rows = recipe_prompts(tokenizer, a.recipe, count) if a.recipe else prompts(tokenizer, shape, count)
     ours = Unift(clone(model), tokenizer, shape, settings)
     head = {
         "model": model_name,
@@ -169,6 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(SHAPES), default="3m")
     parser.add_argument("--shape", default="short", help="short, countdown, knights, math")
+    parser.add_argument("--recipe", choices=list(RECIPES), help="in the place of model and shape; in bfloat16")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true", help="TRL's default; off is like for like")
     parser.add_argument("--bf16", action="store_true", help="both sides multiply in bfloat16, with float32 weights")

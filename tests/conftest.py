@@ -216,7 +216,7 @@ def packed_loss(policy, items, config, budget=10**6, reference=None, old=None):
 
     policy.model.zero_grad()
     weights, total, t = weigh(items, config), 0.0, config.sample.temperature
-    for which in cut(items, budget):
+    for which in cut(items, budget, config):
         batch = pack(items, which, weights, config)
         if batch is None:
             continue

@@ -49,14 +49,14 @@ def unift(*words: str) -> list[str]:
     return [sys.executable, "-m", "unift", *words]
 
 
-def split(source: Path, folder: Path) -> tuple[Path, Path]:
-    """All rows but the last ``HELD_OUT``, and those, as unift's own JSONL."""
+def split(source: Path, folder: Path, held_out: int = HELD_OUT) -> tuple[Path, Path]:
+    """All rows but the last ``held_out``, and those, as unift's own JSONL."""
     folder.mkdir(parents=True, exist_ok=True)
     rows, train, test = folder / "rows.jsonl", folder / "train.jsonl", folder / "test.jsonl"
     subprocess.run(unift("data", "convert", str(source), str(rows)), check=True)
     lines = rows.read_text().splitlines(keepends=True)
-    train.write_text("".join(lines[:-HELD_OUT]))
-    test.write_text("".join(lines[-HELD_OUT:]))
+    train.write_text("".join(lines[:-held_out]))
+    test.write_text("".join(lines[-held_out:]))
     return train, test
 
 

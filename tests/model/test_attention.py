@@ -12,9 +12,10 @@ import torch
 from conftest import close, gradients, make_items, packed_loss, settings, tiny_policy
 from plain import uft_loss
 
-from unift.model.attention.packed import FlashAttention, make_layout, stock_attention
+from unift.model.attention.flash import FlashAttention
+from unift.model.attention.packed import make_layout, stock_attention
 from unift.model.logprobs import chunked_logprobs, logprobs
-from unift.model.packs import COMPLETION, Item, Member, pack
+from unift.model.packs import COMPLETION, DEMO, Item, Member, cut, pack
 from unift.objectives.weights import weigh
 from unift.sampling.engines.base import Request
 from unift.sampling.engines.draw import inverse_cdf
@@ -23,15 +24,15 @@ from unift.sampling.engines.native import generate
 RNG = np.random.default_rng(11)
 
 
-def layout_of(prefixes, members):
-    """Layout of prefixes and members of the given lengths, one after the other in a flat row."""
-    at, spans, own = 0, [], []
+def layout_of(prefixes, members, stem=0):
+    """Layout of prefixes and members of the given lengths, one after the other in a flat row, behind a stem."""
+    at, spans, own = stem, [], []
     for p, lengths in zip(prefixes, members, strict=True):
         spans.append(range(at, at + p))
         at += p
         own.append([range(at + sum(lengths[:j]), at + sum(lengths[: j + 1])) for j in range(len(lengths))])
         at += sum(lengths)
-    return make_layout(spans, own, at), at
+    return make_layout(spans, own, at, stem), at
 
 
 CASES = {
@@ -42,6 +43,9 @@ CASES = {
     "no members": ([3, 6], [[], []]),
     "a group without members": ([3, 6], [[], [4]]),
     "sixteen": ([7], [list(range(1, 17))]),
+    "a stem": ([5, 1, 9], [[1, 4, 2], [6], [2, 2]], 6),
+    "a stem without padding": ([4, 4], [[3, 3], [3, 3]], 1),
+    "a stem before prefixes alone": ([3, 6], [[], []], 20),
 }
 
 
@@ -62,6 +66,97 @@ def test_merged_passes_equal_copied_prefixes(case, kv, dtype):
     for a, b in zip(*results, strict=True):
         assert (a - b).abs().max() < bound
     assert results[0][0].abs().max() > 0.1 and results[0][2].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("case", ["ragged", "a stem"])
+def test_half_precision_is_computed_in_float32(case):
+    """Values of bfloat16, with queries and keys promoted by rotary embeddings as autocast has them: the float32 result, rounded."""
+    at, total = layout_of(*CASES[case])
+    draw = torch.Generator().manual_seed(1)
+    low = [torch.randn(total, h, 8, generator=draw).bfloat16() for h in (4, 2, 2, 4)]
+    results = []
+    for given in (low, [x.float() for x in low], [low[0].float(), low[1].float(), low[2], low[3]]):
+        leaves = [x.clone().requires_grad_() for x in given[:3]]
+        out = FlashAttention.apply(*leaves, at, 0.3)
+        assert out.dtype == leaves[2].dtype
+        grads = torch.autograd.grad(out, leaves, given[3].to(out.dtype))
+        assert [x.dtype for x in grads] == [x.dtype for x in leaves]
+        results.append([out.detach(), *grads])
+    for exact, *others in zip(results[1], results[0], results[2], strict=True):
+        for x in others:
+            assert torch.equal(x, exact.to(x.dtype))
+
+
+def behind(stem, items):
+    """The items with these tokens before their prompts."""
+    return [dataclasses.replace(i, prompt=[*stem, *i.prompt]) for i in items]
+
+
+STEM = [int(t) for t in np.random.default_rng(3).integers(2, 37, 70)]
+
+
+@pytest.mark.parametrize("name", ["uft", "sft", "rft"])
+def test_what_all_prompts_begin_with_is_computed_once(name):
+    """Loss and gradients of groups behind a common beginning, against copies of all of it."""
+    policy, plain = tiny_policy(torch.float64)
+    config = settings(name, *(["likelihood.weight=0.3", "reference.kl=0"] if name == "uft" else []))
+    items = behind(STEM, make_items((1, 4, 3), (12, 0, 3)))
+    if name == "sft":
+        items = [dataclasses.replace(i, hint=[], members=[Member(i.members[0].tokens, DEMO)]) for i in items]
+    batch = pack(items, range(3), weigh(items, config), config)
+    assert batch.layout.stem == len(STEM)
+    assert len(batch.tokens_T) == sum(i.tokens_forwarded for i in items) - 2 * len(STEM)
+    assert batch.layout.longest == max(len(i.prompt + i.hint) + len(m.tokens) - 1 for i in items for m in i.members)
+    loss, got = packed_loss(policy, items, config)
+    expected = uft_loss(plain, None, items, config)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)  # transformers' norms are float32
+    close(got, gradients(plain), 1e-6)
+
+
+def test_where_there_is_no_common_beginning():
+    """One item, one short of it, equal prompts (the last token stays own), and inputs that are changed item by item."""
+    config, items = settings("uft"), make_items((2, 2, 2), (0, 3, 3))
+    stem_of = lambda items, config: pack(items, range(len(items)), None, config).layout.stem  # noqa: E731
+    assert stem_of(behind(STEM, items), config) == len(STEM)
+    assert stem_of(behind(STEM, items)[:1], config) == 0
+    assert stem_of(items, config) == 0
+    same = [dataclasses.replace(i, prompt=STEM) for i in items]
+    assert stem_of(same, config) == len(STEM) - 1
+    noisy = settings("sft", "inputs.noise=uniform", "inputs.scale=5")
+    assert stem_of(behind(STEM, items), noisy) == 0
+
+
+def test_the_token_budget_counts_a_common_beginning_once():
+    config, items = settings("uft"), behind(STEM, make_items((2, 2, 2, 2), (1, 1, 1, 1)))
+    own = [i.tokens_forwarded - len(STEM) for i in items]
+    for budget in (len(STEM) + sum(own), len(STEM) + sum(own) - 1, len(STEM) + max(own), 1):
+        packs = cut(items, budget, config)
+        sizes = [len(pack(items, p, None, config).tokens_T) for p in packs]
+        assert all(n <= budget or len(p) == 1 for n, p in zip(sizes, packs, strict=True))
+        assert sorted(i for p in packs for i in p) == [0, 1, 2, 3]
+        assert (len(packs) == 1) == (budget == len(STEM) + sum(own))
+
+
+@pytest.mark.parametrize("g", [1, 5])
+def test_samples_behind_a_common_beginning(g):
+    """The same tokens as prompt by prompt, and the trainer's log-probs."""
+    policy, _ = tiny_policy(torch.float64)
+    prompts = [STEM + [int(t) for t in RNG.integers(2, 37, n)] for n in (1, 7, 3)]
+    asked = [Request(p, RNG.random((g, 12))) for p in prompts]
+    together, alone = generate(policy, asked, 12), [generate(policy, [r], 12)[0] for r in asked]
+    for a, b in zip(together, alone, strict=True):
+        assert [s.tokens for s in a] == [s.tokens for s in b]
+        assert max(abs(x - y) for s, t in zip(a, b, strict=True) for x, y in zip(s.logps, t.logps, strict=True)) < 1e-6
+    config = settings("rft")
+    items = [
+        Item(p, [], [Member(s.tokens, COMPLETION, 1.0, s.logps) for s in a])
+        for p, a in zip(prompts, together, strict=True)
+    ]
+    batch = pack(items, range(3), weigh(items, config), config)
+    assert batch.layout.stem == len(STEM)
+    with torch.no_grad():
+        assert (logprobs(policy, batch)[0] - batch.sampler_S).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("members", [(1, 1, 1), (1, 2, 16), (3, 16, 5)])

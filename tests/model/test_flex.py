@@ -24,6 +24,9 @@ ROWS = CASES | {
     "blocks": ([300, 1, 129], [[140, 60, 1], [400], [3, 260]]),
     "block edges": ([256, 128], [[128, 128, 256], [127, 1]]),
     "many": ([130], [[50] * 8]),
+    "a stem of blocks": ([300, 1, 129], [[140, 60, 1], [400], [3, 260]], 330),
+    "runs side by side": ([100], [[300, 20]], 60),
+    "a stem at the edge": ([256, 128], [[128, 128, 256], [127, 1]], 128),
 }
 
 
@@ -73,17 +76,18 @@ def test_blocks_are_those_of_all_pairs(case):
     assert ours.sparsity() == pytest.approx(theirs.sparsity())
 
 
-def test_pairs_are_those_of_sequences_of_their_own():
-    """The mask itself, against a count: a token sees its prefix, its own earlier tokens and itself."""
+@pytest.mark.parametrize("stem", [0, 5])
+def test_pairs_are_those_of_sequences_of_their_own(stem):
+    """The mask itself, against a count: a token sees the stem, its prefix, its own earlier tokens and itself."""
     prefixes, members = ROWS["ragged"]
-    at, total = layout_of(prefixes, members)
+    at, total = layout_of(prefixes, members, stem)
     mask, index = flex.block_mask(at, torch.device("cpu")).mask_mod, torch.arange(total)
     seen = mask(None, None, index[:, None], index[None]).sum(1).tolist()
-    expected = []
+    expected = list(range(1, stem + 1))
     for p, lengths in zip(prefixes, members, strict=True):
-        expected += range(1, p + 1)
+        expected += range(stem + 1, stem + p + 1)
         for n in lengths:
-            expected += range(p + 1, p + n + 1)
+            expected += range(stem + p + 1, stem + p + n + 1)
     assert seen == expected
 
 

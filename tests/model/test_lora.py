@@ -58,7 +58,7 @@ def logprobs(policy, tokens):
     """Of ``tokens`` [L] after the first by the trainer, as a demonstration."""
     config = settings("sft")
     items = [Item(tokens[:1], [], [Member(tokens[1:], DEMO)])]
-    batch = pack(items, cut(items, 10**6)[0], weigh(items, config), config)
+    batch = pack(items, cut(items, 10**6, config)[0], weigh(items, config), config)
     return logprobs_of(policy, batch)[0]
 
 

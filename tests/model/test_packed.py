@@ -55,7 +55,7 @@ def packed(policy, items, config, budget=10**6, reference=None):
     """Loss and gradients of one optimizer batch, summed over its micro-batches."""
     policy.model.zero_grad()
     weights, total = weigh(items, config), 0.0
-    for which in cut(items, budget):
+    for which in cut(items, budget, config):
         batch = pack(items, which, weights, config)
         if batch is None:
             continue

@@ -11,12 +11,13 @@ import torch
 from conftest import close, gradients, packed_loss, random_tokens, settings, tiny_policy
 
 from unift import rng
+from unift.config import needs
 from unift.config.sections import Likelihood
 from unift.config.stages import Moment, Stage
 from unift.credit.members import chosen, items_of
 from unift.model.logprobs import logprobs
 from unift.model.packs import DEMO, OWN, Item, Member, cut, pack
-from unift.objectives import input_noise, likelihood
+from unift.objectives import likelihood
 from unift.objectives import loss as objectives
 from unift.objectives.weights import weigh
 from unift.sampling.engines.choose import in_process
@@ -320,7 +321,7 @@ def test_own_guesses_replace_response_tokens_only():
     (batch,), _ = prepared(policy, items, config)
     table = policy.embeddings.weight
     start = 0
-    for item in [items[i] for i in cut(items, 10**6)[0]]:
+    for item in [items[i] for i in cut(items, 10**6, config)[0]]:
         sequence = item.prompt + item.hint + item.members[0].tokens
         with torch.no_grad():
             guess = plain(input_ids=torch.tensor([sequence])).logits[0].argmax(-1)
@@ -340,7 +341,7 @@ def test_nothing_mixed_in_is_the_plain_input():
     items = demos()
     config = settings("ift", "inputs.own=0", "likelihood.gamma=0")
     packs, config = prepared(policy, items, config)
-    assert not input_noise.active(config) and all(p.delta_TD is None for p in packs)
+    assert not needs.changed_inputs(config) and all(p.delta_TD is None for p in packs)
     _, got = gradient_of(policy, packs, config)
     _, expected = packed_loss(policy, items, settings("sft", "likelihood.norm=seq_mean_token_mean"))
     close(got, expected, 1e-6)

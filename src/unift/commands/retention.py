@@ -73,7 +73,7 @@ def mean_logprob(policy: Policy, pairs: Sequence[Pair], budget: int) -> float:
     if not items:
         raise UniftError("there is no target to measure: every solution is empty")
     weights, total, n = weigh(items, settings), 0.0, 0
-    for which in cut(items, budget):
+    for which in cut(items, budget, settings):
         batch = pack(items, which, weights, settings)
         assert batch is not None
         l_S, _ = logprobs(policy, batch.to(policy.device))

@@ -58,3 +58,8 @@ def own_hints(s: Rules) -> bool:
 def solution_pushes(s: Rules) -> bool:
     """Tokens of the solution inside a group push with the group's advantage, too."""
     return s.policy.off_policy != "none" or LOSSES[s.policy.loss].sequences
+
+
+def changed_inputs(s: Rules) -> bool:
+    """Something is done to the input embeddings of a supervised phase."""
+    return s.inputs.noise != "none" or s.inputs.own > 0

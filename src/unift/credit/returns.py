@@ -58,7 +58,7 @@ def measured(of: Callable[[PackedBatch], Tensor], items: Sequence[Item], rules: 
     out: Tokens = [[[] for _ in item.members] for item in items]
     parts = divide(items, None, rules)
     divided = [p.item for p in parts]
-    for which in cut(divided, rules.train.token_budget):
+    for which in cut(divided, rules.train.token_budget, rules):
         batch = pack(divided, which, None, rules)
         if batch is None:
             continue

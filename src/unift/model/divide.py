@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from unift.config import needs
 from unift.config.sections import Rules
 from unift.model.packs import DEMO, Item, ItemWeights, carrying
 
@@ -56,7 +57,7 @@ def _parts(item: Item, weights: ItemWeights | None, source: int, rules: Rules) -
 
 def _units(item: Item, left: Sequence[int], rules: Rules) -> list[list[int]]:
     """Members that no part may hold without each other."""
-    if rules.inputs.own > 0 or rules.inputs.noise != "none":
+    if needs.changed_inputs(rules):
         return [list(left)] if left else []
     likelihood = rules.likelihood.tokens != "none"
     units: dict[tuple[str, int], list[int]] = {}

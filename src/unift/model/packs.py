@@ -1,6 +1,6 @@
 """Items -> packed tensors. Each item is a prefix (prompt + hint, once) and its members: the completions, and the rest of
 the demonstration where the whole solution is supervised. The last token of a member is only ever a target, so it is not
-forwarded.
+forwarded. What all prompts of a pack begin with lies before the items, once (the stem).
 
 Shapes: T forwarded tokens, S loss positions (one per supervised token), D width of the embeddings.
 """
@@ -21,6 +21,10 @@ from unift.config.sections import Rules
 from unift.model.attention.packed import PackedLayout, make_layout
 from unift.types import Shown
 
+STEM_LEAST = (
+    8  # tokens of a stem, and tokens that it saves in a row: below either it is not worth its passes of attention
+)
+STEM_SAVES = 64
 # OWN: a sampled completion that is supervised like a demonstration. A member with the role HINT: see `hint_of`.
 COMPLETION, HINT, DEMO, OWN = 1, 2, 3, 4
 
@@ -128,17 +132,40 @@ def carrying(item: Item, rules: Rules) -> list[tuple[int, Member]]:
     return [(j, m) for j, m in hinted if m.tokens]
 
 
-def cut(items: Sequence[Item], budget: int) -> list[list[int]]:
+def stem_of(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with and a forward of them computes once; 0 where that would not pay.
+
+    The last token of a prompt stays its own: what it predicts belongs to the group.
+    """
+    first, last = min(prompts), max(prompts)  # what these two begin with, all others do
+    most = min(map(len, prompts)) - 1
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
+    n = min(same, most)
+    return n if n >= STEM_LEAST and n * (len(prompts) - 1) >= STEM_SAVES else 0
+
+
+def _stem(items: Sequence[Item], rules: Rules) -> int:
+    """As `stem_of`. What is done to input embeddings is drawn for each item, and pictures lie where its own prompt has them."""
+    if needs.changed_inputs(rules) or any(i.shown for i in items):
+        return 0
+    return stem_of([i.prompt for i in items])
+
+
+def cut(items: Sequence[Item], budget: int, rules: Rules) -> list[list[int]]:
     """Indices of items per micro-batch, longest first, so that a pack's tokens stay within the budget. An item that is larger
     goes alone; ``divide`` makes parts of it before.
     """
-    order = sorted(range(len(items)), key=lambda i: (-items[i].tokens_forwarded, i))
+    stem = _stem(items, rules) if items else 0
+    sizes = [i.tokens_forwarded - stem for i in items]
     packs: list[list[int]] = []
-    for i in order:
-        if packs and sum(items[j].tokens_forwarded for j in packs[-1]) + items[i].tokens_forwarded <= budget:
+    used = 0
+    for i in sorted(range(len(items)), key=lambda i: (-sizes[i], i)):
+        if packs and used + sizes[i] <= budget:
             packs[-1].append(i)
+            used += sizes[i]
         else:
             packs.append([i])
+            used = stem + sizes[i]
     return packs
 
 
@@ -161,6 +188,7 @@ class _FlatRow:
     """A flat row under construction: its tokens, the spans of prefixes and members, and a column for each thing that is
     known about a loss position. A column becomes the tensor of its name in PackedBatch."""
 
+    stem: int = 0  # tokens at its start that all prompts begin with
     tokens: list[int] = field(default_factory=list[int])
     positions: list[int] = field(default_factory=list[int])
     prefixes: list[range] = field(default_factory=list[range])
@@ -194,7 +222,8 @@ def pack(
 
     ``weights``: of all items. None: every completion is packed without weights, to measure something at its tokens.
     """
-    flat = _FlatRow()
+    flat, stem = _FlatRow(), _stem([items[i] for i in which], rules)
+    flat.stem = len(flat.extend(items[which[0]].prompt[:stem], 0))
     for b, i in enumerate(which):
         item = items[i]
         zeros = [0.0] * len(item.members)
@@ -210,7 +239,7 @@ def pack(
     return PackedBatch(
         tokens_T=torch.tensor(flat.tokens),
         positions_T=torch.tensor(flat.positions),
-        layout=make_layout(flat.prefixes, flat.members, len(flat.tokens)),
+        layout=make_layout(flat.prefixes, flat.members, len(flat.tokens), stem),
         shown=[items[i].shown for i in which] if any(items[i].shown for i in which) else (),
         **columns,
     )
@@ -220,17 +249,17 @@ def _pack_item(
     flat: _FlatRow, number: int, item: Item, members: Sequence[tuple[int, Member]], weight: ItemWeights, rules: Rules
 ) -> None:
     shown = needs.own_hints(rules)
-    prefix = flat.extend(item.prompt + item.hint, 0)
+    prefix = flat.extend(item.prompt[flat.stem :] + item.hint, flat.stem)
     flat.prefixes.append(prefix)
     flat.members.append([])
     solution = flat.sequence()  # of the hint and the demonstration, which are one
     if item.hint and weight.likelihood:
-        first = prefix.start + len(item.prompt) - 1
+        first = prefix.start + len(item.prompt) - flat.stem - 1
         at = range(first, first + len(item.hint))
         values = {"sequence": solution, "likelihood_w": weight.likelihood, "entropy_w": weight.entropy_hint}
         flat.supervise(at, item.hint, role=HINT, item=number, member=-1, **values)
     for j, m in members:
-        span = flat.extend(m.tokens[:-1], len(prefix))
+        span = flat.extend(m.tokens[:-1], flat.stem + len(prefix))
         flat.members[-1].append(span)
         at = [prefix.stop - 1, *span]
         mine, own = {"item": number, "member": j}, flat.sequence()

@@ -58,16 +58,16 @@ class Rows:
     their group, so a hint counts once."""
 
     def __init__(self, batch: PackedBatch) -> None:
-        flat = batch.tokens_T.tolist()
+        flat, stem = batch.tokens_T.tolist(), batch.layout.stem
         self.tokens: list[list[int]] = []
         self.shown: list[Shown | None] = []  # pictures of each row
         place: list[tuple[int, int]] = [(0, 0)] * len(flat)  # of each flat token: its row, its column there
         for number, (prefix, members) in enumerate(batch.layout.spans):
-            first, head = len(self.tokens), flat[prefix.start : prefix.stop]
-            for column, t in enumerate(prefix):
+            first, head = len(self.tokens), flat[:stem] + flat[prefix.start : prefix.stop]
+            for column, t in enumerate(prefix, start=stem):
                 place[t] = first, column
             for own in (span for span in members if len(span)):
-                for column, t in enumerate(own, start=len(prefix)):
+                for column, t in enumerate(own, start=len(head)):
                     place[t] = len(self.tokens), column
                 self.tokens.append(head + flat[own.start : own.stop])
             if len(self.tokens) == first:

@@ -24,10 +24,6 @@ from unift.model.policy import Policy
 from unift.objectives import loss as objectives
 
 
-def active(rules: Rules) -> bool:
-    return rules.inputs.noise != "none" or rules.inputs.own > 0
-
-
 def perturbed(policy: Policy, batch: PackedBatch, items: Sequence[Item], rules: Rules) -> list[PackedBatch]:
     """The packs that take the place of ``batch`` (two for adversarial training: the clean one, and the perturbed one)."""
     if rules.inputs.own > 0:

@@ -28,7 +28,6 @@ from unift.model import checkpointing, critic, quantize
 from unift.model.limits import check_positions, longest_context, use_threads
 from unift.model.load import load_policy, load_tokenizer, pick_device, save_adapter, save_pretrained
 from unift.model.policy import Policy
-from unift.objectives import input_noise
 from unift.rewards import open_scorer
 from unift.rows import dataset
 from unift.rows.tasks.format import check_format, meant_right
@@ -264,7 +263,7 @@ def check_path(policy: Policy, rules: Rules) -> None:
         raise ConfigError(
             f"sample.draft={rules.sample.draft} works on a CPU on the shared-prefix path only; {found}. Set it to none"
         )
-    wants = "a critic" if needs.critic(rules) else "changed input embeddings" if input_noise.active(rules) else ""
+    wants = "a critic" if needs.critic(rules) else "changed input embeddings" if needs.changed_inputs(rules) else ""
     if wants and not policy.shared:
         raise ConfigError(
             f"method {rules.method} needs {wants}, which works on the shared-prefix path only; this model takes the "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unift import processes
-from unift.config import words
+from unift.config import needs, words
 from unift.config.sections import Engine, Rules, Train
 from unift.model import critic
 from unift.model.divide import divide
@@ -60,7 +60,7 @@ def prepare(
         parts = divide(batch, weigh(batch, rules), rules)
         part, weights = [p.item for p in parts], [p.weights for p in parts if p.weights is not None]
         own = processes.balanced_share([i.tokens_forwarded for i in part])
-        whiches = [[own[i] for i in which] for which in cut([part[i] for i in own], rules.train.token_budget)]
+        whiches = [[own[i] for i in which] for which in cut([part[i] for i in own], rules.train.token_budget, rules)]
         packed = [(pack(part, which, weights, rules), [part[i] for i in which]) for which in whiches]
         updates.append([(p, of) for p, of in packed if p is not None])
     for packs, n in zip(updates, gradients.missing(policy, [len(packs) for packs in updates]), strict=True):
@@ -78,7 +78,7 @@ def prepare(
 def _with_inputs(policy: Policy, packs: Sequence[tuple[PackedBatch, list[Item]]], rules: Rules) -> list[PackedBatch]:
     """The packs on the policy's device, with what is done to their input embeddings."""
     moved = [(p.to(policy.device), items) for p, items in packs]
-    if not input_noise.active(rules):
+    if not needs.changed_inputs(rules):
         return [p for p, _ in moved]
     return [made for p, items in moved for made in input_noise.perturbed(policy, p, items, rules)]
 

@@ -2,7 +2,8 @@
 
 A batch is one flat row of tokens (no padding in any linear layer). Here, and only here, tokens are gathered into padded
 blocks: prefixes ``BP`` and, for each prefix, its members ``BGR`` (completions). A member token attends to its group's
-whole prefix and to the member's own earlier tokens, which is what it would see in a sequence of its own.
+whole prefix and to the member's own earlier tokens, which is what it would see in a sequence of its own. What all prefixes
+begin with may lie before them once, as the stem.
 
 Shapes: T flat tokens, B groups, P prefix length, G members a group, R member length, H query heads, K key/value heads,
 D head width, N = B*G rows of a decode step, S cached member positions.
@@ -19,7 +20,8 @@ from torch import Tensor
 from unift.model import matmul
 from unift.model.attention import flex
 from unift.model.attention.decode import DecodeLayout
-from unift.model.attention.packed import FlashAttention, PackedLayout, stock_attention
+from unift.model.attention.flash import FlashAttention
+from unift.model.attention.packed import PackedLayout, stock_attention
 
 NAME = "unift"
 
@@ -78,7 +80,7 @@ def attend(at: PackedLayout, layer: int, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD:
     """Attention of a packed row, [1, T, H, D], by the quickest way that its device and heads allow."""
     q, k, v = (x[0].transpose(0, 1) for x in (q_1HTD, k_1KTD, v_1KTD))
     if at.keep:
-        k_BKPD, v_BKPD = (at.rows(x.to(v.dtype), at.prefix_BP) for x in (k, v))
+        k_BKPD, v_BKPD = (at.cached(x.to(v.dtype)) for x in (k, v))
         at.cache[layer] = k_BKPD.transpose(2, 3).contiguous(), v_BKPD.contiguous()
     if at.member_BGR is not None and flex.fits(q_1HTD, k_1KTD, v_1KTD):
         return flex.attend(q_1HTD, k_1KTD, v_1KTD, at, scale).transpose(1, 2)

@@ -32,25 +32,26 @@ def blocks(at: PackedLayout) -> tuple[np.ndarray, np.ndarray]:
     lower, strictly = np.tri(n, dtype=bool), np.tri(n, k=-1, dtype=bool)
 
     def see(queries: range, keys: range) -> None:
-        """These see those, as far as they come later or are the same: one is the other, or begins with it."""
-        if len(keys):
-            first, last = queries.start // BLOCK, -(-queries.stop // BLOCK)
-            block = slice(first, last), slice(first, -(-keys.stop // BLOCK))
-            some[block] |= lower[block]
-            first = -(-queries.start // BLOCK)
-            block = slice(first, max(queries.stop // BLOCK, first)), slice(first, max(keys.stop // BLOCK, first))
-            whole[block] |= strictly[block]
+        """These see those, as far as they come later or are the same."""
+        if len(keys) and len(queries):
+            outer = [slice(x.start // BLOCK, -(-x.stop // BLOCK)) for x in (queries, keys)]
+            inner = [slice(-(-x.start // BLOCK), max(x.stop // BLOCK, -(-x.start // BLOCK))) for x in (queries, keys)]
+            some[outer[0], outer[1]] |= lower[outer[0], outer[1]]
+            whole[inner[0], inner[1]] |= strictly[inner[0], inner[1]]
 
-    for prefix, members in at.spans:
-        see(range(prefix.start, members[-1].stop if members else prefix.stop), prefix)
-        for own in members:
-            see(own, own)
+    see(range(len(at.slot_T)), range(at.stem))
+    for i, (prefix, members) in enumerate(at.spans):
+        # What lies side by side and is seen by the same queries is one run: a block across its border may be seen whole.
+        start = 0 if i == 0 else prefix.start
+        see(range(prefix.start, members[-1].stop if members else prefix.stop), range(start, prefix.stop))
+        for j, own in enumerate(members):
+            see(own, range(start if j == 0 else own.start, own.stop))
     return some, whole
 
 
 def owners(at: PackedLayout) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [T] each: a token's group, and which of its members it belongs to, -1 for the prefix."""
-    group_T, member_T = np.empty(len(at.slot_T), dtype=np.int32), np.full(len(at.slot_T), -1, dtype=np.int32)
+    """int32 [T] each: a token's group, -1 for the stem, and which of its members it belongs to, -1 for the prefix."""
+    group_T, member_T = np.full((2, len(at.slot_T)), -1, dtype=np.int32)
     for i, (prefix, members) in enumerate(at.spans):
         group_T[prefix.start : prefix.stop] = i
         for j, own in enumerate(members):
@@ -59,14 +60,14 @@ def owners(at: PackedLayout) -> tuple[np.ndarray, np.ndarray]:
 
 
 def block_mask(at: PackedLayout, device: torch.device) -> Any:
-    """The BlockMask of a packed row. Runs lie one after the other: a group's prefix, then its members."""
+    """The BlockMask of a packed row. Runs lie one after the other: the stem, then of each group its prefix and its members."""
     from torch.nn.attention.flex_attention import BlockMask
 
     group_T, member_T = (torch.from_numpy(x).to(device) for x in owners(at))
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        theirs = member_T[k]
-        return (group_T[q] == group_T[k]) & (q >= k) & ((theirs < 0) | (theirs == member_T[q]))
+        group, member = group_T[k], member_T[k]
+        return (q >= k) & ((group < 0) | (group == group_T[q])) & ((member < 0) | (member == member_T[q]))
 
     def listed(found: np.ndarray) -> tuple[Tensor, Tensor]:
         counts = torch.from_numpy(found.sum(1).astype(np.int32))[None, None]
@@ -129,15 +130,15 @@ def _agrees(heads: int, kv: int, width: int, dtype: torch.dtype, device: torch.d
 def difference(heads: int, kv: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
     """Largest difference between flex and stock attention, in values and gradients, relative to the largest number.
 
-    Of two ragged rows of different lengths, since the second makes the compiler generalise over the length.
+    Of two ragged rows of different lengths, since the second makes the compiler generalise over the length; the first has a stem.
     """
     from unift.model.attention.packed import make_layout, stock_attention
 
     worst, draw = 0.0, torch.Generator().manual_seed(0)
-    for lengths in ((150, 70, 70), (90, 40, 300, 1)):
-        ends = np.cumsum([*lengths, 30, 200]).tolist()
-        runs = [range(e - n, e) for e, n in zip(ends, [*lengths, 30, 200], strict=True)]
-        at = make_layout([runs[0], runs[-2]], [runs[1:-2], runs[-1:]], ends[-1]).to(device)
+    for stem, lengths in ((140, (150, 70, 70)), (0, (90, 40, 300, 1))):
+        ends = np.cumsum([stem, *lengths, 30, 200]).tolist()
+        runs = [range(e - n, e) for e, n in zip(ends[1:], [*lengths, 30, 200], strict=True)]
+        at = make_layout([runs[0], runs[-2]], [runs[1:-2], runs[-1:]], ends[-1], stem).to(device)
         shapes = [(1, n, ends[-1], width) for n in (heads, kv, kv, heads)]
         q, k, v, g = (torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes)
         leaves = [x.requires_grad_() for x in (q, k, v)]

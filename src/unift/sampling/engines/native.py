@@ -17,6 +17,7 @@ from unift.model import vision
 from unift.model.attention.decode import DecodeLayout
 from unift.model.attention.packed import PackedLayout, make_layout
 from unift.model.limits import ROWS
+from unift.model.packs import stem_of
 from unift.model.policy import Policy
 from unift.sampling.engines import cuda_graph
 from unift.sampling.engines.base import Request, Watch, batches, in_batches, unwatched
@@ -64,12 +65,12 @@ class Rows:
             for n, (k, v) in layout.cache.items()
         }
         filled_1 = torch.zeros(1, dtype=torch.long, device=device)
-        self.state = DecodeLayout(layout.cache, layout.padding(some), members, (b, g), filled_1)
+        self.state = DecodeLayout(layout.cache, layout.cached_padding(some), members, (b, g), filled_1)
         # slot_N: each live row's place in the original B*G grid. A slot without a sample counts as done.
         self.grid = np.arange(b * g).reshape(b, g)
         self.slot_N = torch.arange(b * g, device=device)
         self.done_N = torch.tensor([j >= n for n in self.counts for j in range(g)], device=device)
-        self.start_N = (layout.prefix_len_B + shift_B).repeat_interleave(g)
+        self.start_N = (layout.stem + layout.prefix_len_B + shift_B).repeat_interleave(g)
         self.token_N = torch.zeros(b * g, dtype=torch.long, device=device)
         self.tokens_NL = torch.zeros(b * g, max_tokens, dtype=torch.long, device=device)
         self.logps_NL = torch.zeros(b * g, max_tokens, dtype=torch.float64, device=device)
@@ -77,19 +78,22 @@ class Rows:
         self._draw(logits_BV.repeat_interleave(g, 0))
 
     def _prefill(self, requests: Sequence[Request]) -> tuple[Tensor, PackedLayout, Tensor | int]:
-        """Every prefix once, no padding in the linear layers: logits [B, V] after it, its keys and values, and what the
-        positions behind it are shifted by, [B] (`vision.View`)."""
-        device = self.policy.device
-        flat = [t for r in requests for t in r.prompt]
-        ends = np.cumsum([len(r.prompt) for r in requests])
-        spans = [range(int(e) - len(r.prompt), int(e)) for e, r in zip(ends, requests, strict=True)]
-        layout = make_layout(spans, [[] for _ in requests], len(flat)).to(device)
+        """Every prefix once (what all begin with, once for all), no padding in the linear layers: logits [B, V] after it, its
+        keys and values, and what the positions behind it are shifted by, [B] (`vision.View`)."""
+        device, prompts = self.policy.device, [r.prompt for r in requests]
+        stem = 0 if any(r.shown for r in requests) else stem_of(prompts)
+        flat, positions, spans = prompts[0][:stem], list(range(stem)), list[range]()
+        for prompt in prompts:
+            spans.append(range(len(flat), len(flat) + len(prompt) - stem))
+            flat += prompt[stem:]
+            positions += range(stem, len(prompt))
+        layout = make_layout(spans, [[] for _ in requests], len(flat), stem).to(device)
         layout.keep = True
-        positions = torch.tensor([p for r in requests for p in range(len(r.prompt))], device=device)
-        tokens, shown = torch.tensor(flat, device=device), [r.shown for r in requests]
-        view = vision.view(self.policy.base, self.policy.reader, tokens, positions, layout.spans, shown)
-        hidden = self.policy.hidden(tokens, positions, layout, view=view)
-        logits = self.policy.logits(hidden[torch.from_numpy(ends - 1).to(device)])
+        place = torch.tensor(flat, device=device), torch.tensor(positions, device=device)
+        shown = [r.shown for r in requests]
+        view = vision.view(self.policy.base, self.policy.reader, *place, layout.spans, shown)
+        hidden = self.policy.hidden(*place, layout, view=view)
+        logits = self.policy.logits(hidden[torch.tensor([s.stop - 1 for s in spans], device=device)])
         return logits, layout, 0 if view is None else view.shift_B
 
     def step(self) -> None:
