@@ -287,7 +287,21 @@ def rows() -> str:
 
 
 PAGES = {
-    PAGE: (vs_trl, memory, ablation, versions, drafts, scaling, roofline, precision, rounding, rows, gpu, gpu_vs_trl, machines),
+    PAGE: (
+        vs_trl,
+        memory,
+        ablation,
+        versions,
+        drafts,
+        scaling,
+        roofline,
+        precision,
+        rounding,
+        rows,
+        gpu,
+        gpu_vs_trl,
+        machines,
+    ),
     PAGE.with_name("cluster.md"): (estimate, long),
 }
 
