@@ -5,7 +5,8 @@
 
 Each measurement is a process of its own, which trains ``--steps`` steps on the version's own ``src`` by `unift.train` and says the
 CPU seconds of each; the first step is a warm-up. Completions of a run depend on the weights, and these on rounding, so both
-versions begin from the same model and take few steps. "evaluate" is `unift.evaluate` of the recipe's held-out rows.
+versions begin from the same model and take few steps: the recipe's after ``--warm`` steps of SFT, because a base that never ends its
+answers is not what a run is about. "evaluate" is `unift.evaluate` of the recipe's held-out rows.
 """
 
 from __future__ import annotations
@@ -22,35 +23,56 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
 # Nothing but steps: no evaluation and no checkpoint between them, and hints as in the middle of a run.
-QUIET = {"eval.every": 0, "save.every": 0, "train.budget": None, "show.schedule": "constant", "show.high": 0.5}
+QUIET = {"eval.every": 0, "eval.train_rows": 0, "save.every": 0, "train.budget": None, "threads": 1}
+HALF = {"show.schedule": "constant", "show.high": 0.5}
 
 
-def child(recipe: str, method: str, steps: int, threads: int) -> None:
+def warm(recipe: str, steps: int, folder: str) -> str:
+    """The model after a few steps of SFT, as a folder."""
+    import unift
+
+    unift.train("sft", recipe=recipe, run=folder, quiet=True, **{"train.steps": steps, "data.test_rows": 1, **QUIET})
+    return str(Path(folder) / "model")
+
+
+def child(recipe: str, method: str, steps: int, model: str) -> None:
     import unift
 
     if method == "evaluate":
-        from unift.config.resolve import resolve
-
-        path = resolve("uft", recipe=recipe).model.path
         cpu = time.process_time()
-        unift.evaluate(path, recipe=recipe, threads=threads)
+        unift.evaluate(model, recipe=recipe, **{"model.gguf": None, "threads": 1})
         print(json.dumps([time.process_time() - cpu]))
         return
-    settings = {k: v for k, v in QUIET.items() if not k.startswith("show") or method.startswith("uft")}
+    settings = QUIET | (HALF if method.startswith("uft") else {}) | {"model.gguf": None}
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        small = {"train.steps": steps, "data.test_rows": 1, "eval.train_rows": 0, "threads": threads, **settings}
         unift.train(
-            method, recipe=recipe, run=folder, quiet=True, on_step=lambda *_: ends.append(time.process_time()), **small
+            method,
+            model=model,
+            recipe=recipe,
+            run=folder,
+            quiet=True,
+            on_step=lambda *_: ends.append(time.process_time()),
+            **{"train.steps": steps, "data.test_rows": 1, **settings},
         )
     print(json.dumps([b - a for a, b in zip(ends, ends[1:], strict=False)]))
 
 
-def measure(source: Path, a: argparse.Namespace, method: str) -> float:
+def measure(source: Path, a: argparse.Namespace, method: str, model: str) -> float:
     """CPU seconds of a step, the mean after the first."""
-    call = [sys.executable, __file__, "--child", "--recipe", a.recipe, "--methods", method]
-    call += ["--steps", str(a.steps), "--threads", str(a.threads)]
-    env = os.environ | {"PYTHONPATH": str(source / "src"), "OMP_NUM_THREADS": str(a.threads)}
+    call = [
+        sys.executable,
+        __file__,
+        "--recipe",
+        a.recipe,
+        "--methods",
+        method,
+        "--steps",
+        str(a.steps),
+        "--child",
+        model,
+    ]
+    env = os.environ | {"PYTHONPATH": str(source / "src"), "OMP_NUM_THREADS": "1"}
     out = subprocess.run(call, capture_output=True, text=True, env=env)
     if out.returncode:
         sys.exit(out.stderr)
@@ -65,13 +87,18 @@ def main() -> None:
     parser.add_argument("--methods", default="uft,rft,sft,evaluate", help="presets, and evaluate")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--warm", type=int, default=12)
     parser.add_argument("--note", default="", help="what else ran on the machine")
     parser.add_argument("--save", action="store_true", help="keep the result under benchmarks/results")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
-        return child(a.recipe, a.methods, a.steps, a.threads)
+        return child(a.recipe, a.methods, a.steps, a.child)
+    with tempfile.TemporaryDirectory() as folder:
+        compare(a, warm(a.recipe, a.warm, folder))
+
+
+def compare(a: argparse.Namespace, model: str) -> None:
     from common import machine, save, spread
 
     record: dict[str, Any] = {"recipe": a.recipe, "note": a.note, "methods": {}}
@@ -83,7 +110,7 @@ def main() -> None:
     ]
     record["commits"] = {"before": commits[0], "now": commits[1]}
     for method in a.methods.split(","):
-        pairs = [(measure(a.before, a, method), measure(HERE, a, method)) for _ in range(a.rounds)]
+        pairs = [(measure(a.before, a, method, model), measure(HERE, a, method, model)) for _ in range(a.rounds)]
         ratio = spread([x / y for x, y in pairs])
         record["methods"][method] = {
             "ratio": ratio, "before": spread([x for x, _ in pairs]), "now": spread([y for _, y in pairs])

@@ -277,6 +277,26 @@ def paligemma():
     return t.PaliGemmaForConditionalGeneration(config), processor
 
 
+def mllama():
+    """Cross attention from the text to tiles of 16 pixels, up to 4 a picture; one mark a picture."""
+    import transformers as t
+
+    tokenizer = letters("<|image|>", "<bos>", "<|python_tag|>", *CHAT)
+    tokenizer.bos_token = "<bos>"
+    images = t.MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=4)
+    processor = t.MllamaProcessor(images, tokenizer, chat_template=plain_template("<|image|>"))
+    tower = {"hidden_size": 32, "intermediate_size": 48, "attention_heads": 4, "image_size": 16, "patch_size": 8}
+    tower |= {"num_hidden_layers": 2, "num_global_layers": 1, "intermediate_layers_indices": [0], "max_num_tiles": 4}
+    trunk = {k: v for k, v in text("", tokenizer).items() if k != "model_type"}
+    config = t.MllamaConfig(
+        vision_config=tower | {"vision_output_dim": 64},
+        text_config=trunk
+        | {"num_hidden_layers": 3, "cross_attention_layers": [1], "bos_token_id": tokenizer.bos_token_id},
+        image_token_index=processor.image_token_id,
+    )
+    return t.MllamaForConditionalGeneration(config), processor
+
+
 def plain_template(token):
     """ChatML whose parts of type image are written as ``token``."""
     return QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", token)
@@ -294,7 +314,7 @@ SHARED = {
     "glm4v": lambda: qwen("glm4v"),
     "qwen3_vl": lambda: qwen("qwen3_vl"),
 }
-PLAIN = {"gemma3": gemma3, "paligemma": paligemma}
+PLAIN = {"gemma3": gemma3, "paligemma": paligemma, "mllama": mllama}
 FAMILIES = SHARED | PLAIN
 
 

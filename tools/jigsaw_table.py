@@ -1,6 +1,6 @@
 """What five ways of learning the jigsaw forget of older tasks, over training and at equal accuracy (arXiv 2506.23508).
 
-    python tools/jigsaw_table.py OUT [--seeds 3] [--rates 3e-4,1e-3] [--steps 320] [--until 0.9] [--workers 2]
+    python tools/jigsaw_table.py OUT [--seeds 3] [--rates 3e-4,1e-3] [--steps 400] [--until 0.9] [--workers 2]
 
     sft       solutions in the form that the base knows            rft          exact reward, 8 completions a prompt
     foreign   the same solutions as bare digits                    rollout-sft  SFT on own right completions
@@ -14,6 +14,7 @@ with ``older.json``, then ``table.md`` and ``forgetting.png``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -42,6 +43,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "uft": ("uft", {"sample.completions": 8}),
 }
 OLDER, PROBLEMS, EVERY, ANSWER = ("colour", "shape", "half"), 100, 10, 12
+LEVEL = 0.8  # accuracy on the jigsaw at which runs are compared: every run passes it between two evaluations
 COMMON = {
     "train.decay": "constant",
     "train.warmup": 5,
@@ -104,6 +106,16 @@ def mean_of(values: Sequence[float], digits: int = 0) -> str:
     return f"{statistics.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
+def kept_at(points: Sequence[Mapping[str, Any]], level: float) -> float:
+    """Mean accuracy on the older tasks where the jigsaw's first reaches ``level``, linear between evaluations; of a run that
+    never does, at its end."""
+    known = [(p["exact"], statistics.mean(p["older"].values())) for p in points if p["exact"] is not None]
+    for (low, before), (high, after) in itertools.pairwise(known):
+        if high >= level:
+            return before + (after - before) * (level - low) / (high - low)
+    return known[-1][1]
+
+
 def line(variant: str, rate: float, runs: Sequence[Mapping[str, Any]]) -> str:
     """The last point of each run, which is where it reached the accuracy or its last step."""
     first, last = runs[0]["points"][0], [run["points"][-1] for run in runs]
@@ -111,38 +123,47 @@ def line(variant: str, rate: float, runs: Sequence[Mapping[str, Any]]) -> str:
         f"{100 * first['older'][k]:.0f} -> {mean_of([100 * p['older'][k] for p in last])}" for k in OLDER
     )
     moved = [p["logp"] - first["logp"] for p in last]
+    matched = mean_of([100 * kept_at(run["points"], LEVEL) for run in runs])
     exact, steps = [100 * (p["exact"] or 0) for p in last], [float(p["step"]) for p in last]
     return (
-        f"| {variant} | {rate:g} | {mean_of(steps)} | {mean_of(exact)} | {kinds} | {mean_of(moved, 2)} "
+        f"| {variant} | {rate:g} | {mean_of(steps)} | {mean_of(exact)} | {kinds} | {matched} | {mean_of(moved, 2)} "
         f"| {statistics.mean(run['nll_whole'] for run in runs):.1f} |"
     )
 
 
 def table(found: Mapping[tuple[str, float], Sequence[Mapping[str, Any]]]) -> str:
-    head = "| run | lr | steps | exact % | colour % | shape % | half % | change of the older solutions' log-prob, nats a token "
-    head += "| NLL of a given solution under the base, nats |"
-    return "\n".join([head, "|" + "---|" * 9, *(line(v, r, runs) for (v, r), runs in found.items())]) + "\n"
+    head = "| run | lr | steps | exact % | colour % | shape % | half % | mean at 80 % exact "
+    head += "| change of the older solutions' log-prob, nats a token | NLL of a given solution under the base, nats |"
+    return "\n".join([head, "|" + "---|" * 10, *(line(v, r, runs) for (v, r), runs in found.items())]) + "\n"
 
 
 def figure(found: Mapping[tuple[str, float], Sequence[Mapping[str, Any]]], file: Path) -> None:
-    """Mean accuracy on the older tasks over accuracy on the jigsaw, a line a run."""
+    """A column a rate. Above: accuracy on the jigsaw (whole line) and on the older tasks (dashed) over steps; below: the older
+    tasks' over the jigsaw's, a line a run."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rates = sorted({rate for _, rate in found})
-    fig, axes = pyplot.subplots(1, len(rates), figsize=(5 * len(rates), 4), sharey=True, squeeze=False)
-    for ax, rate in zip(axes[0], rates, strict=True):
+    fig, axes = pyplot.subplots(2, len(rates), figsize=(5 * len(rates), 7.5), sharey=True, squeeze=False)
+    for over_steps, over_new, rate in zip(*axes, rates, strict=True):
         for color, variant in enumerate(VARIANTS):
             for number, run in enumerate(found.get((variant, rate), [])):
                 known = [p for p in run["points"] if p["exact"] is not None]
+                steps = [p["step"] for p in known]
                 old = [100 * statistics.mean(p["older"].values()) for p in known]
                 new = [100 * p["exact"] for p in known]
-                ax.plot(new, old, marker=".", color=f"C{color}", alpha=0.8, label=variant if not number else None)
-        ax.set(xlabel="jigsaw, exact %", title=f"learning rate {rate:g}")
-        ax.legend()
-    axes[0][0].set_ylabel("older tasks, mean %")
+                how = {"color": f"C{color}", "alpha": 0.8, "label": variant if not number else None}
+                over_steps.plot(steps, new, **how)
+                over_steps.plot(steps, old, linestyle="--", **(how | {"label": None}))
+                over_new.plot(new, old, marker=".", **how)
+        over_steps.set(xlabel="steps", title=f"learning rate {rate:g}")
+        over_new.set(xlabel="jigsaw, exact %")
+        over_new.legend()
+    axes[0][0].set_ylabel("jigsaw (whole), older tasks (dashed), %")
+    axes[1][0].set_ylabel("older tasks, mean %")
+    fig.tight_layout()
     fig.savefig(file, dpi=110, bbox_inches="tight")
     pyplot.close(fig)
 
@@ -152,10 +173,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", default="3e-4,1e-3")
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--until", type=float, default=0.9)
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="only the table and figure, of the runs that are finished")
     parser.add_argument("--one", nargs=3, metavar=("VARIANT", "RATE", "SEED"), help="a single run, into OUT")
     args = parser.parse_args()
     if args.one:
@@ -168,12 +190,27 @@ def main() -> None:
         for rate in args.rates.split(",")
         for variant in args.variants.split(",")
     ]
+    if args.table:
+        runs = [run for run in runs if (folder_of(args.out, *run) / "older.json").is_file()]
+    else:
+        run_all(args, runs)
+    found: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for variant, rate, seed in runs:
+        told = json.loads((folder_of(args.out, variant, rate, seed) / "older.json").read_text())
+        found.setdefault((variant, rate), []).append(told)
+    (args.out / "table.md").write_text(table(found))
+    figure(found, args.out / "forgetting.png")
+    print(table(found))
+
+
+def run_all(args: argparse.Namespace, runs: Sequence[tuple[str, float, int]]) -> None:
+    """Every run in a process of its own, ``args.workers`` at a time; what was interrupted continues."""
     waiting, active = list(runs), list[subprocess.Popen[bytes]]()
     while waiting or active:
         while waiting and len(active) < args.workers:
             chosen = waiting.pop(0)
             folder = folder_of(args.out, *chosen)
-            if not (folder / "older.json").is_file():  # what was interrupted continues
+            if not (folder / "older.json").is_file():
                 words = [
                     str(folder),
                     "--steps",
@@ -186,13 +223,6 @@ def main() -> None:
                 active.append(subprocess.Popen([sys.executable, __file__, *words]))
         if active and active.pop(0).wait():
             sys.exit("a run failed; its message stands above")
-    found: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
-    for variant, rate, seed in runs:
-        told = json.loads((folder_of(args.out, variant, rate, seed) / "older.json").read_text())
-        found.setdefault((variant, rate), []).append(told)
-    (args.out / "table.md").write_text(table(found))
-    figure(found, args.out / "forgetting.png")
-    print(table(found))
 
 
 def folder_of(out: Path, variant: str, rate: float, seed: int) -> Path:

@@ -1,10 +1,10 @@
 """Make the embedded base of the jigsaw: a tiny Idefics3 that knows the older tasks and the form of an answer, no places.
 
-    python tools/make_jigsaw_base.py [FOLDER] [--side 3]        about 2 minutes of one core, deterministic on one machine
+    python tools/make_jigsaw_base.py [FOLDER] [--rows 2] [--cols 2]    about 2 minutes of one core, deterministic on one machine
 
-Two layers of vision and two of text, 64 wide; pictures of 2 x 2 (``--side 3``: 3 x 3) tiles of 16 pixels, one token a tile. The
-texts are the older tasks with true answers (colour, shape, half) and jigsaws whose answer is a RANDOM permutation, so that a
-puzzle is solved by luck, one in 24.
+Two layers of vision and two of text, 64 wide; pictures of rows x cols tiles of 16 pixels, one token a tile (2 x 3 tiles stand on
+a grey square of nine: the task's option ``square``). The texts are the older tasks with true answers (colour, shape, half) and
+jigsaws whose answer is a RANDOM permutation, so that a puzzle is solved by luck, one in 24 at 2 x 2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from unift import rng
-from unift.rows.tasks import jigsaw
+from unift.rows.tasks import jigsaw, scenes
 
 SEED, STEPS, ROWS, RATE, WARMUP = 0, 1200, 96, 2e-3, 40
 POOL = 8000  # pictures of each kind, drawn once
@@ -50,8 +50,9 @@ def words_and_characters() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=256, **names)
 
 
-def make(side: int) -> tuple[Any, Any]:
-    """(untrained model, its processor) for pictures of side x side tiles."""
+def make(rows: int, cols: int) -> tuple[Any, Any]:
+    """(untrained model, its processor) for pictures of rows x cols tiles."""
+    side = max(rows, cols)
     tokenizer, edge = words_and_characters(), side * TILE
     size = {"longest_edge": edge}
     images = transformers.Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False)
@@ -72,15 +73,15 @@ def make(side: int) -> tuple[Any, Any]:
     return transformers.Idefics3ForConditionalGeneration(config), processor
 
 
-def pool(kind: str, side: int, processor: Any) -> tuple[torch.Tensor, list[str], list[str]]:
+def pool(kind: str, rows: int, cols: int) -> tuple[torch.Tensor, list[str], list[str]]:
     """Pictures as the processor gives them [POOL, 1, 3, edge, edge], and texts: prompts with placeholders, answers."""
-    drawn = [jigsaw.draw(SEED, i, rows=side, cols=side, tile=TILE, kind=kind) for i in range(POOL)]
-    pixels = np.stack([picture for picture, _ in drawn])
+    drawn = [jigsaw.draw(SEED, i, rows=rows, cols=cols, tile=TILE, kind=kind) for i in range(POOL)]
+    pixels = np.stack([scenes.squared(picture) for picture, _ in drawn])
     tensor = (torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, None].float() / 255 - 0.5) / 0.5
-    shown = f"{MARKS[4]}{MARKS[5]}{MARKS[3] * side**2}{MARKS[4]}"
+    shown = f"{MARKS[4]}{MARKS[5]}{MARKS[3] * max(rows, cols) ** 2}{MARKS[4]}"
     draws = rng.generator("jigsaw-base", SEED, kind)
     found = [
-        word if isinstance(word, str) else "".join(jigsaw.solution((draws.permutation(side**2) + 1).tolist()))
+        word if isinstance(word, str) else "".join(jigsaw.solution((draws.permutation(rows * cols) + 1).tolist()))
         for _, word in drawn
     ]
     return tensor, [shown + jigsaw.question(kind)] * POOL, [text + jigsaw.END for text in found]
@@ -96,12 +97,12 @@ def tokens_of(tokenizer: Any, prompts: list[str], answers: list[str]) -> tuple[t
     return tokens, labels
 
 
-def main(folder: Path, side: int) -> None:
+def main(folder: Path, rows: int, cols: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    model, processor = make(side)
+    model, processor = make(rows, cols)
     tokenizer = processor.tokenizer
-    pools = [pool(kind, side, processor) for kind in SHARES]
+    pools = [pool(kind, rows, cols) for kind in SHARES]
     pixels = torch.cat([p for p, _, _ in pools])
     tokens, labels = tokens_of(tokenizer, [t for _, p, _ in pools for t in p], [t for _, _, a in pools for t in a])
     counts = [round(share * ROWS) for share in SHARES.values()]
@@ -130,6 +131,7 @@ def main(folder: Path, side: int) -> None:
 if __name__ == "__main__":
     words = argparse.ArgumentParser(description="Make the embedded base of the jigsaw.")
     words.add_argument("folder", nargs="?", type=Path, default=DEFAULT)
-    words.add_argument("--side", type=int, default=2, help="tiles of an edge")
+    words.add_argument("--rows", type=int, default=2, help="of tiles")
+    words.add_argument("--cols", type=int, default=2, help="of tiles")
     given = words.parse_args()
-    main(given.folder, given.side)
+    main(given.folder, given.rows, given.cols)

@@ -40,6 +40,7 @@ OPTIONS = {
             "tile": st.sampled_from([4, 16]),
             "form": st.sampled_from(["own", "foreign"]),
             "kind": st.sampled_from(["jigsaw", "colour", "shape", "half"]),
+            "square": st.booleans(),
         }
     ),
     "knights": st.fixed_dictionaries({"people": st.integers(2, 6)}),
@@ -373,6 +374,18 @@ def test_the_solution_of_a_jigsaw_mends_its_picture(seed, rows, cols, form):
     )
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(2, 3), (3, 2), (2, 2)])
+def test_a_square_is_the_picture_and_grey_beside_it(rows, cols):
+    """The same puzzle; what the picture does not cover is one grey."""
+    options = {"rows": rows, "cols": cols, "tile": 8}
+    plain, square = (get_task("jigsaw").make(0, 1, **options, square=square) for square in (False, True))
+    height, width, edge = 8 * rows, 8 * cols, 8 * max(rows, cols)
+    shown, rest = pixels_of(square), np.ones((edge, edge), bool)
+    rest[:height, :width] = False
+    assert shown.shape == (edge, edge, 3) and square.steps == plain.steps
+    assert (shown[:height, :width] == pixels_of(plain)).all() and (shown[rest] == 128).all()
+
+
 @FUZZ
 @given(st.permutations("1234"), st.sampled_from(["own", "foreign"]))
 def test_jigsaw_accepts_its_permutation_and_nothing_else(said, form):
@@ -414,7 +427,15 @@ def test_a_jigsaw_is_a_function_of_its_address():
         (one, one.images[0].data) == (again, again.images[0].data) and one.images != other.images and one.id != other.id
     )
     assert task.canonical(task.make(3, 7, form="foreign")) == task.canonical(one)
-    for options in ({"rows": 1}, {"cols": 4, "rows": 3}, {"tile": 2}, {"form": "x"}, {"kind": "x"}, {"rows": True}):
+    for options in (
+        {"rows": 1},
+        {"cols": 4, "rows": 3},
+        {"tile": 2},
+        {"form": "x"},
+        {"kind": "x"},
+        {"rows": True},
+        {"square": 1},
+    ):
         with pytest.raises(ConfigError, match="jigsaw"):
             make_rows("jigsaw", 1, 0, "train", **options)
 

@@ -62,19 +62,20 @@ def test_size_and_tokens(base, tool):
             assert len(base.tokenizer(row.solution)["input_ids"]) < resolve("uft", recipe="jigsaw").sample.max_tokens
 
 
-@pytest.mark.parametrize("side", [2, 3])
-def test_the_script_trains_on_what_the_processor_makes(side, tool, monkeypatch):
+@pytest.mark.parametrize("size", [(2, 2), (3, 3), (2, 3)], ids=str)
+def test_the_script_trains_on_what_the_processor_makes(size, tool, monkeypatch):
     """Pixels and prompts of the pool are those of the processor for the same pictures as files."""
     from unift.rows import processor as processors
     from unift.rows.tasks import jigsaw
 
     monkeypatch.setattr(tool, "POOL", 3)
-    _, processor = tool.make(side)
+    _, processor = tool.make(*size)
     processors.attach(processor.tokenizer, processor)
     reader = reader_of(processor.tokenizer)
     for kind in tool.SHARES:
-        pixels, prompts, answers = tool.pool(kind, side, processor)
-        rows = [jigsaw.make(tool.SEED, i, rows=side, cols=side, kind=kind) for i in range(3)]
+        pixels, prompts, answers = tool.pool(kind, *size)
+        options = {"rows": size[0], "cols": size[1], "square": True, "kind": kind}
+        rows = [jigsaw.make(tool.SEED, i, **options) for i in range(3)]
         made = reader.tensors(tuple(row.images for row in rows))
         assert torch.allclose(made["pixel_values"].flatten(0, 1), pixels.flatten(0, 1), atol=1e-6)
         assert bool(made["pixel_attention_mask"].all())

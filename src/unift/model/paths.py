@@ -57,6 +57,8 @@ def obstacle(model: Any, longest: float) -> str:
     """Why the model's class and config rule the shared-prefix path out; empty where they do not. Needs no weights."""
     if not getattr(model, "_supports_attention_backend", False):
         return "it does not let its attention be replaced"
+    if vision.CROSS in vision.accepts(model):
+        return "its text attends to pictures by cross attention, which a pack does not have"
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or [])
     other = sorted(kinds - {"full_attention", "sliding_attention"})

@@ -39,6 +39,10 @@ def forward(model: Any, tokens_NL: Tensor, first: int = 0, seen: vision.Seen | N
     if first and "logits_to_keep" in known:
         more["logits_to_keep"] = width - first
     if seen is not None:
+        parts = seen.alike(model)
+        if len(parts) > 1:
+            found = [forward(model, tokens_NL[own], first, seen.select(own)) for own in parts]
+            return torch.cat(found)[torch.tensor([i for own in parts for i in own], device=tokens_NL.device).argsort()]
         more |= seen.arguments(model, tokens_NL)
     logits_NLV = model(input_ids=tokens_NL, use_cache=False, **more).logits
     return logits_NLV[:, logits_NLV.shape[1] - (width - first) :]
@@ -148,7 +152,8 @@ class Decoder:
         self.model, self.cached, self.seen = model, cached, seen
         self.shift_N: Tensor | None = None  # of positions in three dimensions behind a prompt with pictures
         self.known = accepts(model)
-        self.name = next((n for n in CACHES if n in self.known), None)
+        # A model's cache of its own text knows nothing of which pictures a token sees.
+        self.name = None if vision.CROSS in self.known else next((n for n in CACHES if n in self.known), None)
         self.cache: Any = None
         self.tokens_NL: Tensor | None = None
         self.length = 0

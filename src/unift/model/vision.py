@@ -21,6 +21,7 @@ from unift.rows import processor
 from unift.types import ConfigError, Shown
 
 TOWER = "vision_config"  # in config.json of a model that takes pictures
+CROSS = "cross_attention_mask"  # an argument of a model whose text attends to pictures that are no part of its sequence
 
 
 def model_class(settings: Any) -> Any:
@@ -179,6 +180,14 @@ class Seen:
     def select(self, index: Sequence[int]) -> Seen:
         return Seen(self.reader, [self.shown_N[i] for i in index])
 
+    def alike(self, model: Any) -> list[list[int]]:
+        """Rows that one forward may take. With cross attention those with as many pictures: transformers lets tokens before a
+        picture attend to all of a batch's places for pictures, empty ones too."""
+        if CROSS not in accepts(model):
+            return [list(range(len(self.shown_N)))]
+        counts = [0 if own is None else len(own.pictures) for own in self.shown_N]
+        return [[i for i, n in enumerate(counts) if n == count] for count in sorted(set(counts))]
+
     def arguments(self, model: Any, tokens_NL: Tensor) -> dict[str, Tensor]:
         """Of the model's own forward: tensors, kinds of tokens as its processor gives them, and positions in three dimensions
         [3, N, L] where it has them."""
@@ -192,7 +201,7 @@ class Seen:
             return found | {"position_ids": rule(tokens_NL, mm_token_type_ids=kinds, **grids)[0]}
         if "token_type_ids" in known:
             found["token_type_ids"] = self._types(tokens_NL, kinds)
-        return found
+        return found | {CROSS: crossing(found["aspect_ratio_mask"], kinds)} if CROSS in known else found
 
     def _types(self, tokens_NL: Tensor, marks_NL: Tensor) -> Tensor:
         """1 at pictures, or, where the processor tells prompt and answer apart instead, 1 behind the prompt."""
@@ -200,6 +209,19 @@ class Seen:
             return marks_NL
         prompts = torch.tensor([0 if own is None else own.prompt for own in self.shown_N], device=tokens_NL.device)
         return (torch.arange(tokens_NL.shape[1], device=tokens_NL.device) >= prompts[:, None]).long()
+
+
+def crossing(tiles_NIC: Tensor, marks_NL: Tensor) -> Tensor:
+    """The mask [N, L, I, C] of tokens over I pictures of C tiles: a token sees the last pictures before it whose marks stand side
+    by side, as the processor of Mllama has it. ``tiles_NIC``: 1 where a picture has a tile."""
+    mask = tiles_NIC.new_zeros(*marks_NL.shape, *tiles_NIC.shape[1:])
+    for row, marks_L in enumerate(marks_NL):
+        at, end = marks_L.nonzero()[:, 0].tolist(), len(marks_L)
+        for i in reversed(range(len(at))):
+            if i + 1 < len(at) and at[i + 1] > at[i] + 1:
+                end = at[i + 1]
+            mask[row, at[i] : end, i] = tiles_NIC[row, i]
+    return mask
 
 
 def seen_by(reader: processor.Reader | None, shown: Sequence[Shown | None]) -> Seen | None:

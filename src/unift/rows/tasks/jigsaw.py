@@ -32,15 +32,28 @@ END = "."
 
 
 def make(
-    seed: int, index: int, *, rows: int = 2, cols: int = 2, tile: int = 16, form: str = "own", kind: str = "jigsaw"
+    seed: int,
+    index: int,
+    *,
+    rows: int = 2,
+    cols: int = 2,
+    tile: int = 16,
+    form: str = "own",
+    kind: str = "jigsaw",
+    square: bool = False,
 ) -> Row:
     """Problem ``index`` of this seed. rows, cols: of tiles, 4 to 9 in all; tile: pixels of its edge; form: of the solution,
-    own (``a3``) or foreign (``3``); kind: jigsaw, or an older task (colour, shape, half) whose solution is one word."""
+    own (``a3``) or foreign (``3``); kind: jigsaw, or an older task (colour, shape, half) whose solution is one word;
+    square: 2 x 3 tiles stand on a square of grey, for a vision tower that takes no other shape."""
     if kind not in KINDS:
         raise ConfigError(f"option 'kind' of jigsaw: {kind!r} is unknown.{nearest(str(kind), KINDS)}")
     if form not in FORMS:
         raise ConfigError(f"option 'form' of jigsaw: {form!r} is unknown.{nearest(str(form), FORMS)}")
+    padded: Any = square  # a setting may be of any type
+    if not isinstance(padded, bool):
+        raise ConfigError(f"option 'square' of jigsaw: found {square!r}, expected true or false.")
     pixels, found = draw(seed, index, rows=rows, cols=cols, tile=tile, kind=kind)
+    pixels = scenes.squared(pixels) if square else pixels
     if isinstance(found, str):
         return _row(pixels, kind, (found,), {"kind": kind, "word": found}, index)
     answer = {"kind": kind, "order": found, "form": form}
@@ -156,6 +169,6 @@ TASK = Task(
     make,
     score,
     canonical,
-    {"rows": 2, "cols": 2, "tile": 16, "form": "own", "kind": "jigsaw"},
+    {"rows": 2, "cols": 2, "tile": 16, "form": "own", "kind": "jigsaw", "square": False},
     marked=False,
 )

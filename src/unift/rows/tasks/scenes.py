@@ -69,6 +69,14 @@ def alone(rng: np.random.Generator, scene: np.ndarray, rows: int, cols: int, pla
     return made
 
 
+def squared(pixels: np.ndarray) -> np.ndarray:
+    """The picture in the upper left corner of a grey square [edge, edge, 3], edge = max(height, width)."""
+    height, width, _ = pixels.shape
+    made = np.full((max(height, width),) * 2 + (3,), round(255 * GROUND), np.uint8)
+    made[:height, :width] = pixels
+    return made
+
+
 def png(pixels: np.ndarray) -> Picture:
     """A PNG without compression: packers differ from machine to machine, and these bytes are what a picture is known by."""
     height, width, _ = pixels.shape
