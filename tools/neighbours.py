@@ -6,7 +6,8 @@
     python tools/neighbours.py vote FOLDER              greedy, majority and reranking after ReFT             reft.md
 
 FOLDER gets a folder a run; the studies share what they have in common, and a repeated command runs what is missing.
---seeds (3), --workers (1). Countdown and the lock on their embedded bases, one thread a run.
+--seeds (3), --workers (1); --finished starts nothing and writes the table of the runs that are there. Countdown and the lock on
+their embedded bases, one thread a run.
 """
 
 from __future__ import annotations
@@ -39,15 +40,19 @@ WRONG = 3  # answers with false codes beside each solution of the lock
 class Study:
     """Runs of one folder, by name and seed."""
 
-    def __init__(self, folder: Path, seeds: int, workers: int) -> None:
-        self.folder, self.seeds, self.workers = folder, range(seeds), workers
+    def __init__(self, folder: Path, seeds: int, workers: int, finished: bool = False) -> None:
+        self.folder, self.seeds, self.workers, self.finished = folder, range(seeds), workers, finished
 
     def job(self, name: str, seed: int, recipe: str, method: str, *settings: str) -> Job:
         return train_job(method, seed, recipe, self.folder, [*QUICK, *settings], name)
 
     def run(self, make: Callable[[str, int], Job], names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-        """Results of ``make(name, seed)``, seeds in order."""
+        """Results of ``make(name, seed)``, seeds in order; with ``finished``, those that are there."""
         keys = [(name, seed) for seed in self.seeds for name in names]
+        if self.finished:
+            files = [(name, make(name, seed).folder / "result.json") for name, seed in keys]
+            there = [(name, json.loads(file.read_text())) for name, file in files if file.is_file()]
+            return {name: [r for n, r in there if n == name] for name in names}
         found = run_many(
             [make(*key) for key in keys], self.workers, lambda text: print(text, file=sys.stderr, flush=True)
         )
@@ -68,6 +73,8 @@ class Study:
 
 def percent(runs: Sequence[dict[str, Any]]) -> str:
     """Held-out accuracy in per cent: mean, 95 % interval (Student's t over seeds, never narrower than Wilson's), each seed."""
+    if not runs:
+        return "- | - | -"
     middle, low, high = accuracy_of(runs)
     each = " ".join(f"{100 * r['test']['accuracy']:.1f}" for r in runs)
     return f"{100 * middle:.1f} | {100 * max(low, 0):.1f} to {100 * min(high, 1):.1f} | {each}"
@@ -105,8 +112,8 @@ def first_tokens(study: Study) -> str:
     lines.append(f"| before | {percent(before)} | - |")
     for name in names:
         label = name.removeprefix("upft-").replace("-eos", ", then EOS under the plain prompt")
-        sampled = mean(r["tokens_sampled"] for r in after[name])
-        lines.append(f"| {label} | {percent(after[name])} | {sampled:,.0f} |")
+        sampled = f"{mean(r['tokens_sampled'] for r in after[name]):,.0f}" if after[name] else "-"
+        lines.append(f"| {label} | {percent(after[name])} | {sampled} |")
     return "\n".join(lines)
 
 
@@ -167,7 +174,7 @@ def labels(study: Study) -> str:
     lines = ["| method | written right, % | 95 % | each seed | solution likelier, % of pairs |", "|---" * 5 + "|"]
     lines.append(f"| base | - | - | - | {100 * ranked('embedded:lock'):.1f} |")
     for name, runs in found.items():
-        folders = [make(name, s).folder / "model" for s in study.seeds]
+        folders = [make(name, r["seed"]).folder / "model" for r in runs]
         lines.append(f"| {name} | {percent(runs)} | {' '.join(f'{100 * ranked(str(f)):.1f}' for f in folders)} |")
     return "\n".join(lines)
 
@@ -196,12 +203,11 @@ def ranked(path: str) -> float:
 
 def vote(study: Study, samples: int = 16) -> str:
     """`unift eval RUN --samples 16 --vote` of ReFT's runs and of SFT's, whose warm-up and rate they share."""
-    study.sft()
-    study.run(lambda name, s: study.job(name, s, "countdown", "reft", "train.lr=1e-4"), ["reft"])
+    runs = study.sft() | study.run(lambda name, s: study.job(name, s, "countdown", "reft", "train.lr=1e-4"), ["reft"])
     kinds = (f"vote@{samples}", f"rerank@{samples}")
     lines = [f"| method | greedy | pass@1 | {' | '.join(kinds)} | pass@{samples} |", "|---" * 6 + "|"]
     for name in (f"sft-{MIDDLE}", "reft"):
-        found = [voted(study.folder / f"{name}-seed{s}", samples) for s in study.seeds]
+        found = [voted(study.folder / f"{name}-seed{r['seed']}", samples) for r in runs[name]]
         cells = [[f[key] for f in found] for key in ("greedy", "pass@1", *kinds, f"pass@{samples}")]
         shown = (f"{100 * mean(c):.1f} ({' '.join(f'{100 * x:.1f}' for x in c)})" for c in cells)
         lines.append(f"| {name.split('-')[0]} | {' | '.join(shown)} |")
@@ -242,10 +248,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--finished", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     make, page = STUDIES[args.study]
-    text = make(Study(args.folder.absolute(), args.seeds, args.workers))
+    text = make(Study(args.folder.absolute(), args.seeds, args.workers, args.finished))
     write(args.study, text, page)
     print(text)
 

@@ -14,12 +14,13 @@ T95 = (
 
 
 def wilson(k: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of k right out of n, as shares (95 % for z = 1.96). n = 0 says nothing: (0, 1)."""
+    """Wilson score interval of k right out of n, as shares (95 % for z = 1.96), with k / n in it. n = 0: (0, 1)."""
     if n == 0:
         return 0.0, 1.0
     p, zz = k / n, z * z / n
     half = z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
-    return max(0.0, (p + zz / 2 - half) / (1 + zz)), min(1.0, (p + zz / 2 + half) / (1 + zz))
+    low, high = (p + zz / 2 - half) / (1 + zz), (p + zz / 2 + half) / (1 + zz)
+    return max(0.0, min(p, low)), min(1.0, max(p, high))  # for k = 0 and k = n the bound is p, and rounding may miss it
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

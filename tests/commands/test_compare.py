@@ -57,6 +57,13 @@ def test_wilson_is_scipys(k, n):
     assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
 
 
+@pytest.mark.parametrize("n", [8, 100, 128, 200, 300, 500, 1319])
+def test_wilson_holds_the_share_itself(n):
+    """Of none and of all right, too, where a bound is the share and rounding could leave it outside."""
+    assert wilson(0, n)[0] == 0.0 and wilson(n, n)[1] == 1.0
+    assert all(low <= k / n <= high for k in range(n + 1) for low, high in [wilson(k, n)])
+
+
 def test_wilson_of_nothing_says_nothing():
     assert wilson(0, 0) == (0.0, 1.0)
 
@@ -394,6 +401,18 @@ def test_the_note_names_who_used_more_or_less():
     assert "rft 150 %" in budgets.note(limit, [*even, spent(5, sampled=1950, method="rft")])
 
 
+def test_the_table_has_the_share_of_the_budget_that_each_method_used():
+    runs = [result("uft", s, 0.5) | {"tokens_sampled": 900 + 100 * s} for s in (0, 1)]
+    runs.append(result("sft", 0, 0.5) | {"tokens_sampled": 0, "tokens_trained": 1300})
+    head, rule, base, uft, sft = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table(runs, Budget("sampled", 1000)).split("\n")
+    )
+    assert head[-1] == "used %" and {len(line) for line in (head, rule, base, uft, sft)} == {10}
+    assert (base[-1], uft[-1], sft[-1]) == ("-", "95.0", "0.0")
+    assert "used %" not in table(runs)
+
+
 def test_compare_under_a_budget(tmp_path):
     small = ["data.train_rows=8", "data.test_rows=8", "train.prompts=4", "sample.max_tokens=8", "train.steps=20"]
     with pytest.raises(ConfigError, match="keep one"):
@@ -404,7 +423,8 @@ def test_compare_under_a_budget(tmp_path):
     assert runs["uft"]["tokens_sampled"] == pytest.approx(4000, rel=0.05)
     assert runs["rft"]["tokens_sampled"] == pytest.approx(4000, rel=0.05)
     assert "Budget of a run: sampled=4000. All runs used it within 10 %." in text
-    assert "Budget of a run" in (folder / "table.md").read_text()
+    written = (folder / "table.md").read_text()
+    assert "Budget of a run" in written and "| used % |" in written.split("\n")[0]
     assert runs["uft"]["seconds"] > runs["uft"]["seconds_training"] > 0
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from unift.config.budget import MOST
+from unift.config.packaged import preset_names
 from unift.config.resolve import parse_overrides, resolve
 from unift.training.loop import train
 from unift.training.run.metrics import read_metrics
@@ -51,6 +52,17 @@ def test_a_run_ends_nearest_to_its_budget_at_the_end_of_its_schedules(tmp_path, 
         assert metrics[0]["hint/prob"] > 0.9 and metrics[-1]["hint/prob"] == 0.0
     points = [m["step"] for m in metrics if "eval/test/accuracy" in m]
     assert len(points) == 4 and points[-1] == result["steps"], "40 steps of schedule, evaluated every 10"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", preset_names())
+def test_every_preset_keeps_a_budget_of_tokens(tmp_path, method):
+    """Also those that train several times on a group, sample until a group carries signal, buffer rows or see no reward."""
+    result = train(settings(method, "tokens=12k", "eval.every=0", "train.prompts=16", "data.train_rows=16"), tmp_path)
+    used = [m["tokens/sampled"] + m["tokens/trained"] for m in numbers(tmp_path)[1:]]
+    largest = max(b - a for a, b in zip([0, *used], used, strict=False))
+    missed = abs(result["tokens_sampled"] + result["tokens_trained"] - 12_000)
+    assert missed <= largest / 2 + 1e-9 and missed <= 1_200
 
 
 def test_a_phase_that_costs_nothing_has_its_own_steps(tmp_path):

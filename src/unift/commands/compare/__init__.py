@@ -14,6 +14,7 @@ from unift.commands.compare import suites, vary
 from unift.commands.compare.jobs import Job, RunsFailed, on_signals, run_many, train_job
 from unift.commands.compare.suites import SuitePlan, check_suite
 from unift.commands.compare.table import Result, by_method, reading, table
+from unift.config.budget import Budget, parse
 from unift.types import ConfigError
 
 __all__ = ["DEFAULT", "Job", "Plan", "RunsFailed", "compare_methods", "run_many", "train_job", "write_report"]
@@ -45,7 +46,6 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     """
     from unift.commands.compare import budget as budgets
     from unift.commands.settings import of_recipes_task
-    from unift.config.budget import parse
     from unift.config.packaged import preset_names
     from unift.config.resolve import parse_overrides, resolve
 
@@ -111,7 +111,8 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     if plan.vary:
         plot, found = write_varied(folder, vary.panels(arms, configs, results), results, notes)
     else:
-        plot, found = write_report(folder, results, notes), [table(results), "", *notes, *reading(results), "", *judged]
+        plot = write_report(folder, results, notes, limit)
+        found = [table(results, limit), "", *notes, *reading(results), "", *judged]
     places = [f"plot: {plot}", f"folder: {folder}  (as a page: unift report {folder})"]
     text = "\n".join([*found, *places])
     if failure:
@@ -123,7 +124,9 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
 # ---------------------------------------------------------------------------------------------- files
 
 
-def write_report(folder: Path, results: Sequence[Result], notes: Sequence[str] = ()) -> Path:
+def write_report(
+    folder: Path, results: Sequence[Result], notes: Sequence[str] = (), budget: Budget | None = None
+) -> Path:
     """compare.json, table.md and curves.png in the folder; returns the path of the picture.
 
     Curves come from ``metrics.jsonl`` of ``<method>-seed<seed>``; a run without one is in the table only.
@@ -134,7 +137,7 @@ def write_report(folder: Path, results: Sequence[Result], notes: Sequence[str] =
 
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "compare.json", json.dumps(list(results), indent=1))
-    write_atomic(folder / "table.md", "\n".join([table(results), "", *notes, *reading(results), ""]))
+    write_atomic(folder / "table.md", "\n".join([table(results, budget), "", *notes, *reading(results), ""]))
     runs = {
         method: [read_metrics(folder / f"{method}-seed{r['seed']}" / "metrics.jsonl") for r in group]
         for method, group in by_method(results).items()

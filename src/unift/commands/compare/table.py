@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+from unift.commands.compare.budget import shares
+from unift.config.budget import Budget
 from unift.intervals import interval, wilson
 
 Result = dict[str, Any]  # result.json of a run
@@ -37,18 +39,21 @@ def tokens(runs: Sequence[Result], name: str) -> str:
     return f"{count / 1e6:.2f} M" if count >= 1e4 else f"{count:.0f}"
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown: one line a method. Accuracy in %, without hints; means over seeds; 95 % intervals (`accuracy_of`)."""
-    lines = [
-        "| method | seeds | held-out % | 95 % interval | each seed | training rows % "
-        "| tokens sampled | tokens trained | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+def table(results: Sequence[Result], budget: Budget | None = None) -> str:
+    """Markdown: one line a method. Accuracy in %, without hints; means over seeds; 95 % intervals (`accuracy_of`).
+
+    ``budget``: of every run; a column says which share of it was used, in %."""
+    head = [
+        *("method", "seeds", "held-out %", "95 % interval", "each seed", "training rows %"),
+        *("tokens sampled", "tokens trained", "seconds"),
     ]
+    used = shares(budget, results) if budget else {}
+    head += ["used %"] if budget else []
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     base = next((r["base"] for r in results if r.get("base")), None)
     if base:
-        lines.append(
-            f"| base | - | {100 * base['accuracy']:.1f} | {100 * base['low']:.1f} to {100 * base['high']:.1f} | - | - | - | - | - |"
-        )
+        span = f"{100 * base['low']:.1f} to {100 * base['high']:.1f}"
+        lines.append(f"| base | - | {100 * base['accuracy']:.1f} | {span} |" + " - |" * (len(head) - 4))
     for method, runs in by_method(results).items():
         measured = [r for r in runs if r.get("test")]
         held_out, each = "- | -", "-"
@@ -61,6 +66,7 @@ def table(results: Sequence[Result]) -> str:
         lines.append(
             f"| {method} | {len(runs)} | {held_out} | {each} | {fit} "
             f"| {tokens(runs, 'tokens_sampled')} | {tokens(runs, 'tokens_trained')} | {seconds:.0f} |"
+            + (f" {100 * used[method]:.1f} |" if budget else "")
         )
     return "\n".join(lines)
 
