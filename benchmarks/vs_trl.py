@@ -118,13 +118,13 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
         a.checkpointing,
         tuple(a.settings),
     )
+    bf16 = a.bf16 or bool(a.recipe)
     if a.recipe:
         (model_name, shape), shape_name = RECIPES[a.recipe], a.recipe
-        a.bf16 = True
     else:
         shape = SHAPES[model_name][shape_name]
     shape = replace(shape, groups=a.groups or shape.groups)
-    settings += ("model.autocast=all",) if a.bf16 else ()
+    settings += ("model.autocast=all",) if bf16 else ()
     model, tokenizer = load(model_name)
     count = shape.groups * (pairs + 1)
     rows = recipe_prompts(tokenizer, a.recipe, count) if a.recipe else prompts(tokenizer, shape, count)
@@ -136,7 +136,7 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
         "trl_gradient_checkpointing": checkpointing,
         "settings": list(settings),
         "device": DEVICE.type,
-        "precision": "bfloat16" if a.bf16 else "float32",
+        "precision": "bfloat16" if bf16 else "float32",
         "tokens": {"plain": shape.plain_tokens, "shared": shape.shared_tokens},
         "note": a.note,
     }
@@ -152,7 +152,7 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_trainer(
-            model, tokenizer, [text for text, _ in rows], shape, pairs + 1, checkpointing, folder, a.bf16
+            model, tokenizer, [text for text, _ in rows], shape, pairs + 1, checkpointing, folder, bf16
         )
         callback = Alternate(ours, [tokens for _, tokens in rows], shape, keep)
         trainer.add_callback(callback)

@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pages
+
 from unift.commands.compare import Job, run_many, train_job, vary
 from unift.commands.compare.table import Result
 from unift.config.resolve import parse_overrides, resolve
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-BEGIN, END = "<!-- ablations -->\n", "<!-- /ablations -->"
 SMALL = (
     *("data.options.letters=6", "data.options.keys=1", "data.test_rows=300", "sample.max_tokens=12"),
     *("train.steps=100", "train.prompts=16", "reference.kl=0.0", "eval.every=0", "eval.train_rows=0", "save.every=0"),
@@ -126,9 +127,8 @@ def main() -> None:
         if not args.finished:
             run_many(jobs, args.workers, lambda text: print(text, file=sys.stderr, flush=True))
         panels |= panels_of(study, finished(jobs))
-    page, body = DOCS / "ablations.md", vary.table(panels)
-    text = page.read_text(encoding="utf-8")
-    page.write_text(text[: text.index(BEGIN) + len(BEGIN)] + body + "\n" + text[text.index(END) :], encoding="utf-8")
+    body = vary.table(panels)
+    pages.put(DOCS / "ablations.md", "ablations", body)
     vary.figure(panels, DOCS / "ablations.png")
     print(body)
 

@@ -16,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pages
+
 from unift.commands.compare import budget as budgets
 from unift.commands.compare.table import Result, by_method
 from unift.config.budget import Budget, parse
@@ -23,7 +25,6 @@ from unift.config.packaged import preset_names
 from unift.training.run.metrics import read_metrics
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "family.md"
-BEGIN, END = "<!-- budget -->\n", "<!-- /budget -->"
 
 
 def budget_of(folder: Path) -> Budget:
@@ -68,8 +69,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*/result.json"))]
-    body, text = table(budget_of(folder), results, folder), PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(text[: text.index(BEGIN) + len(BEGIN)] + body + "\n" + text[text.index(END) :], encoding="utf-8")
+    body = table(budget_of(folder), results, folder)
+    pages.put(PAGE, "budget", body)
     print(body)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 
 from unift.commands.compare import budget as budgets
 from unift.commands.compare import plots
@@ -72,14 +73,11 @@ def main() -> None:
     args = parser.parse_args()
     folder: Path = args.folder
     under, of = ("over the recipe's steps", "steps") if args.steps else ("under one budget", "budget")
-    begin, end = ("<!-- steps -->\n", "<!-- /steps -->") if args.steps else ("<!-- family -->\n", "<!-- /family -->")
     results: list[Result] = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*/result.json"))]
     groups = by_method(results)
     order = sorted(groups, key=lambda m: -sum(r["test"]["accuracy"] for r in groups[m]) / len(groups[m]))
-    page = DOCS / "family.md"
-    text = page.read_text()
     body = table([r for m in order for r in groups[m]])
-    page.write_text(text[: text.index(begin) + len(begin)] + body + "\n" + text[text.index(end) :])
+    pages.put(DOCS / "family.md", "steps" if args.steps else "family", body)
     (DOCS / "methods" / "curves").mkdir(exist_ok=True)
     metrics = {m: [read_metrics(folder / f"{m}-seed{r['seed']}" / "metrics.jsonl") for r in groups[m]] for m in order}
     if not args.steps:

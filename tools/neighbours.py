@@ -22,6 +22,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import pages
+
 from unift.commands.compare import Job, run_many, train_job
 from unift.commands.compare.table import accuracy_of
 from unift.rows.inspect import write_rows
@@ -236,10 +238,9 @@ STUDIES: dict[str, tuple[Callable[[Study], str], str]] = {
 
 def write(name: str, text: str, page: str) -> None:
     """Between the markers of the study in its page; where there are none, the text is only printed."""
-    path, begin, end = PAGES / f"{page}.md", f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    old = path.read_text(encoding="utf-8")
-    if begin in old:
-        path.write_text(old[: old.index(begin) + len(begin)] + text + "\n" + old[old.index(end) :], encoding="utf-8")
+    path = PAGES / f"{page}.md"
+    if pages.markers(name)[0] in path.read_text(encoding="utf-8"):
+        pages.put(path, name, text)
 
 
 def main() -> None:

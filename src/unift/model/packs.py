@@ -21,10 +21,8 @@ from unift.config.sections import Rules
 from unift.model.attention.packed import PackedLayout, make_layout
 from unift.types import Shown
 
-STEM_LEAST = (
-    8  # tokens of a stem, and tokens that it saves in a row: below either it is not worth its passes of attention
-)
-STEM_SAVES = 64
+# Tokens of a stem, and tokens that it saves in a row: below either it is not worth its passes of attention.
+STEM_LEAST, STEM_SAVES = 8, 64
 # OWN: a sampled completion that is supervised like a demonstration. A member with the role HINT: see `hint_of`.
 COMPLETION, HINT, DEMO, OWN = 1, 2, 3, 4
 
@@ -222,8 +220,8 @@ def pack(
 
     ``weights``: of all items. None: every completion is packed without weights, to measure something at its tokens.
     """
-    flat, stem = _FlatRow(), _stem([items[i] for i in which], rules)
-    flat.stem = len(flat.extend(items[which[0]].prompt[:stem], 0))
+    flat = _FlatRow(_stem([items[i] for i in which], rules))
+    flat.extend(items[which[0]].prompt[: flat.stem], 0)
     for b, i in enumerate(which):
         item = items[i]
         zeros = [0.0] * len(item.members)
@@ -239,7 +237,7 @@ def pack(
     return PackedBatch(
         tokens_T=torch.tensor(flat.tokens),
         positions_T=torch.tensor(flat.positions),
-        layout=make_layout(flat.prefixes, flat.members, len(flat.tokens), stem),
+        layout=make_layout(flat.prefixes, flat.members, len(flat.tokens), flat.stem),
         shown=[items[i].shown for i in which] if any(items[i].shown for i in which) else (),
         **columns,
     )
