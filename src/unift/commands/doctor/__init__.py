@@ -211,7 +211,9 @@ def load_rows(config: Config) -> tuple[Check, Dataset | None]:
         text += f"; {twice} repeat another row's problem"
     if bare and any(needs.solutions(stage.rules) for stage in stages(config)):
         if config.data.solved == "all":
-            faults.append(f"{bare} training rows have no steps, so method {config.method!r} has nothing to show: add steps")
+            faults.append(
+                f"{bare} training rows have no steps, so method {config.method!r} has nothing to show: add steps"
+            )
         text += f"; {bare} without a solution"
     if not test:
         text += "; nothing measures accuracy (set data.test)"
