@@ -25,6 +25,7 @@ from unift.types import ConfigError, DataError, Picture, Row
 MARK = "<image>"
 COLUMNS = ("images", "image")
 PIXELS = 2**26  # of one picture: 67 million, 200 MB once it is unpacked
+ORIENTATION, UPRIGHT = 0x0112, 1  # the EXIF tag that turns a picture, and its value for one that needs no turn
 
 
 # ---------------------------------------------------------------------------------------------- from a record
@@ -284,6 +285,19 @@ def opened(found: Picture, where: str = "") -> Any:
     except Exception as error:  # truncated files, broken chunks: Pillow raises many kinds
         name = found.path or "its bytes"
         raise DataError(f"{where or 'pictures'}: the picture cannot be read ({name}: {error})") from None
+
+
+def as_url(found: Picture) -> str:
+    """A ``data:`` URL of the very pixels that `opened` gives to whoever reads it plainly: the file itself where it is upright and
+    in RGB, else a PNG of them."""
+    data = content(found)
+    image = _header(data, "pictures")
+    kind = image.get_format_mimetype()
+    if image.mode != "RGB" or image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT or not kind:
+        packed, kind = io.BytesIO(), "image/png"
+        opened(found).save(packed, format="PNG", compress_level=1)
+        data = packed.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def thumbnail(found: Picture, edge: int) -> bytes:
