@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import vision_zoo as zoo
+from conftest import char_tokenizer
 from fake_vllm import Fake
 from PIL import Image
 from safetensors.torch import load_file
@@ -243,10 +244,26 @@ def test_a_prompt_is_kept_with_one_place_a_picture(family):
         assert short[:first] == own[:first] and short[last:] == own[len(own) - len(short) + last :]
 
 
-@pytest.mark.parametrize("family", ["idefics3", "llava", "gemma3", "mllama"])
+def experts(folder):
+    """The folder of a model of text whose experts are one tensor in memory."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    tokenizer, small = char_tokenizer(), {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        **sizes, **small, vocab_size=len(tokenizer), num_key_value_heads=2, shared_expert_intermediate_size=16
+    )
+    Qwen2MoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "llava", "gemma3", "mllama", "experts"])
 def test_weights_travel_under_the_names_of_a_saved_model(family, tmp_path):
-    """Llava's and others' are called otherwise in memory. Tied weights travel, too."""
-    policy = load_policy(Model(path=zoo.saved(tmp_path / "base", family), device="cpu"))
+    """Llava's and others' are called otherwise in memory, experts are one tensor there. Tied weights travel, too."""
+    made = experts(tmp_path / "base") if family == "experts" else zoo.saved(tmp_path / "base", family)
+    policy = load_policy(Model(path=made, device="cpu"))
     save_pretrained(policy, tmp_path / "saved")
     saved, sent = load_file(tmp_path / "saved" / "model.safetensors"), served.state(policy)
     assert saved.keys() <= sent.keys() and all(torch.equal(saved[name], sent[name]) for name in saved)
