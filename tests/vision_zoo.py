@@ -100,7 +100,7 @@ def unread(name, images, tokenizer, template, **attributes):
     return made
 
 
-def llava(**trunk):
+def llava():
     """One token a patch, 16 a picture."""
     import transformers as t
 
@@ -111,7 +111,7 @@ def llava(**trunk):
     processor = t.LlavaProcessor(images, tokenizer, chat_template=plain_template("<image>"), **how)
     config = t.LlavaConfig(
         vision_config=t.CLIPVisionConfig(**SQUARE, projection_dim=32),
-        text_config=text("llama", tokenizer, **trunk),
+        text_config=text("llama", tokenizer),
         image_token_index=processor.image_token_id,
         image_seq_length=16,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -88,7 +90,7 @@ def test_a_server_sees_what_the_policy_sees(policy, base, tmp_path):
 
 FAULTS = {
     "old": "does not say which prompt it completed",
-    "no pictures": r"HTTP 400, .*At most 0 image\(s\).* Does vLLM serve this model with pictures",
+    "no pictures": r"HTTP 400, .*At most 0 image\(s\).* Does vLLM serve this model with that many pictures",
     "other processor": "completed a prompt of {more} tokens, 8 of them places of pictures; here it has {n}, 8 of them .* at token",
 }
 
@@ -228,6 +230,24 @@ def test_a_picture_travels_with_its_very_pixels(data, same):
     assert head == f"data:image/{image.format.lower()};base64" and image.mode == "RGB"
     assert np.array_equal(np.asarray(image), np.asarray(opened(found)))
     assert (sent == data) is same
+
+
+def test_threads_that_open_pictures_leave_pillows_limit_as_it_was(monkeypatch):
+    """It is one for all threads, and calls to a server are made in several: here the second begins while the first is at it."""
+    data, limit, real = zoo.png(zoo.noise(0)), Image.MAX_IMAGE_PIXELS, Image.open
+
+    def slowly(file):
+        time.sleep(0.2)
+        return real(file)
+
+    monkeypatch.setattr(Image, "open", slowly)
+    threads = [threading.Thread(target=picture, args=(data, "row 1")) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert limit is not None and limit == Image.MAX_IMAGE_PIXELS
 
 
 # PaliGemma's and Mllama's processors put a token before the text, too: there the server's answer tells the two apart.

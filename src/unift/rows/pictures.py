@@ -14,6 +14,7 @@ import binascii
 import copy
 import hashlib
 import io
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from unift.types import ConfigError, DataError, Picture, Row
 MARK = "<image>"
 COLUMNS = ("images", "image")
 PIXELS = 2**26  # of one picture: 67 million, 200 MB once it is unpacked
+_limit_lock = threading.Lock()  # Pillow's limit is one for all threads
 ORIENTATION, UPRIGHT = 0x0112, 1  # the EXIF tag that turns a picture, and its value for one that needs no turn
 
 
@@ -252,15 +254,16 @@ def _check_size(size: tuple[int, int], where: str) -> None:
 def _header(data: bytes, where: str) -> Any:
     """The picture, opened and not unpacked."""
     library = _pillow()
-    limit = library.MAX_IMAGE_PIXELS
-    try:
-        library.MAX_IMAGE_PIXELS = None  # the check below says more than Pillow's warning
-        image = library.open(io.BytesIO(data))
-    except Exception as error:  # Pillow raises many kinds for a damaged file
-        said = str(error).replace("\n", " ") if "BytesIO" not in str(error) else "unknown format"
-        raise DataError(f"{where}: the picture cannot be read ({said or type(error).__name__})") from None
-    finally:
-        library.MAX_IMAGE_PIXELS = limit
+    with _limit_lock:
+        limit = library.MAX_IMAGE_PIXELS
+        try:
+            library.MAX_IMAGE_PIXELS = None  # the check below says more than Pillow's warning
+            image = library.open(io.BytesIO(data))
+        except Exception as error:  # Pillow raises many kinds for a damaged file
+            said = str(error).replace("\n", " ") if "BytesIO" not in str(error) else "unknown format"
+            raise DataError(f"{where}: the picture cannot be read ({said or type(error).__name__})") from None
+        finally:
+            library.MAX_IMAGE_PIXELS = limit
     _check_size(image.size, where)
     return image
 

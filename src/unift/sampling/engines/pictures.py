@@ -13,7 +13,7 @@ from typing import Any
 from unift.rows.pictures import as_url
 from unift.types import EngineError, Shown
 
-REFUSED = ". Does vLLM serve this model with pictures, that many in one prompt? unift doctor tries it (docs/pictures.md, A vLLM server)"
+REFUSED = ". Does vLLM serve this model with that many pictures in one prompt? See docs/pictures.md, A vLLM server"
 
 
 def asked(prompt: Sequence[int], shown: Shown) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """vLLM in a process and environment of its own, asked over HTTP; nothing of it is imported here. `unift serve` starts one.
 
 Token ids (and pictures) go in; ids, log-probs and the version of the weights come out, one request a group, so that a prompt
-with its hint is computed once. After an update the weights go through a folder that both see (or from GPU to GPU, ``transfer.py``), the
-prefix cache is emptied, and the version is set: every completion names the one that it was sampled with.
+with its hint is computed once. After an update the weights go through a folder that both see (or from GPU to GPU,
+``transfer.py``), the prefix cache is emptied, and the version is set: every completion names the one that it was sampled with.
 """
 
 from __future__ import annotations
