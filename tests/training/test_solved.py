@@ -237,3 +237,13 @@ def test_stored_rollouts_keep_it(tmp_path):
     write_rollouts(tmp_path, 0, "w", groups, [("", "")] * 2)
     found = read_rollouts(tmp_path, 0)
     assert found is not None and found[1] == groups
+
+
+def test_the_doctor_counts_them(tmp_path):
+    from unift.commands.doctor import load_rows
+
+    for method in ("uft", "sft"):
+        check, data = load_rows(settings(method, "data.train_rows=8", "data.solved=3"))
+        assert check.ok and "8 for training" in check.text and "; 5 without a solution" in check.text and data
+    check, _ = load_rows(settings("rft", "data.train_rows=8", "data.solved=3"))
+    assert check.ok and "without a solution" not in check.text
