@@ -20,7 +20,6 @@ from unift.model.attention.decode import DecodeLayout
 from unift.model.attention.packed import PackedLayout
 from unift.model.packs import PackedBatch
 from unift.rows import chat, processor, tokens
-from unift.types import ConfigError
 
 T = TypeVar("T")
 PACK_STEPS = 8  # sampled tokens from which it pays to rearrange the weights for decoding
@@ -57,12 +56,10 @@ class Policy:
 
         Raises ConfigError where the model or this torch does not allow it.
         """
-        if not self.shared:
-            raise ConfigError(
-                f"model.shard=full needs the shared-prefix path, and this model takes the plain one: {self.why_plain}. "
-                "Use model.shard=none, where every process holds all weights"
-            )
-        root = sharding.shard(self.model, self.base, self.device, critic, masters)
+        # The plain path runs its layers as often as the rows of a pack need, so there all of the model is one group.
+        layers = sharding.decoder_layers(self.base) if self.shared else []
+        alike = self.shared and self.reader is None
+        root = sharding.shard(self.model, self.base, self.device, critic, masters, layers, alike)
         # A recorded step would hold addresses of weights that are gathered anew for each batch.
         return replace(self, root=root, cuda_graphs=False)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from unift import rng
-from unift.config import launcher, needs
+from unift.config import needs
 from unift.config.sections import Config
 from unift.config.stages import stages
 from unift.config.words import SCHEDULES
@@ -182,8 +182,6 @@ def _check_pictures(config: Config) -> None:
             )
     if config.engine.kind == "vllm":
         raise ConfigError("engine.kind=vllm does not send pictures to its server: use engine.kind=auto")
-    if launcher.shards(config.model):
-        raise ConfigError("model.shard=full does not take rows with pictures: use model.shard=none")
 
 
 def _encoded(
