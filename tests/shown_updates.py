@@ -32,7 +32,9 @@ def items_of(policy, processor, seed):
     rng, reader = np.random.default_rng(seed), policy.reader
     rows = [
         {
-            "prompt": [{"role": "user", "content": [*[{"type": "image"}] * n, {"type": "text", "text": "q" * letters}]}],
+            "prompt": [
+                {"role": "user", "content": [*[{"type": "image"}] * n, {"type": "text", "text": "q" * letters}]}
+            ],
             "images": [zoo.noise(7 * i + j, *((32, 48), (64, 32))[j]) for j in range(n)],
             "steps": [f" step {i}."],
             "answer": str(i),
@@ -72,7 +74,7 @@ def policy_of(family, adapters, frozen, dtype):
 
 def updates(family, adapters=False, frozen=False, dtype="float64", method="uft", words=(), text=False):
     """What some updates leave behind: losses and norms of each, gradients and weights after the last, and of each pass
-    which processes showed pictures. text: no row shows any."""
+    which processes showed pictures (None: a pack that keeps others company). text: no row shows any."""
     policy, processor = policy_of(family, adapters, frozen, dtype)
     how = ["train.lr=0.001", "train.token_budget=150", "likelihood.weight=0.1", "train.clip_norm=1000", *words]
     rules = settings(method, *how)
@@ -85,11 +87,11 @@ def updates(family, adapters=False, frozen=False, dtype="float64", method="uft",
     for step in range(STEPS):
         items = items_of(policy, processor, step)
         items = [i for i in items if i.shown is None] if text else items
-        (packs,) = update.prepare(policy, items, rules, None)
-        own = [any(p.shown) for p in packs]
-        shown += list(zip(*processes.gather("what is shown", own), strict=True))
-        order = update.Order(1e-3, step == 1, Path("nonfinite.pt"), Engine(gap_limit=100))
-        told.append(update.apply(policy, optimizer, packs, rules, order))
+        for packs in update.prepare(policy, items, rules, None):
+            own = [None if p.filler else any(p.shown) for p in packs]
+            shown += list(zip(*processes.gather("what is shown", own), strict=True))
+            order = update.Order(1e-3, step == 1, Path("nonfinite.pt"), Engine(gap_limit=100))
+            told.append(update.apply(policy, optimizer, packs, rules, order))
     named = policy.named_parameters()
     return {
         "metrics": told,
