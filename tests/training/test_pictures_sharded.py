@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-LORA, FROZEN = {"adapters": True}, {"frozen": True}
+LORA, FROZEN, SHORT = {"adapters": True}, {"frozen": True}, {"words": ["train.token_budget=60"]}
 CASES = {  # of `shown_updates.updates`: on the shared path, with positions in three dimensions, on the plain path
     "idefics3": {"family": "idefics3"},
     "idefics3-lora": {"family": "idefics3"} | LORA,
@@ -41,9 +41,13 @@ CASES = {  # of `shown_updates.updates`: on the shared path, with positions in t
     "qwen2_5_vl-lora": {"family": "qwen2_5_vl"} | LORA,
     "gemma3": {"family": "gemma3"},
     "gemma3-lora": {"family": "gemma3"} | LORA,
-    "mllama": {"family": "mllama"},
-    "paligemma": {"family": "paligemma"},
+    "mllama": {"family": "mllama"} | SHORT,
+    "mllama-lora": {"family": "mllama"} | LORA,
+    "paligemma": {"family": "paligemma", "words": ["train.token_budget=105"]},
+    "idefics3-bfloat16": {"family": "idefics3", "dtype": "bfloat16", "words": ["train.token_budget=1"]},
 }
+# Norms of Gemma compute in float32, whatever the model's type; gradients of bfloat16 weights are summed in float32.
+ROUNDED = {name: 1e-6 for name in ("gemma3", "paligemma", "idefics3-bfloat16")}
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +63,23 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_updates_are_those_of_one_process(two, name):
-    """In float64. Gradients are measured against the largest of their weight; where that is rounding itself (biases of keys,
+    """In float64, or bfloat16 with float32 copies as the shards, with packs that show pictures on one process alone. Gradients are measured against the largest of their weight; where that is rounding itself (biases of keys,
     which a softmax does not see), against the largest of all."""
     got, expected = torch.load(two / f"{name}.pt"), shown_updates.updates(**CASES[name])
-    alone = {shown for shown in got["shown"] if len(set(shown)) > 1}
-    assert alone or name in ("idefics3-text", "paligemma"), "no pass in which one process alone shows pictures"
+    bound = ROUNDED.get(name, 1e-10)
+    assert any(len(set(shown)) > 1 for shown in got["shown"]) or name == "idefics3-text", (
+        "all passes show pictures, or none"
+    )
     for kind in ("gradients", "weights"):
         a, b = got[kind], expected[kind]
         assert a.keys() == b.keys()
         least = 1e-6 * max(float(x.abs().max()) for x in b.values())
         for weight in b:
-            assert (a[weight] - b[weight]).abs().max() <= 1e-10 * max(float(b[weight].abs().max()), least), weight
+            rounded = kind == "weights" and b[weight].dtype == torch.bfloat16  # from the copies, which the shards are
+            most = (2**-7 if rounded else bound) * max(float(b[weight].abs().max()), least)
+            assert (a[weight] - b[weight]).abs().max() <= most, weight
     for x, y in zip(got["metrics"], expected["metrics"], strict=True):
-        assert x == pytest.approx(y, rel=1e-10, abs=1e-12)
+        assert x == pytest.approx(y, rel=bound, abs=1e-2 * bound)
     trained = any("vis" in weight for weight in expected["weights"] if expected["gradients"][weight].any())
     assert trained == ("frozen" not in name and "text" not in name)
 
@@ -132,7 +140,7 @@ def test_a_run_in_shards_is_the_run_of_one_process(pairs, name):
     one, two = (root / name for root in pairs)
     steps = 2 if name == "gemma3" else 3
     assert (two / "checkpoints" / "step_000001" / "shards").is_dir(), "nothing was sharded"
-    assert_same(two, one, 1e-10, steps=steps)
+    assert_same(two, one, ROUNDED.get(name, 1e-10), steps=steps)
     assert all(drawn(two, step) == drawn(one, step) for step in range(steps))
     results = [json.loads((folder / "result.json").read_text()) for folder in (two, one)]
     assert all(results[0][k] == results[1][k] for k in ("base", "test", "tokens_sampled", "reward_seen"))
