@@ -24,7 +24,7 @@ from unift.training.optimizer import make_optimizer
 
 # Pictures of each row, and letters of its question: the two longest go to two processes, and so on.
 ROWS = ((2, 9), (0, 90), (1, 8), (0, 60), (0, 50), (1, 7), (0, 40))
-STEPS = 3
+STEPS = 2
 
 
 def items_of(policy, processor, seed):

@@ -105,6 +105,19 @@ def rows():
     return unift.load_rows(found)
 
 
+def varied(folder):
+    """The model in the folder with no weight at 0: a bias of keys, which a softmax does not see, would stay at rounding."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """Settings of every run of RUNS."""
@@ -118,7 +131,7 @@ def settings(tmp_path_factory):
         f"reward.function={folder}/reward.py:score",
     ]
     families = {name: "gemma3" if name == "gemma3" else "idefics3" for name in RUNS}
-    paths = {family: zoo.saved(folder / family, family) for family in set(families.values())}
+    paths = {family: varied(zoo.saved(folder / family, family)) for family in set(families.values())}
     return {name: [*RUN, *data, f"model.path={paths[families[name]]}", *more] for name, more in RUNS.items()}
 
 
@@ -138,9 +151,9 @@ def test_a_run_in_shards_is_the_run_of_one_process(pairs, name):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     one, two = (root / name for root in pairs)
-    steps = 2 if name == "gemma3" else 3
+    steps, bound = 2 if name == "gemma3" else 3, ROUNDED.get(name, 1e-10)
     assert (two / "checkpoints" / "step_000001" / "shards").is_dir(), "nothing was sharded"
-    assert_same(two, one, ROUNDED.get(name, 1e-10), steps=steps)
+    assert_same(two, one, bound, steps=steps)
     assert all(drawn(two, step) == drawn(one, step) for step in range(steps))
     results = [json.loads((folder / "result.json").read_text()) for folder in (two, one)]
     assert all(results[0][k] == results[1][k] for k in ("base", "test", "tokens_sampled", "reward_seen"))
@@ -151,7 +164,7 @@ def test_a_run_in_shards_is_the_run_of_one_process(pairs, name):
         )
         assert got.keys() == expected.keys() and any("vis" in weight for weight in got)
         for weight, value in expected.items():
-            assert (got[weight] - value).abs().max() <= 1e-10 * value.abs().max(), (place, weight)
+            assert (got[weight] - value).abs().max() <= bound * value.abs().max(), (place, weight)
     assert AutoProcessor.from_pretrained(two / "model").image_token
 
 
