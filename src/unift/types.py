@@ -131,6 +131,7 @@ class Group:
     samples: list[Sample] = field(default_factory=list[Sample])
     discarded: int = 0  # tokens sampled for prompts that this one replaced (dynamic sampling)
     shown: Shown | None = None  # the prompt's pictures, until its completions are drawn
+    solved: bool = True  # whether its row has a worked solution
 
 
 @dataclass(frozen=True)

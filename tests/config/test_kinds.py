@@ -220,3 +220,20 @@ def test_identity_and_the_page_of_a_run_flatten_settings_alike():
     assert {"train.lr", "data.options", "train.betas", "phases"} <= names
     assert all(name.split(".")[0] not in ("save", "log", "run") for name in names)
     assert flat({"a": {"b": {"c": 1}, "d": [{"e": 2}]}, "f": {}}) == {"a.b.c": 1, "a.d": [{"e": 2}], "f": {}}
+
+
+@pytest.mark.parametrize("name", ["policy.weight", "data.solved", "model.lora.targets"])
+def test_a_setting_of_several_types_is_one_line(name):
+    """What each of its types expects, and the setting's own name."""
+    with pytest.raises(ConfigError) as error:
+        make(f"{name}={{a: 1}}")
+    text = str(error.value)
+    assert text.startswith(f"setting '{name}': input should be ") and ", or input should be " in text
+    assert text.endswith("; found {'a': 1}") and "\n" not in text
+
+
+def test_items_of_a_list_keep_their_place():
+    with pytest.raises(ConfigError, match="setting 'train.betas.1': .*found 'x'"):
+        make("train.betas=[0.5, x]")
+    with pytest.raises(ConfigError, match="setting 'phases.0.share': .*found 'x'"):
+        make("phases=[{method: sft, share: x}]")

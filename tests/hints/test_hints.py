@@ -192,7 +192,7 @@ def test_expected_share_is_the_mean_of_the_draws(schedule, draw):
 def test_rows_of_step_are_epochs_laid_end_to_end(prompts, n_rows):
     """Every epoch holds every row once; the last partial batch is filled from the next epoch, nothing is dropped."""
     steps = 6 * n_rows
-    flat = [r for step in range(steps) for r in rows_of_step(0, step, prompts, n_rows)]
+    flat = [r for step in range(steps) for r in rows_of_step(0, step, prompts, range(n_rows))]
     assert len(flat) == steps * prompts
     epochs = [flat[i : i + n_rows] for i in range(0, len(flat), n_rows)]
     assert all(sorted(e) == list(range(n_rows)) for e in epochs)
@@ -200,11 +200,11 @@ def test_rows_of_step_are_epochs_laid_end_to_end(prompts, n_rows):
 
 
 def test_rows_of_step_are_pure():
-    order = [rows_of_step(0, step, 4, 10) for step in range(9)]
-    assert [rows_of_step(0, step, 4, 10) for step in reversed(range(9))][::-1] == order
-    assert order != [rows_of_step(1, step, 4, 10) for step in range(9)]
+    order = [rows_of_step(0, step, 4, range(10)) for step in range(9)]
+    assert [rows_of_step(0, step, 4, range(10)) for step in reversed(range(9))][::-1] == order
+    assert order != [rows_of_step(1, step, 4, range(10)) for step in range(9)]
 
 
 def test_no_rows():
     with pytest.raises(ConfigError, match="no training rows"):
-        rows_of_step(0, 0, 4, 0)
+        rows_of_step(0, 0, 4, range(0))

@@ -29,7 +29,7 @@ def test_draws_are_pure():
     """Rows, hint and sampling numbers of a step as the loop asks for them: any order, any step alone, whatever else drew."""
 
     def drawn(step):
-        rows = rows_of_step(3, step, 4, 10)
+        rows = rows_of_step(3, step, 4, range(10))
         cuts = [schedules.draw(COSINE, schedules.At(3, step, 50, f"row{r}"), 9) for r in rows]
         return (
             rows,
@@ -45,9 +45,9 @@ def test_draws_are_pure():
 
 def test_rows_of_step():
     """Any step can be asked for alone, and a step of more prompts than rows takes rows again."""
-    rows = [r for step in range(15) for r in rows_of_step(0, step, 4, 10)]
-    assert rows_of_step(0, 7, 4, 10) == rows[28:32]
-    wide = rows_of_step(0, 0, 25, 10)
+    rows = [r for step in range(15) for r in rows_of_step(0, step, 4, range(10))]
+    assert rows_of_step(0, 7, 4, range(10)) == rows[28:32]
+    wide = rows_of_step(0, 0, 25, range(10))
     assert len(wide) == 25 and sorted(wide[:10]) == sorted(wide[10:20]) == list(range(10))
 
 

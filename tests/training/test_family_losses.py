@@ -182,10 +182,10 @@ def test_overlong_penalty():
 
 
 def test_refill_rows_are_pure_and_their_own():
-    first = refill_rows(0, 3, 1, 4, 10)
-    assert first == refill_rows(0, 3, 1, 4, 10) and len(set(first)) == 4
-    assert len({tuple(refill_rows(*a, 4, 10)) for a in ((0, 3, 1), (0, 3, 2), (0, 4, 1), (1, 3, 1))}) == 4
-    assert len(refill_rows(0, 0, 1, 7, 3)) == 7
+    first = refill_rows(0, 3, 1, 4, range(10))
+    assert first == refill_rows(0, 3, 1, 4, range(10)) and len(set(first)) == 4
+    assert len({tuple(refill_rows(*a, 4, range(10))) for a in ((0, 3, 1), (0, 3, 2), (0, 4, 1), (1, 3, 1))}) == 4
+    assert len(refill_rows(0, 0, 1, 7, range(3))) == 7
     assert equal_scores(group(0, 0)) and not equal_scores(group(0, 1))
 
 

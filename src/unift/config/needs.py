@@ -50,6 +50,11 @@ def solutions(s: Rules) -> bool:
     return hints(s) or TOKENS[s.likelihood.tokens].alone or demonstrations(s)
 
 
+def only_solved(s: Rules) -> bool:
+    """A row without a worked solution teaches nothing: no completion is sampled, or its worth is measured by the solution."""
+    return solutions(s) and (not completions(s) or BASELINES[s.credit.baseline].solution)
+
+
 def own_hints(s: Rules) -> bool:
     """A hint that some members alone have seen is supervised."""
     return TOKENS[s.likelihood.tokens].alone and s.likelihood.weight > 0

@@ -188,7 +188,19 @@ def validate(tree: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(dict(tree))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+        found: dict[str, list[Any]] = {}  # a setting that may have several types has an error for each
+        for item in error.errors():
+            found.setdefault(".".join(map(str, _setting(item["loc"]))), []).append(item)
+        raise ConfigError("\n".join(_explain(name, items) for name, items in found.items())) from None
+
+
+def _setting(place: Sequence[Any]) -> list[Any]:
+    """The path of a setting, or of an item of its list, without the types that it may have, which pydantic puts behind it."""
+    for i, part in enumerate(place[1:], start=1):
+        known = [] if isinstance(part, int) else _fields_at(list(place[:i]))
+        if not isinstance(part, int) and not known:
+            return list(place[:i])
+    return list(place)
 
 
 def _fields_at(path: list[Any]) -> list[str]:
@@ -220,12 +232,12 @@ def _unknown(name: str, value: Any) -> str:
     return f"unknown setting {name!r}{hint or nearest(last, known) or nearest(name, everywhere)}"
 
 
-def _explain(item: Any) -> str:
-    path = list(item["loc"])
-    name = ".".join(str(part) for part in path)
+def _explain(name: str, items: Sequence[Any]) -> str:
+    item, path = items[0], list(items[0]["loc"])
     if item["type"] == "extra_forbidden":
         return _unknown(name, item["input"])
     if item["type"] in ("model_type", "model_attributes_type"):
         known = ", ".join(f"{name}.{field}" for field in _fields_at(path)[:3])
         return f"setting {name!r} is a section: set what is in it ({known}, ...); found {item['input']!r}"
-    return f"setting {name!r}: {item['msg'].lower()}; found {item['input']!r}"
+    said = ", or ".join(dict.fromkeys(one["msg"].lower() for one in items))
+    return f"setting {name!r}: {said}; found {item['input']!r}"

@@ -154,6 +154,12 @@ class Data(Section):
     format: str = Field(default="auto", description="unift, verl, trl, reasoning-gym; auto: by the columns")
     train_rows: int | None = Field(default=None, ge=1, description="first so many of the file, or so many generated")
     test_rows: int | None = Field(default=None, ge=1, description="the same of held-out rows")
+    solved: Annotated[int, Field(ge=1)] | Literal["all", "some"] = Field(
+        default="all",
+        description="which training rows have a worked solution, where the method learns from one. all: a row without is an "
+        "error; some: a row without is trained by its reward alone, and left out where there is none; a number: the first so "
+        "many, all others lose theirs",
+    )
     seed: int = Field(default=0, description="of the generator and of the split; apart from the run's seed")
     max_prompt: int = Field(
         default=2048, ge=1, description="tokens of prompt + whole solution; a longer row is an error"

@@ -65,5 +65,5 @@ def shaped_scores(group: Group, rules: Rules) -> list[float]:
 
 def group_advantages(group: Group, rules: Rules) -> list[float]:
     """Advantages of a group's samples, then of the demonstration where it is a member (score 1)."""
-    as_member = [1.0] if rules.sample.demonstration else []
+    as_member = [1.0] if rules.sample.demonstration and group.solved else []
     return advantages([*shaped_scores(group, rules), *as_member], rules.credit)

@@ -40,7 +40,7 @@ def credited(
     Credit that needs log-probs or values of the sampled tokens measures them here, once, over all items of the step.
     """
     policy = models.policy
-    demos = [split.encoded[g.row].solution for g in groups] if needs.demonstrations(rules) else None
+    demos = [split.encoded[g.row].solution for g in groups] if needs.demonstrations(rules) else None  # of solved rows
     made = items_of(groups, [group_advantages(g, rules) for g in groups], demos, rules, address)
     made = [replace(item, shown=split.encoded[g.row].shown) for item, g in zip(made, groups, strict=True)]
     if rules.sample.first is not None:

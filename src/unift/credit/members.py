@@ -24,7 +24,8 @@ def items_of(
 ) -> list[Item]:
     """Groups with their advantages (aligned with ``group.samples``, then the demonstration where it is a member).
 
-    ``demos``: whole solutions, where they carry a loss. ``rules``: who takes part (gate, own completions); None: all.
+    ``demos``: whole solutions, where they carry a loss. ``rules``: who takes part (gate, own completions); None: all. A group
+    whose row has no solution is its completions: no demonstration, and no gate that would trade them for one.
     """
     items: list[Item] = []
     for i, group in enumerate(groups):
@@ -33,7 +34,7 @@ def items_of(
         gate, own, push, as_member = None, None, True, False
         waits = False
         if rules is not None:
-            gate, waits = rules.likelihood.gate, rules.likelihood.buffer > 0
+            gate, waits = rules.likelihood.gate if group.solved else None, rules.likelihood.buffer > 0
             own = rules.likelihood.keep if words.TOKENS[rules.likelihood.tokens].own else None
             push, as_member = words.LOSSES[rules.policy.loss].pushes, rules.sample.demonstration
         failed = gate is not None and fails(group, gate)
@@ -45,7 +46,7 @@ def items_of(
             members = [hint_of(s.tokens, s.given) for s, _ in samples if s.given]
         if own is not None:
             members += [Member(tokens, OWN) for tokens in chosen(group, own)]
-        if demos is not None and (supervised or as_member):
+        if demos is not None and group.solved and (supervised or as_member):
             a = advantages[i][len(group.samples)] if as_member else 0.0
             members.append(Member(demos[i][len(group.hint) :], DEMO, a))
         items.append(Item(group.prompt, group.hint, members, supervised, (*address, group.row_id)))

@@ -56,10 +56,7 @@ class Policy:
 
         Raises ConfigError where the model or this torch does not allow it.
         """
-        # The plain path runs its layers as often as the rows of a pack need, so there all of the model is one group.
-        layers = sharding.decoder_layers(self.base) if self.shared else []
-        alike = self.shared and self.reader is None
-        root = sharding.shard(self.model, self.base, self.device, critic, masters, layers, alike)
+        root = sharding.shard(self.model, self.base, self.device, critic, masters, self.shared)
         # A recorded step would hold addresses of weights that are gathered anew for each batch.
         return replace(self, root=root, cuda_graphs=False)
 

@@ -52,12 +52,11 @@ def shard(
     device: torch.device,
     critic: nn.Linear | None,
     masters: bool = True,
-    layers: Sequence[nn.Module] = (),
-    alike: bool = True,
+    shared: bool = True,
 ) -> Root:
     """Leave this process its part of the weights, in place. ``base``: the model below adapters, if it has some. critic: the
-    value head, where any phase of the run has one. masters: 16-bit weights that are trained become float32 shards. layers:
-    modules that are groups of their own: every pass runs each of them once. alike: so it does all the rest.
+    value head, where any phase of the run has one. masters: 16-bit weights that are trained become float32 shards. shared: a
+    pass runs each decoder layer once, on the shared-prefix path; on the plain one as often as its rows need.
 
     Raises ConfigError where this torch or this model does not allow it.
     """
@@ -76,6 +75,8 @@ def shard(
     policy = MixedPrecisionPolicy(root.gathered, torch.float32 if half else None, cast_forward_inputs=False)
     if critic is not None:
         fully_shard(critic, mesh=mesh)
+    layers = decoder_layers(base) if shared else []
+    alike = shared and text_trunk(base) is base.base_model  # all processes use all weights in every pass
     own = [] if alike else _outside(model, layers)
     for part in (*layers, root):
         if root.gathered is not None:  # layer by layer, so that the whole model is never there in float32
@@ -159,10 +160,15 @@ def _sum_in_float32(root: Root) -> None:
                 p.grad_dtype = torch.float32
 
 
+def text_trunk(base: Any) -> nn.Module:
+    """The trunk, or of a model with a vision tower the part of it that reads text."""
+    return base.base_model if base.config.get_text_config() is base.config else base.get_decoder()
+
+
 def decoder_layers(base: Any) -> list[nn.Module]:
     """The layers of the trunk of text: modules of the kinds that transformers never splits, or else of its longest list. The
     layers of a vision tower are none: whether a pass runs them is a matter of its pictures."""
-    trunk: Any = base.base_model if base.config.get_text_config() is base.config else base.get_decoder()
+    trunk = text_trunk(base)
     kinds = {kind for model in (base, trunk) for kind in getattr(model, "_no_split_modules", None) or ()}
     found = [m for m in trunk.modules() if type(m).__name__ in kinds and not isinstance(m, nn.Embedding)]
     inner = {id(child) for m in found for child in m.modules() if child is not m}

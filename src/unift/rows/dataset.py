@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from unift import rng
 from unift.config import needs
-from unift.config.sections import Config
+from unift.config.sections import Config, Rules
 from unift.config.stages import stages
+from unift.config.surroundings import Data as DataSettings
 from unift.config.words import SCHEDULES
 from unift.rows import pictures
 from unift.rows.store import Lazy, StoredRows, digest_row, lazily
@@ -46,7 +47,7 @@ def load(config: Config, handed: Mapping[str, list[Row]] | None = None, only: st
     if data.task:
         from unift.rows.tasks import make_rows
 
-        train = make_rows(data.task, data.train_rows or 1000, data.seed, "train", **data.options)
+        train = _solved(make_rows(data.task, data.train_rows or 1000, data.seed, "train", **data.options), data)
         test = make_rows(data.task, data.test_rows or 200, data.seed, "test", **data.options)
     elif only is not None:
         rows = _split(config, "train" if only == "train" else "test", handed, False)
@@ -56,9 +57,9 @@ def load(config: Config, handed: Mapping[str, list[Row]] | None = None, only: st
 
         found = [stage.rules for stage in stages(config)]
         needs_steps = any(needs.solutions(s) for s in found)
-        train = _split(config, "train", handed, needs_steps)
+        train = _solved(_split(config, "train", handed, needs_steps and data.solved == "all"), data)
         graded = [s.show.schedule for s in found if SCHEDULES[s.show.schedule].graded]
-        if graded and all(len(row.steps) == 1 for row in train):
+        if graded and all(len(row.steps) <= 1 for row in train) and any(row.steps for row in train):
             raise DataError(
                 f"{data.train}, column 'steps': every solution is a single step, so show.schedule={graded[0]} could only "
                 "show all of it or nothing. Split the solutions into steps (a list of texts), or use method sft or rft"
@@ -73,6 +74,18 @@ def load(config: Config, handed: Mapping[str, list[Row]] | None = None, only: st
     if not train:
         raise DataError("no training rows")
     return Dataset(train, test[: config.eval.rows] if config.eval.rows else test)
+
+
+def _solved(rows: Sequence[Row], data: DataSettings) -> Sequence[Row]:
+    """The rows, of which the first ``data.solved`` alone keep their solution where that is a number."""
+    if not isinstance(data.solved, int):
+        return rows
+    if isinstance(rows, StoredRows):
+        raise ConfigError(
+            f"data.solved={data.solved} takes solutions from rows in memory, and those of {data.train} stay on disk: write "
+            "them without their solutions and use data.solved=some, or set data.train_rows"
+        )
+    return [row if i < data.solved else replace(row, steps=()) for i, row in enumerate(rows)]
 
 
 def _split(
@@ -108,12 +121,18 @@ class Split:
 
     ``looked_at``: indices of the rows that are checked before a run starts. All of them in memory; of rows on disk the
     longest, and every other row at its first use (`Encodings`). ``labels``: the score of each row's solution, where it has one.
+    ``solved``: indices of the training rows with a worked solution.
     """
 
     rows: Sequence[Row]
     encoded: Sequence[Encoded]
     rejected: Sequence[list[int] | None] = field(default_factory=list[list[int] | None])
     labels: Sequence[float | None] = field(default_factory=list[float | None])
+    solved: Sequence[int] = field(default_factory=list[int])
+
+    def trained(self, rules: Rules) -> Sequence[int]:
+        """Indices of the rows that a stage trains on: all, or those with a solution where it learns from nothing else."""
+        return self.solved if needs.only_solved(rules) else range(len(self.rows))
 
     def first(self, n: int) -> Split:
         return Split(self.rows[:n], self.encoded[:n], self.rejected[:n], self.labels[:n])
@@ -168,7 +187,21 @@ def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
     columns = {name for stage in stages(config) if (name := stage.rules.sample.rejected)}
     rejected = encode_column(tokenizer, dataset.train, columns, limit)
     labels = label_column(dataset.train, {name for stage in stages(config) if (name := stage.rules.sample.label)})
-    return Data(Split(dataset.train, train, rejected, labels), Split(dataset.test, test), dataset.fingerprint)
+    split = Split(dataset.train, train, rejected, labels, solved_rows(dataset.train))
+    for stage in stages(config):
+        if needs.solutions(stage.rules) and not len(split.solved):
+            raise DataError(
+                f"{named(config.data.train) or 'the training rows'}, column 'steps': no row has a worked solution, which method "
+                f"{stage.rules.method} learns from. Use method rft, or give some rows a solution"
+            )
+    return Data(split, Split(dataset.test, test), dataset.fingerprint)
+
+
+def solved_rows(rows: Sequence[Row]) -> Sequence[int]:
+    """Indices of the rows with a worked solution."""
+    if isinstance(rows, StoredRows):
+        return rows.solved
+    return [i for i, row in enumerate(rows) if row.steps]
 
 
 def _check_pictures(config: Config) -> None:
@@ -252,11 +285,13 @@ def label_column(rows: Sequence[Row], columns: Iterable[str]) -> list[float | No
     return out
 
 
-def rows_of_step(seed: int, step: int, prompts: int, n_rows: int) -> list[int]:
-    """Row indices of a step: epochs of independent permutations laid end to end, cut into batches. Nothing is dropped.
+def rows_of_step(seed: int, step: int, prompts: int, pool: Sequence[int]) -> list[int]:
+    """Row indices of a step, out of ``pool``: epochs of independent permutations laid end to end, cut into batches. Nothing is
+    dropped.
 
     A pure function, so a resumed run sees the rows that it would have seen.
     """
+    n_rows = len(pool)
     if n_rows < 1:
         raise ConfigError("no training rows")
     first = step * prompts
@@ -265,10 +300,10 @@ def rows_of_step(seed: int, step: int, prompts: int, n_rows: int) -> list[int]:
         epoch, offset = divmod(first + len(rows), n_rows)
         order = rng.generator("rows", seed, epoch).permutation(n_rows)
         rows += order[offset : offset + prompts - len(rows)].tolist()
-    return rows
+    return [int(pool[i]) for i in rows]
 
 
-def refill_rows(seed: int, step: int, attempt: int, n: int, n_rows: int) -> list[int]:
-    """Rows that take the place of ``n`` groups without signal: a fresh permutation for each attempt of a step."""
-    order = rng.generator("refill", seed, step, attempt).permutation(n_rows).tolist()
-    return [order[i % n_rows] for i in range(n)]
+def refill_rows(seed: int, step: int, attempt: int, n: int, pool: Sequence[int]) -> list[int]:
+    """Rows of ``pool`` that take the place of ``n`` groups without signal: a fresh permutation for each attempt of a step."""
+    order: list[int] = rng.generator("refill", seed, step, attempt).permutation(len(pool)).tolist()
+    return [int(pool[order[i % len(order)]]) for i in range(n)]

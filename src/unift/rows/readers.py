@@ -110,7 +110,10 @@ def ended(found: Iterable[tuple[Row, bool]], marked: bool) -> Iterator[Row]:
 def check_steps(row: Row, where: str, need_steps: bool) -> Row:
     """The row; DataError if it has no worked solution and one is needed."""
     if need_steps and not row.steps:
-        raise DataError(f"{where}, column 'steps': no worked solution, which this method learns from")
+        raise DataError(
+            f"{where}, column 'steps': no worked solution, which this method learns from. Give the row one, or set "
+            "data.solved=some: such rows are then trained by their reward alone, and left out where there is none"
+        )
     return row
 
 

@@ -1,8 +1,9 @@
 """Rows that outgrow memory: read once, kept in an Arrow file, taken from it one by one.
 
 The first start reads the source in one pass, checks every row as rows in memory are checked (``crew.py``: by several processes
-where it is large), and writes two files into a cache folder: ``rows.arrow``, and ``facts.json``, which holds what a start asks of
-all rows at once (their number, their fingerprint, the first row without a solution or an answer, the longest rows). The folder's
+where it is large), and writes four files into a cache folder: ``rows.arrow``, ``facts.json``, which holds what a start asks of
+all rows at once (their number, their fingerprint, the first row without a solution or an answer, the longest rows), and two
+with a number a row (hash of the problem, whether there is a solution). The folder's
 name is a hash of the source's bytes, of the settings that change what is read and of the code that reads, so that nothing stale
 is found.
 Later starts read the facts alone. Rows, ids and the fingerprint are those of the same source read into memory.
@@ -77,7 +78,8 @@ class Facts:
 
 
 class StoredRows(Lazy[Row]):
-    """Rows of an Arrow file. ``problems_N``: a 64-bit hash of every row's problem (`rows.tasks.canonical`), on disk."""
+    """Rows of an Arrow file. ``problems_N``: a 64-bit hash of every row's problem (`rows.tasks.canonical`), on disk; ``solved``:
+    indices of the rows with a worked solution."""
 
     def __init__(self, folder: Path) -> None:
         import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
@@ -85,7 +87,7 @@ class StoredRows(Lazy[Row]):
         self.facts = Facts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
         # Read, not mapped: pages of a mapped file count as memory of the process once they were touched.
         reader = cast(Any, pa).ipc.open_file(cast(Any, pa).OSFile(str(folder / "rows.arrow")))
-        self._problems = folder / "problems.npy"
+        self._problems, self._solved = folder / "problems.npy", folder / "solved.npy"
         renamed = {int(index): name for index, name in self.facts.renamed.items()}
 
         @lru_cache(maxsize=8)
@@ -101,6 +103,13 @@ class StoredRows(Lazy[Row]):
     @property
     def problems_N(self) -> np.ndarray:
         return np.load(self._problems, mmap_mode="r")
+
+    @property
+    def solved(self) -> Sequence[int]:
+        whole = range(self.facts.rows)
+        return (
+            whole if self.facts.without_steps is None else cast("Sequence[int]", np.flatnonzero(np.load(self._solved)))
+        )
 
 
 def problem_hash(text: str) -> int:
@@ -202,8 +211,8 @@ class Part:
     ids_N: array[int]  # 64-bit hashes
     problems_N: array[int]
     characters_N: array[int]
-    without_steps: int | None  # index in this part of the first such row
-    without_answer: int | None
+    solved_N: array[int]  # 1: the row has a worked solution
+    without_answer: int | None  # index in this part of the first such row
     tasks: set[str]
     columns: set[str]
     pictures: bool = False  # whether any row has one
@@ -213,8 +222,8 @@ def part_of(rows: Iterable[Row], is_json: bool) -> Part:
     """is_json: the rows come from JSON, so that every one survives being written. Raises Unfit for a row that does not."""
     from unift.rows.tasks import canonical
 
-    made = Part([], array("Q"), array("Q"), array("Q"), array("Q"), None, None, set(), set())
-    without_steps = without_answer = None
+    made = Part([], array("Q"), array("Q"), array("Q"), array("Q"), array("B"), None, set(), set())
+    without_answer = None
     shown = False
     for index, row in enumerate(rows):
         try:
@@ -228,8 +237,7 @@ def part_of(rows: Iterable[Row], is_json: bool) -> Part:
         made.ids_N.append(problem_hash(row.id))
         made.problems_N.append(problem_hash(canonical(row)))
         made.characters_N.append(sum(map(len, row.steps)) + len(row.ending) + _characters(row))
-        if not row.steps and without_steps is None:
-            without_steps = index
+        made.solved_N.append(bool(row.steps))
         if row.answer is None and without_answer is None:
             without_answer = index
         made.tasks.add(row.task)
@@ -237,11 +245,11 @@ def part_of(rows: Iterable[Row], is_json: bool) -> Part:
         for column, value in row.extra.items():
             if value is not None:
                 made.columns.add(column)
-    return replace(made, without_steps=without_steps, without_answer=without_answer, pictures=shown)
+    return replace(made, without_answer=without_answer, pictures=shown)
 
 
 def _build(folder: Path, parts: Iterable[Part], name: str) -> bool:
-    """Write the three files. False where a row does not survive being written."""
+    """Write the four files. False where a row does not survive being written."""
     import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
 
     arrow, seen = cast(Any, pa), _Seen()
@@ -254,6 +262,7 @@ def _build(folder: Path, parts: Iterable[Part], name: str) -> bool:
     except Unfit:
         return False
     np.save(folder / "problems.npy", np.frombuffer(seen.problems, dtype=np.uint64))
+    np.save(folder / "solved.npy", np.frombuffer(seen.solved, dtype=np.uint8))
     _write(folder, seen.facts())
     renamed = told_apart_on_disk(StoredRows(folder), np.frombuffer(seen.ids, dtype=np.uint64), name)
     if renamed:
@@ -282,13 +291,12 @@ def _batches(parts: Iterable[Sequence[str]]) -> Iterator[list[str]]:
 
 
 class _Seen:
-    """Facts while the parts go by: 16 bytes a row."""
+    """Facts while the parts go by: 17 bytes a row."""
 
     def __init__(self) -> None:
         self.n = 0
-        self.ids, self.problems = array("Q"), array("Q")
+        self.ids, self.problems, self.solved = array("Q"), array("Q"), array("B")
         self.digest = hashlib.sha256()
-        self.without_steps: int | None = None
         self.without_answer: int | None = None
         self.tasks, self.columns = set[str](), set[str]()
         self.pictures = False
@@ -300,8 +308,7 @@ class _Seen:
                 self.digest.update(f"{text[: characters - 1]}]".encode("ascii"))
             self.ids += part.ids_N
             self.problems += part.problems_N
-            if self.without_steps is None and part.without_steps is not None:
-                self.without_steps = self.n + part.without_steps + 1
+            self.solved += part.solved_N
             if self.without_answer is None and part.without_answer is not None:
                 self.without_answer = self.n + part.without_answer + 1
             self.tasks |= part.tasks
@@ -319,7 +326,8 @@ class _Seen:
             heapq.heapreplace(self.longest, (characters, index))
 
     def facts(self) -> Facts:
-        found = self.digest.hexdigest()[:16], self.without_steps, self.without_answer
+        lacking = self.solved.index(0) + 1 if 0 in self.solved else None
+        found = self.digest.hexdigest()[:16], lacking, self.without_answer
         lists = sorted(self.tasks), sorted(self.columns), sorted(index for _, index in self.longest)
         return Facts(self.n, *found, *lists, pictures=self.pictures)
 

@@ -51,12 +51,11 @@ def hinted(indices: Sequence[int], split: Split, moment: Moment, known: Mapping[
         if show.unit == "tokens":
             most = e.steps_tokens
             k = math.floor(schedules.share(show, at, span) * most + 1e-9)
-            groups.append(Group(index, row.id, e.prompt, e.solution[:k], k, most, shown=e.shown))
+            group = Group(index, row.id, e.prompt, e.solution[:k], k, most)
         else:
             k = schedules.draw(show, at, e.n_steps, span)
-            groups.append(
-                Group(index, row.id, e.prompt, e.hint(k, show.cuts), k, min(show.cuts, e.n_steps), shown=e.shown)
-            )
+            group = Group(index, row.id, e.prompt, e.hint(k, show.cuts), k, min(show.cuts, e.n_steps))
+        groups.append(replace(group, shown=e.shown, solved=e.n_steps > 0))
     return groups
 
 

@@ -47,22 +47,22 @@ class RowMemory:
         if not SCHEDULES[show.schedule].follows:
             return
         for group in groups:
-            if not any(s.score is not None for s in group.samples):
-                continue  # every scorer failed: nothing was learnt about the row
+            if not group.solved or not any(s.score is not None for s in group.samples):
+                continue  # there is nothing to show, or every scorer failed: nothing was learnt about the row
             shown = group.cuts / group.cuts_total if group.cuts_total else 0.0
             seen = schedules.Seen(shown, success_rate(group))
             self.hints[group.row_id] = schedules.advance(show, self.hints.get(group.row_id), seen)
 
     def mean_share(self, groups: Sequence[Group], show: Show) -> float:
         """Mean of the rows' expected shares (adaptive, bisection), before this step moves them."""
-        states = [schedules.known(show, self.hints.get(g.row_id)) for g in groups]
-        return sum(low + high for low, high in states) / (2 * len(states))
+        states = [schedules.known(show, self.hints.get(g.row_id)) for g in groups if g.solved]
+        return sum(low + high for low, high in states) / (2 * len(states)) if states else 0.0
 
     def collect(self, groups: Sequence[Group], likelihood: Likelihood) -> list[int]:
         """Gated rows join the queue; once it holds ``buffer`` rows, so many are taken from its head, else none."""
         if likelihood.gate is None or not likelihood.buffer:
             return []
-        self.waiting += [g.row for g in groups if fails(g, likelihood.gate)]
+        self.waiting += [g.row for g in groups if g.solved and fails(g, likelihood.gate)]
         if len(self.waiting) < likelihood.buffer:
             return []
         taken, self.waiting = self.waiting[: likelihood.buffer], self.waiting[likelihood.buffer :]

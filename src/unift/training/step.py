@@ -67,7 +67,7 @@ def groups_of_step(run: Run, moment: Moment, state: State, clock: Clock) -> list
     """The step's groups with scores: from disk if these very weights sampled them before a kill, else what was drawn ahead, else
     sampled now. With engine.overlap the next step's completions begin to be drawn as soon as this step's are there."""
     rules, ahead = moment.rules, state.ahead
-    rows = rows_of_step(moment.seed, moment.step, rules.train.prompts, len(run.data.train.rows))
+    rows = rows_of_step(moment.seed, moment.step, rules.train.prompts, run.data.train.trained(rules))
     if not rules.sample.completions:
         return hinted(rows, run.data.train, moment, state.memory.hints)
     keep, own, stored = run.config.save.rollouts, "", None
@@ -115,7 +115,7 @@ def _begun(run: Run, moment: Moment, weights: str) -> Drawing | None:
     if not run.config.engine.overlap or moment.step + 1 >= moment.stage.stop:
         return None
     after = replace(moment, step=moment.step + 1)
-    rows = rows_of_step(after.seed, after.step, after.rules.train.prompts, len(run.data.train.rows))
+    rows = rows_of_step(after.seed, after.step, after.rules.train.prompts, run.data.train.trained(after.rules))
     groups = hinted(rows, run.data.train, after, {})  # nothing is learnt about rows here, see config/checks.py
     run.engine.sync(run.policy, lambda: weights)
     drawing = Drawing(after.step, weights, groups)
@@ -161,7 +161,7 @@ def refilled(run: Run, groups: list[Group], moment: Moment, state: State, clock:
         equal = [i for i, g in enumerate(groups) if equal_scores(g)]
         if not equal:
             break
-        others = refill_rows(moment.seed, moment.step, attempt, len(equal), len(run.data.train.rows))
+        others = refill_rows(moment.seed, moment.step, attempt, len(equal), run.data.train.trained(moment.rules))
         drawn = _drawn(run, others, moment, state, attempt)
         clock.lap("generate")
         for i, fresh in zip(equal, _judged(run, drawn, moment, clock), strict=True):

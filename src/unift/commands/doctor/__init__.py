@@ -209,8 +209,12 @@ def load_rows(config: Config) -> tuple[Check, Dataset | None]:
         faults.append(f"{twice} training rows repeat another row's problem: remove the copies")
     elif twice:
         text += f"; {twice} repeat another row's problem"
-    if bare and any(needs.hints(stage.rules) for stage in stages(config)):
-        faults.append(f"{bare} training rows have no steps, so method {config.method!r} has nothing to show: add steps")
+    if bare and any(needs.solutions(stage.rules) for stage in stages(config)):
+        if config.data.solved == "all":
+            faults.append(
+                f"{bare} training rows have no steps, so method {config.method!r} has nothing to show: add steps"
+            )
+        text += f"; {bare} without a solution"
     if not test:
         text += "; nothing measures accuracy (set data.test)"
     return Check("rows", not faults, "; ".join([text, *faults])), data

@@ -61,6 +61,8 @@ def encoded(
             "discarded": group.discarded,
             "samples": [_sample_record(s) for s in group.samples],
         }
+        if not group.solved:
+            record["solved"] = False
         if pictures and pictures[len(lines) - 1]:
             record["pictures"] = list(pictures[len(lines) - 1])
         lines.append(json.dumps(record, ensure_ascii=False))
@@ -125,4 +127,4 @@ def read_records(path: Path) -> list[Any]:
 def _group(r: dict[str, Any]) -> Group:
     samples = [_sample(s) for s in r["samples"]]
     place = (r["row"], r["row_id"], r["prompt_tokens"], r["hint_tokens"], r["cuts"], r["cuts_total"])
-    return Group(*place, samples, r.get("discarded", 0))
+    return Group(*place, samples, r.get("discarded", 0), solved=r.get("solved", True))
