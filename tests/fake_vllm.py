@@ -26,16 +26,18 @@ from safetensors.torch import load_file
 from unift import rng
 from unift.config.surroundings import Model
 from unift.model.load import load_policy
+from unift.rows.pictures import picture
 from unift.sampling.engines import native
 from unift.sampling.engines.base import Request
 from unift.sampling.engines.served import write_model
+from unift.types import Shown
 
 VERSION = "default"  # of a server that nobody gave weights
 
 
 class Fake:
     """``after``: requests for completions after which ``mode`` begins. ``seconds``: that a completion takes at least. ``at``: host
-    and port; 0 is a free one. ``made``: the folder is there already."""
+    and port; 0 is a free one. ``made``: the folder is there already; else it is made of ``model``."""
 
     def __init__(
         self,
@@ -46,11 +48,15 @@ class Fake:
         seconds: float = 0.0,
         at=("127.0.0.1", 0),
         made: bool = False,
+        model: str = "embedded:lock",
     ) -> None:
         if not made:
-            write_model(load_policy(Model(path="embedded:lock", device="cpu")), folder)
+            write_model(load_policy(Model(path=model, device="cpu")), folder)
         self.folder, self.mode, self.after, self.length, self.seconds = folder, mode, after, length, seconds
-        self.asked, self.resets, self.cached = 0, 0, False
+        self.asked, self.resets = 0, 0
+        self.pictures: list[list[str]] = []  # of each request that had some
+        self.known: set[str] = set()  # pictures whose numbers the scheduler believes to be there
+        self.lost = False  # and are not, since the weights changed
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.start_over()
         self.server = ThreadingHTTPServer(at, self.handler())
@@ -94,6 +100,9 @@ class Fake:
         if path == "/reset_prefix_cache":
             self.resets += 1
             return {"success": self.mode != "cache stays"}
+        if path == "/reset_encoder_cache":
+            self.known, self.lost = set(), False
+            return {}
         if path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             if self.mode != "keeps weights":
@@ -106,6 +115,9 @@ class Fake:
         new = load_file(folder / "model.safetensors")
         if self.mode == "keeps head":
             new.pop("lm_head.weight")
+        if self.mode == "keeps tower":
+            new = {name: w for name, w in new.items() if "vision_model" not in name and "connector" not in name}
+        self.lost = True
         for name, p in self.policy.base.named_parameters(remove_duplicate=False):
             if name in new:
                 p.copy_(new[name])
@@ -131,9 +143,10 @@ class Fake:
         draws = None
         if not greedy:
             draws = np.stack([rng.uniforms("fake", p["seed"] + j, shape=(width,)) for j in range(n)])
+        prompt, shown = self.prompt(body)
         with self.lock:
             (samples,) = native.generate(
-                self.policy, [Request(body["token_ids"], draws)], width, 1.0 if greedy else p["temperature"]
+                self.policy, [Request(prompt, draws, shown)], width, 1.0 if greedy else p["temperature"]
             )
             version = self.version
         if self.faulty and self.mode == "too few":
@@ -141,7 +154,9 @@ class Fake:
         if self.faulty and self.mode == "cut":
             for s in samples:
                 s.tokens, s.logps = s.tokens[:1], s.logps[:1]
+        said = body.get("return_token_ids") and self.mode != "old"
         return {
+            "prompt_token_ids": prompt if said else None,
             "choices": [
                 {
                     "index": j,
@@ -151,8 +166,35 @@ class Fake:
                     "weight_versions": [{"version": version, "tokens": len(s.tokens)}],
                 }
                 for j, s in enumerate(samples)
-            ]
+            ],
         }
+
+    def prompt(self, body: dict) -> tuple[list[int], Shown | None]:
+        """The prompt with as many placeholders of each picture as its own processor makes, as vLLM does it; and the pictures."""
+        urls, tokens = [part["url"] for part in body.get("content_parts", [])], body["token_ids"]
+        if self.mode == "old":  # a server that knows no such part of a call
+            urls = []
+        if not urls:
+            return tokens, None
+        if self.mode == "no pictures":
+            raise ValueError("At most 0 image(s) may be provided in one prompt.")
+        with self.lock:
+            self.pictures.append(urls)
+            if self.lost and self.known & set(urls):
+                raise RuntimeError("Encoder cache miss")
+            self.known |= set(urls)
+        found, reader, tokenizer = [picture(url, "fake") for url in urls], self.policy.reader, self.policy.tokenizer
+        left, out = iter(found), []
+        for token in tokens:
+            if token != tokenizer.convert_tokens_to_ids(reader.token):
+                out.append(token)
+                continue
+            text = reader.expand(reader.token, [next(left)], "fake")
+            out += tokenizer(text, add_special_tokens=False)["input_ids"]
+            if self.mode == "other processor":
+                out += tokenizer(" ", add_special_tokens=False)["input_ids"]
+        assert next(left, None) is None, "fewer places than pictures"
+        return out, Shown(tuple(found), len(out))
 
     # ------------------------------------------------------------------------------------------ HTTP
 
@@ -178,8 +220,8 @@ class Fake:
                     self.close_connection = True
                     self.connection.close()
                     return
-                except RuntimeError as error:
-                    found, status = {"error": str(error)}, 500
+                except (RuntimeError, ValueError) as error:
+                    found, status = {"error": str(error)}, 400 if isinstance(error, ValueError) else 500
                 if found is None:
                     found, status = {"detail": "Not Found"}, 404
                 text = b"<html>hello</html>" if fake.mode == "html" else json.dumps(found).encode()

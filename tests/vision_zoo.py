@@ -49,8 +49,8 @@ def letters(*special, eos="</s>", named=None):
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token="<pad>", unk_token="<unk>", **how)
 
 
-def idefics3(kind="idefics3"):
-    """(model, processor): pictures of 32 pixels, 4 tokens each, never split."""
+def idefics3(kind="idefics3", **trunk):
+    """(model, processor): pictures of 32 pixels, 4 tokens each, never split. ``trunk``: settings of the text model."""
     import transformers as t
 
     tokenizer = letters("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|im_start|>")
@@ -65,7 +65,7 @@ def idefics3(kind="idefics3"):
         "smolvlm": (t.SmolVLMConfig, t.SmolVLMForConditionalGeneration),
     }[kind]
     settings = config(
-        text_config={"model_type": "llama", "vocab_size": len(tokenizer), **TEXT},
+        text_config=text("llama", tokenizer, **trunk),
         vision_config=vision,
         scale_factor=2,
         image_token_id=processor.image_token_id,
@@ -318,10 +318,10 @@ PLAIN = {"gemma3": gemma3, "paligemma": paligemma, "mllama": mllama}
 FAMILIES = SHARED | PLAIN
 
 
-def saved(folder, family="idefics3", seed=0):
+def saved(folder, family="idefics3", seed=0, **settings):
     """The folder of a tiny random model of the family with its processor."""
     torch.manual_seed(seed)
-    model, processor = FAMILIES[family]()
+    model, processor = FAMILIES[family](**settings)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)

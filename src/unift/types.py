@@ -58,10 +58,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Shown:
-    """The pictures of a prompt, and its length in tokens, placeholders included; what follows is the model's own text."""
+    """The pictures of a prompt, and its length in tokens, placeholders included; what follows is the model's own text.
+
+    ``unexpanded``: ids of the same prompt with one placeholder a picture, for a server that makes them as many as it needs.
+    """
 
     pictures: tuple[Picture, ...]
     prompt: int
+    unexpanded: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

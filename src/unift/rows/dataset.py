@@ -213,8 +213,6 @@ def _check_pictures(config: Config) -> None:
                 f"method {stage.rules.method} changes input embeddings, by which a model finds the places of pictures: rows with "
                 "pictures cannot be trained with it. Use another method (inputs.noise=none, inputs.own=0)"
             )
-    if config.engine.kind == "vllm":
-        raise ConfigError("engine.kind=vllm does not send pictures to its server: use engine.kind=auto")
 
 
 def _encoded(

@@ -14,6 +14,7 @@ import binascii
 import copy
 import hashlib
 import io
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from unift.types import ConfigError, DataError, Picture, Row
 MARK = "<image>"
 COLUMNS = ("images", "image")
 PIXELS = 2**26  # of one picture: 67 million, 200 MB once it is unpacked
+_limit_lock = threading.Lock()  # Pillow's limit is one for all threads
+ORIENTATION, UPRIGHT = 0x0112, 1  # the EXIF tag that turns a picture, and its value for one that needs no turn
 
 
 # ---------------------------------------------------------------------------------------------- from a record
@@ -251,15 +254,16 @@ def _check_size(size: tuple[int, int], where: str) -> None:
 def _header(data: bytes, where: str) -> Any:
     """The picture, opened and not unpacked."""
     library = _pillow()
-    limit = library.MAX_IMAGE_PIXELS
-    try:
-        library.MAX_IMAGE_PIXELS = None  # the check below says more than Pillow's warning
-        image = library.open(io.BytesIO(data))
-    except Exception as error:  # Pillow raises many kinds for a damaged file
-        said = str(error).replace("\n", " ") if "BytesIO" not in str(error) else "unknown format"
-        raise DataError(f"{where}: the picture cannot be read ({said or type(error).__name__})") from None
-    finally:
-        library.MAX_IMAGE_PIXELS = limit
+    with _limit_lock:
+        limit = library.MAX_IMAGE_PIXELS
+        try:
+            library.MAX_IMAGE_PIXELS = None  # the check below says more than Pillow's warning
+            image = library.open(io.BytesIO(data))
+        except Exception as error:  # Pillow raises many kinds for a damaged file
+            said = str(error).replace("\n", " ") if "BytesIO" not in str(error) else "unknown format"
+            raise DataError(f"{where}: the picture cannot be read ({said or type(error).__name__})") from None
+        finally:
+            library.MAX_IMAGE_PIXELS = limit
     _check_size(image.size, where)
     return image
 
@@ -284,6 +288,19 @@ def opened(found: Picture, where: str = "") -> Any:
     except Exception as error:  # truncated files, broken chunks: Pillow raises many kinds
         name = found.path or "its bytes"
         raise DataError(f"{where or 'pictures'}: the picture cannot be read ({name}: {error})") from None
+
+
+def as_url(found: Picture) -> str:
+    """A ``data:`` URL of the very pixels that `opened` gives to whoever reads it plainly: the file itself where it is upright and
+    in RGB, else a PNG of them."""
+    data = content(found)
+    image = _header(data, "pictures")
+    kind = image.get_format_mimetype()
+    if image.mode != "RGB" or image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT or not kind:
+        packed, kind = io.BytesIO(), "image/png"
+        opened(found).save(packed, format="PNG", compress_level=1)
+        data = packed.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def thumbnail(found: Picture, edge: int) -> bytes:

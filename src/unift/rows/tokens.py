@@ -90,17 +90,14 @@ def encode_row(tokenizer: Any, row: Row, max_tokens: int, number: int | None = N
     what the tokenizer has no tokens for. source: the file, for messages."""
     where = f"row {number} (id {row.id})" if number is not None else f"row {row.id}"
     where = f"{source}, {where}" if source else where
-    prompt, spaces = chat.prompt_text(tokenizer, row, where)
+    unexpanded, spaces = chat.prompt_text(tokenizer, row, where)
     reader = processor.reader_of(tokenizer)
-    if reader is not None:
-        prompt = reader.expand(prompt, row.images, where)
+    prompt = unexpanded if reader is None else reader.expand(unexpanded, row.images, where)
     doubled = chat.doubled_tag(prompt, row.solution)
     if doubled:
         row = _without_tag(row, doubled, prompt + spaces)
     text, special = spaces + row.solution, isinstance(row.prompt, str)
-    own, offsets = _tokens(tokenizer, prompt, special, where)
-    if own and own[-1] == tokenizer.eos_token_id and offsets[-1] == (0, 0):
-        own = own[:-1]  # some tokenizers append EOS to every text; one that the text itself holds stays
+    own = _prompt_tokens(tokenizer, prompt, special, where)
     if not own:
         raise DataError(f"{where}: the prompt is empty after tokenisation")
     ids, offsets = _tokens(tokenizer, prompt + text, special, where)
@@ -129,7 +126,16 @@ def encode_row(tokenizer: Any, row: Row, max_tokens: int, number: int | None = N
         )
     if reader is not None and not reader.placeholders.isdisjoint(solution):
         raise DataError(f"{where}: the solution holds a placeholder of a picture ({reader.token}); expected text alone")
-    return Encoded(own, solution, step_ends, forced, doubled, shown=Shown(row.images, len(own)) if row.images else None)
+    shown = None
+    if row.images:
+        shown = Shown(row.images, len(own), tuple(_prompt_tokens(tokenizer, unexpanded, special, where)))
+    return Encoded(own, solution, step_ends, forced, doubled, shown=shown)
+
+
+def _prompt_tokens(tokenizer: Any, text: str, special: bool, where: str) -> list[int]:
+    """Some tokenizers append EOS to every text: not to a prompt. One that the text itself holds stays."""
+    ids, offsets = _tokens(tokenizer, text, special, where)
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and offsets[-1] == (0, 0) else ids
 
 
 def _without_tag(row: Row, tag: str, prompt: str) -> Row:

@@ -65,8 +65,13 @@ def inverse_cdf(logp_NV: Tensor, u_N: Tensor, block: int = VOCAB_BLOCK) -> Tenso
     return token_N.clamp_(max=v - 1)
 
 
-def eos_ids(policy: Policy) -> Tensor:
-    """Tokens that end a completion, on the policy's device. A placeholder of a picture is one of them: it may be a target, but
-    as an input it would ask for a picture."""
+def ending(policy: Policy) -> list[int]:
+    """Tokens that end a completion, ascending. A placeholder of a picture is one of them: it may be a target, but as an input it
+    would ask for a picture."""
     placeholders = set() if policy.reader is None else policy.reader.placeholders
-    return torch.tensor(sorted({*policy.end_ids, *placeholders}), device=policy.device)
+    return sorted({*policy.end_ids, *placeholders})
+
+
+def eos_ids(policy: Policy) -> Tensor:
+    """The same on the policy's device."""
+    return torch.tensor(ending(policy), device=policy.device)

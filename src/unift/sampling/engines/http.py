@@ -24,11 +24,13 @@ AGAIN = "The same command continues from the last checkpoint"
 
 @dataclass(frozen=True)
 class Call:
-    """``what`` is what a message calls it: "while it <what>"."""
+    """``what`` is what a message calls it: "while it <what>". ``refused``: what a message adds where the server refuses."""
 
     what: str
     path: str
-    body: Mapping[str, Any] | None = None  # of a POST; None: a GET
+    # Of a POST; None: a GET. A function where it is large, called when it is sent.
+    body: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None
+    refused: str = ""
 
 
 @dataclass
@@ -115,7 +117,8 @@ class Server:
     def _send(self, session: Any, call: Call, limit: float) -> Any:
         method = "GET" if call.body is None else "POST"
         wait = (min(limit, 10.0), limit + LOOK)
-        answer = session.request(method, self.url + call.path, json=call.body, timeout=wait)
+        body = call.body() if callable(call.body) else call.body
+        answer = session.request(method, self.url + call.path, json=body, timeout=wait)
         if answer.status_code != 200:
             raise EngineError(self._refused(answer, call))
         if not answer.content:
@@ -137,7 +140,7 @@ class Server:
             )
         if answer.status_code >= 500:
             return f"{self.url} failed while it {call.what}: HTTP {answer.status_code}, {said}. See its log. {AGAIN}"
-        return f"{self.url} refused a call while it {call.what}: HTTP {answer.status_code}, {said}"
+        return f"{self.url} refused a call while it {call.what}: HTTP {answer.status_code}, {said}{call.refused}"
 
     def _fail(self, error: BaseException, call: Call) -> NoReturn:
         if isinstance(error, EngineError):

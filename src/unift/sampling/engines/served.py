@@ -24,9 +24,12 @@ TIED = "tie_word_embeddings"
 
 
 def state(policy: Policy) -> dict[str, Tensor]:
-    """Every weight by name, also those that share memory; adapters merged unless they are switched off. Sharded weights are
-    whole by then (`Policy.whole`)."""
-    return lora.merged_state(policy.base) if policy.lora else sharding.state(policy.base)
+    """Every weight under the name that a saved model has it by (a model in memory may call and cut them otherwise), also those
+    that share memory; adapters merged unless they are switched off. Sharded weights are whole by then (`Policy.whole`)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found = lora.merged_state(policy.base) if policy.lora else sharding.state(policy.base)
+    return revert_weight_conversion(policy.base, found)
 
 
 @torch.no_grad()

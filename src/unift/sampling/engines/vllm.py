@@ -1,8 +1,8 @@
 """vLLM in a process and environment of its own, asked over HTTP; nothing of it is imported here. `unift serve` starts one.
 
-Token ids go in; ids, log-probs and the version of the weights come out, one request a group, so that a prompt with its hint
-is computed once. After an update the weights go through a folder that both see (or from GPU to GPU, ``transfer.py``), the
-prefix cache is emptied, and the version is set: every completion names the one that it was sampled with.
+Token ids (and pictures) go in; ids, log-probs and the version of the weights come out, one request a group, so that a prompt
+with its hint is computed once. After an update the weights go through a folder that both see (or from GPU to GPU,
+``transfer.py``), the prefix cache is emptied, and the version is set: every completion names the one that it was sampled with.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from unift import processes
 from unift.config.surroundings import Engine as Settings
 from unift.model.policy import Policy
-from unift.sampling.engines import served
+from unift.sampling.engines import draw, pictures, served
 from unift.sampling.engines.base import Draws, Request, Watch, unwatched
 from unift.sampling.engines.http import Call, Server
 from unift.types import ConfigError, EngineError, Sample
@@ -30,6 +30,7 @@ from unift.types import ConfigError, EngineError, Sample
 COLDEST = 0.01  # vLLM takes a lower temperature for this one
 BARRED = -100.0  # added to the logits of ids that are no token
 NONE = -9999.0  # what vLLM answers in place of a log-prob that is -inf or NaN
+GENERATE = "/inference/v1/generate"
 ABOVE_ZERO = 1e-3  # rounding that a log-prob may have
 
 
@@ -75,12 +76,14 @@ class VLLM:
     version: str = ""
     ends: list[int] = field(default_factory=list[int])
     barred: dict[int, float] = field(default_factory=dict[int, float])
+    placeholders: frozenset[int] = frozenset()  # of pictures; none: a model of text
     closed: bool = False
 
     # ------------------------------------------------------------------------------------------ weights
 
     def sync(self, policy: Policy, version: Callable[[], str]) -> None:
-        self.ends, self.barred = policy.end_ids, _barred(policy)
+        self.ends, self.barred = draw.ending(policy), _barred(policy)
+        self.placeholders = frozenset() if policy.reader is None else policy.reader.placeholders
         wanted = f"{self.own}-{version()}"
         with policy.whole():
             self.version = processes.lead(
@@ -125,7 +128,8 @@ class VLLM:
             shutil.rmtree(place, ignore_errors=True)
 
     def _forget(self) -> None:
-        """Empty the prefix cache: its keys and values are those of the old weights. Refused while a request still runs."""
+        """Empty what was computed by the old weights: the prefix cache, refused while a request still runs, and then what the
+        tower made of pictures."""
         end = time.monotonic() + self.server.timeout
         call = Call("emptied its prefix cache", "/reset_prefix_cache", {})
         while self.server.ask(call).get("success") is not True:
@@ -135,6 +139,8 @@ class VLLM:
                     "else hold it. One server serves one run"
                 )
             time.sleep(0.2)
+        if self.placeholders:
+            self.server.ask(Call("emptied its cache of pictures", "/reset_encoder_cache", {}))
 
     # ------------------------------------------------------------------------------------------ completions
 
@@ -179,11 +185,16 @@ class VLLM:
         else:
             asked |= {"temperature": temperature, "seed": request.draws.seed()}
         body = {"model": self.model, "token_ids": request.prompt, "sampling_params": asked}
-        return Call("completed prompts", "/inference/v1/generate", body)
+        if (shown := request.shown) is None:
+            return Call("completed prompts", GENERATE, body)
+        what = "completed a prompt with pictures"
+        return Call(what, GENERATE, lambda: body | pictures.asked(request.prompt, shown), pictures.REFUSED)
 
     def _samples(self, answer: Any, request: Request, max_tokens: int) -> list[Sample]:
         """The completions of one request, looked at closely: what is wrong here would train silently."""
         try:
+            if request.shown:
+                pictures.check(self.server.url, answer.get("prompt_token_ids"), request.prompt, self.placeholders)
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             if len(choices) != request.samples:
                 self._wrong(f"{len(choices)} completions of a prompt, expected {request.samples}")
