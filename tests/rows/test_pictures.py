@@ -237,7 +237,6 @@ def test_a_model_of_text_and_stray_placeholders_are_refused(reader):
     "method, setting, words",
     [
         ("neftune", "train.steps=1", "changes input embeddings"),
-        ("uft", "model.shard=full", "model.shard=full does not take rows with pictures"),
     ],
 )
 def test_settings_that_do_not_go_with_pictures(reader, method, setting, words):

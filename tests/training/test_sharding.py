@@ -32,6 +32,8 @@ CASES = {  # the base of the recipe ties its embeddings
     "sft": ("sft", [WIDE, SUPERVISED]),
     "rft": ("rft", [WIDE, "train.updates=2"]),
     "uft": ("uft", [WIDE, "train.updates=2", "train.epochs=2", "reference.kl=0.01"]),
+    "plain": ("uft", [WIDE, "model.forward=plain", "reference.kl=0.01"]),
+    "plain-lora": ("uft", [WIDE, "model.forward=plain", "model.lora=4", "train.lr=0.01"]),
     "uft-float32": ("uft", ["train.updates=2", "reference.kl=0.01"]),
     "ppo": ("ppo", [WIDE, "train.updates=2"]),
     "dpo": ("dpo", [WIDE]),
@@ -59,7 +61,8 @@ from unift.training.loop import train
 root = Path(sys.argv[1])
 with processes.joined():
     for name, (method, items) in json.loads((root / "cases.json").read_text()).items():
-        train(resolve(method, recipe="lock", overrides=parse_overrides([*items, "model.shard=full"])), root / name)
+        recipe = sys.argv[2] if len(sys.argv) > 2 else None
+        train(resolve(method, recipe=recipe, overrides=parse_overrides([*items, "model.shard=full"])), root / name)
 """
 
 
@@ -86,11 +89,11 @@ def untied(folder):
     return folder
 
 
-def sharded(root, cases, n):
+def sharded(root, cases, n, recipe="lock"):
     root.mkdir(exist_ok=True)
     (root / "cases.json").write_text(json.dumps(cases))
     (root / "script.py").write_text(SCRIPT)
-    code, out, err = launched([str(root / "script.py"), str(root)], n, timeout=600)
+    code, out, err = launched([str(root / "script.py"), str(root), *([recipe] if recipe else [])], n, timeout=600)
     assert code == 0, err
     return root
 
@@ -190,13 +193,13 @@ def drawn(folder, step):
     return [(g.row_id, g.cuts, [s.tokens for s in g.samples]) for g in read_rollouts(folder, step)[1]]
 
 
-def handed_on(tmp_path, method, items):
-    """(step, processes, folder) of a run that one, two, one and four processes train, a step each; beside it "whole", which one
-    process trains to the end."""
-    config = resolve(method, recipe="lock", overrides=parse_overrides(items))
+def handed_on(tmp_path, method, items, recipe="lock", numbers=(1, 2, 1, 4)):
+    """(step, processes, folder) of a run that so many processes train, a step each; beside it "whole", which one process
+    trains to the end."""
+    config = resolve(method, recipe=recipe, overrides=parse_overrides(items))
     source = tmp_path / "whole"
     train(config, source)
-    for step, n in enumerate((1, 2, 1, 4)):
+    for step, n in enumerate(numbers):
         run = tmp_path / f"part{step}" / "run"
         run.parent.mkdir()
         if step:
@@ -204,7 +207,7 @@ def handed_on(tmp_path, method, items):
         if n == 1:
             train(config, run)
         else:
-            sharded(run.parent, {"run": (method, items)}, n)
+            sharded(run.parent, {"run": (method, items)}, n, recipe)
         yield step, n, run
         source = run
 

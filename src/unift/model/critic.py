@@ -26,7 +26,7 @@ def new_critic(policy: Policy) -> nn.Linear:
 def value(policy: Policy, hidden_SD: Tensor) -> Tensor:
     """V of the state before each target token, [S], in float32 (float64 beside a float64 model)."""
     assert policy.critic is not None
-    return policy.critic(hidden_SD.to(policy.critic.weight.dtype))[:, 0]
+    return policy.critic(hidden_SD.to(policy.critic.weight.dtype))[:, 0].clone()  # no view, as in `plain.logprobs`
 
 
 def values(policy: Policy, batch: PackedBatch) -> Tensor:

@@ -130,7 +130,7 @@ def logprobs(
         else:
             parts.append(_score(*args))
     both_2S = torch.cat(parts, dim=1)[:, torch.tensor(order, device=device).argsort()]
-    return both_2S[0], both_2S[1]
+    return both_2S[0].clone(), both_2S[1].clone()  # no views: sharded weights are gathered again by a hook on each
 
 
 def _score(

@@ -20,7 +20,6 @@ from unift.model.attention.decode import DecodeLayout
 from unift.model.attention.packed import PackedLayout
 from unift.model.packs import PackedBatch
 from unift.rows import chat, processor, tokens
-from unift.types import ConfigError
 
 T = TypeVar("T")
 PACK_STEPS = 8  # sampled tokens from which it pays to rearrange the weights for decoding
@@ -57,12 +56,7 @@ class Policy:
 
         Raises ConfigError where the model or this torch does not allow it.
         """
-        if not self.shared:
-            raise ConfigError(
-                f"model.shard=full needs the shared-prefix path, and this model takes the plain one: {self.why_plain}. "
-                "Use model.shard=none, where every process holds all weights"
-            )
-        root = sharding.shard(self.model, self.base, self.device, critic, masters)
+        root = sharding.shard(self.model, self.base, self.device, critic, masters, self.shared)
         # A recorded step would hold addresses of weights that are gathered anew for each batch.
         return replace(self, root=root, cuda_graphs=False)
 

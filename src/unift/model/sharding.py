@@ -5,7 +5,10 @@ gathered before its forward and its backward pass, and its gradient is summed an
 calls trunk and head apart, so whatever reads weights runs inside the forward of one module (`Root`, `Policy.run`).
 
 Every pass is an exchange: all processes make the same passes in the same order, or they wait for each other. Samplers,
-whose processes decode different lengths, hold all weights meanwhile (`whole`).
+whose processes decode different lengths, hold all weights meanwhile (`whole`). What a pass runs may differ between processes
+where it is the root's: a vision tower, which packs without a picture do not run, and on the plain path the whole model, which
+as many forwards run as the rows of a pack need. The root is gathered once a pass whatever runs in it, and has a gradient for
+each of its weights, used or not (`_reach_all`).
 
 bfloat16 weights that an optimizer steps in float32 (train.master_weights) are float32 in their shards, and rounded as they
 are gathered (``masters``): the copies are the shards, and no other numbers are kept.
@@ -13,9 +16,10 @@ are gathered (``masters``): the copies are the shards, and no other numbers are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -42,9 +46,17 @@ class Root(nn.Module):
         return do()
 
 
-def shard(model: nn.Module, base: Any, device: torch.device, critic: nn.Linear | None, masters: bool = True) -> Root:
+def shard(
+    model: nn.Module,
+    base: Any,
+    device: torch.device,
+    critic: nn.Linear | None,
+    masters: bool = True,
+    shared: bool = True,
+) -> Root:
     """Leave this process its part of the weights, in place. ``base``: the model below adapters, if it has some. critic: the
-    value head, where any phase of the run has one. masters: 16-bit weights that are trained become float32 shards.
+    value head, where any phase of the run has one. masters: 16-bit weights that are trained become float32 shards. shared: a
+    pass runs each decoder layer once, on the shared-prefix path; on the plain one as often as its rows need.
 
     Raises ConfigError where this torch or this model does not allow it.
     """
@@ -63,7 +75,10 @@ def shard(model: nn.Module, base: Any, device: torch.device, critic: nn.Linear |
     policy = MixedPrecisionPolicy(root.gathered, torch.float32 if half else None, cast_forward_inputs=False)
     if critic is not None:
         fully_shard(critic, mesh=mesh)
-    for part in (*decoder_layers(base), root):
+    layers = decoder_layers(base) if shared else []
+    alike = shared and text_trunk(base) is base.base_model  # all processes use all weights in every pass
+    own = [] if alike else _outside(model, layers)
+    for part in (*layers, root):
         if root.gathered is not None:  # layer by layer, so that the whole model is never there in float32
             _widen(part)
         fully_shard(part, mesh=mesh, mp_policy=policy)
@@ -74,7 +89,47 @@ def shard(model: nn.Module, base: Any, device: torch.device, critic: nn.Linear |
         run(root, lambda: None)  # the first forward settles which module is the root
     if root.gathered is not None:
         _sum_in_float32(root)
+    if own:
+        base.get_input_embeddings().register_forward_hook(partial(_reach_all, own))
     return root
+
+
+def _outside(model: nn.Module, layers: Sequence[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """Places (module, name) of the trained weights that are in none of the ``layers``."""
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    return [
+        (module, name)
+        for module in model.modules()
+        if id(module) not in inside
+        for name, p in module.named_parameters(recurse=False)
+        if p.requires_grad
+    ]
+
+
+def _reach_all(places: Sequence[tuple[nn.Module, str]], embeddings: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+    """The embedded tokens, through which the backward pass of any process reaches all these weights.
+
+    Two things depend on it. FSDP2 sums the gradients that there are: of weights that one process has used and another has not
+    the two would sum tensors of different sizes. And it sums a group's in its backward pass if an input of the group needs a
+    gradient, otherwise after all others: with adapters the first layer's input needs one where a trained tower's numbers are
+    in it, and nowhere else, so that processes with and without pictures would sum two groups in two orders.
+    """
+    if not torch.is_grad_enabled():
+        return embedded
+    return _Reach.apply(embedded, *(module._parameters[name] for module, name in places))  # type: ignore[return-value]
+
+
+class _Reach(torch.autograd.Function):
+    """The first tensor, with a gradient of zero for each of the others."""
+
+    @staticmethod
+    def forward(ctx: Any, embedded: Tensor, *weights: Tensor) -> Tensor:
+        ctx.like = [(w.shape, w.dtype) for w in weights]
+        return embedded.clone()  # models write the numbers of pictures into it
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], *(grads[0].new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.like)
 
 
 def _half(model: nn.Module) -> torch.dtype | None:
@@ -105,10 +160,16 @@ def _sum_in_float32(root: Root) -> None:
                 p.grad_dtype = torch.float32
 
 
+def text_trunk(base: Any) -> nn.Module:
+    """The trunk, or of a model with a vision tower the part of it that reads text."""
+    return base.base_model if base.config.get_text_config() is base.config else base.get_decoder()
+
+
 def decoder_layers(base: Any) -> list[nn.Module]:
-    """The layers of the trunk: modules of the kinds that transformers never splits, or else of its longest list."""
-    kinds = set(getattr(base, "_no_split_modules", None) or [])
-    trunk: nn.Module = base.base_model
+    """The layers of the trunk of text: modules of the kinds that transformers never splits, or else of its longest list. The
+    layers of a vision tower are none: whether a pass runs them is a matter of its pictures."""
+    trunk = text_trunk(base)
+    kinds = {kind for model in (base, trunk) for kind in getattr(model, "_no_split_modules", None) or ()}
     found = [m for m in trunk.modules() if type(m).__name__ in kinds and not isinstance(m, nn.Embedding)]
     inner = {id(child) for m in found for child in m.modules() if child is not m}
     if found:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from unift import rng
-from unift.config import launcher, needs
+from unift.config import needs
 from unift.config.sections import Config, Rules
 from unift.config.stages import stages
 from unift.config.surroundings import Data as DataSettings
@@ -213,8 +213,6 @@ def _check_pictures(config: Config) -> None:
                 f"method {stage.rules.method} changes input embeddings, by which a model finds the places of pictures: rows with "
                 "pictures cannot be trained with it. Use another method (inputs.noise=none, inputs.own=0)"
             )
-    if launcher.shards(config.model):
-        raise ConfigError("model.shard=full does not take rows with pictures: use model.shard=none")
 
 
 def _encoded(

@@ -29,9 +29,10 @@ Streams = Mapping[str, list[Tensor]]  # of each stream, the gradient of every pa
 STREAMS = ("policy", "likelihood")
 
 
-def filler(like: Item, rules: Rules) -> tuple[PackedBatch, Item]:
-    """A pack of one token that carries no loss, and its item."""
-    token = like.prompt[:1] or [0]
+def filler(policy: Policy, like: Item, rules: Rules) -> tuple[PackedBatch, Item]:
+    """A pack of one token that carries no loss, and its item. The token is one of the prompt that stands for no picture."""
+    places = policy.reader.placeholders if policy.reader is not None else ()
+    token = [t for t in like.prompt if t not in places][:1] or [0]
     item = Item(token, [], [Member(token, COMPLETION, logps=[0.0])], address=("filler",))
     packed = pack([item], [0], None, rules)
     if packed is None:

@@ -64,7 +64,7 @@ def prepare(
         packed = [(pack(part, which, weights, rules), [part[i] for i in which]) for which in whiches]
         updates.append([(p, of) for p, of in packed if p is not None])
     for packs, n in zip(updates, gradients.missing(policy, [len(packs) for packs in updates]), strict=True):
-        packs += [gradients.filler(items[0], rules)] * n
+        packs += [gradients.filler(policy, items[0], rules)] * n
     ready = [_with_inputs(policy, packs, rules) for packs in updates]
     for number, packs in enumerate(ready):
         with torch.no_grad():
