@@ -58,6 +58,11 @@ def load(config: Config, handed: Mapping[str, list[Row]] | None = None, only: st
         found = [stage.rules for stage in stages(config)]
         needs_steps = any(needs.solutions(s) for s in found)
         train = _solved(_split(config, "train", handed, needs_steps and data.solved == "all"), data)
+        if needs_steps and len(train) and not len(solved_rows(train)):
+            raise DataError(
+                f"{named(data.train)}, column 'steps': no row has a worked solution, which method {config.method} learns from. "
+                "Use method rft, or give some rows a solution"
+            )
         graded = [s.show.schedule for s in found if SCHEDULES[s.show.schedule].graded]
         if graded and all(len(row.steps) <= 1 for row in train) and any(row.steps for row in train):
             raise DataError(
@@ -188,12 +193,6 @@ def encode(tokenizer: Any, dataset: Dataset, config: Config) -> Data:
     rejected = encode_column(tokenizer, dataset.train, columns, limit)
     labels = label_column(dataset.train, {name for stage in stages(config) if (name := stage.rules.sample.label)})
     split = Split(dataset.train, train, rejected, labels, solved_rows(dataset.train))
-    for stage in stages(config):
-        if needs.solutions(stage.rules) and not len(split.solved):
-            raise DataError(
-                f"{named(config.data.train) or 'the training rows'}, column 'steps': no row has a worked solution, which method "
-                f"{stage.rules.method} learns from. Use method rft, or give some rows a solution"
-            )
     return Data(split, Split(dataset.test, test), dataset.fingerprint)
 
 
