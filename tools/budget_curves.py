@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 QUARTERS = (25, 50, 75, 100)
+COUNTS = {"tokens_sampled": "tokens/sampled", "tokens_trained": "tokens/trained"}  # of a result, of a line of metrics
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ def read(folder: Path) -> Ran:
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     budget = parse(read_yaml(str(folder / "config.yaml"))["train"]["budget"])
     points = [
-        (100 * (m.get("tokens/sampled", 0) + m.get("tokens/trained", 0)) / budget.amount, 100 * m["eval/test/accuracy"])
+        (
+            100 * budget.used({key: m.get(name, 0) for key, name in COUNTS.items()}) / budget.amount,
+            100 * m["eval/test/accuracy"],
+        )
         for m in read_metrics(folder / "metrics.jsonl")
         if m.get("eval/test/accuracy") is not None
     ]

@@ -13,6 +13,7 @@ import pytest
 import torch
 import vision_zoo as zoo
 from conftest import char_tokenizer
+from engine_twins import agree_over_a_change
 from fake_vllm import Fake
 from PIL import Image
 from safetensors.torch import load_file
@@ -55,37 +56,22 @@ def encoded(policy, n=3, pictures=2):
     return encode_rows(policy.tokenizer, rows_of(zoo.rows(n, pictures)), 400)
 
 
-def changed(policy):
-    with torch.no_grad():
-        for p in policy.parameters():
-            p += 0.3 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-
-
 def test_a_server_sees_what_the_policy_sees(policy, base, tmp_path):
     """Prompts with no, one and two pictures, with and without a hint: greedy tokens and log-probs equal the native engine's before
     and after a change of all weights, tower included; a picture travels once a group."""
     rows = [e for n in (0, 1, 2) for e in encoded(policy, 2, n)]
     asked = [Request(e.prompt + e.solution[:k], None, e.shown) for e in rows for k in (0, 3)]
-    found = []
     with Fake(tmp_path / "served", length=LENGTH, model=base) as fake:
         with (
             open_engine(settings(fake), policy, tmp_path, LENGTH) as engine,
             open_engine(Settings(), policy, tmp_path, LENGTH) as own,
         ):
-            for change in (False, True):
-                if change:
-                    changed(policy)
-                engine.sync(policy, lambda: fingerprint(policy))
-                mine, theirs = own.generate(asked, 8), engine.generate(asked, 8)
-                assert [s[0].tokens for s in mine] == [s[0].tokens for s in theirs]
-                for a, b in zip(mine, theirs, strict=True):
-                    assert np.allclose(a[0].logps, b[0].logps, atol=1e-5)
-                found.append([s[0].logps for s in theirs])
+            before, after = agree_over_a_change(policy, engine, own, asked, 8, 1e-5)
             fake.pictures.clear()
             group = [Request(e.prompt, Draws(("group", i), 5, 5, 8), e.shown) for i, e in enumerate(rows)]
             assert [len(g) for g in engine.generate(group, 8, 0.9)] == [5] * 6
             assert sorted(len(urls) for urls in fake.pictures) == [1, 1, 2, 2]
-    assert found[0] != found[1]
+    assert [x.logps for x in before] != [x.logps for x in after]
 
 
 FAULTS = {

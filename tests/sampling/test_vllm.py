@@ -16,10 +16,10 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import vision_zoo as zoo
+from engine_twins import agree_over_a_change
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -137,18 +137,8 @@ def test_a_tiny_base(twin, tmp_path):
             open_engine(settings(), policy, tmp_path, 64) as engine,
             open_engine(Settings(), policy, tmp_path, 64) as own,
         ):
-            before = None
-            for change in (0.0, 0.3):
-                with torch.no_grad():
-                    for p in policy.parameters():
-                        p += change * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-                engine.sync(policy, lambda: fingerprint(policy))
-                mine, theirs = own.generate(greedy, 12), engine.generate(greedy, 12)
-                assert [s[0].tokens for s in mine] == [s[0].tokens for s in theirs]
-                for a, b in zip(mine, theirs, strict=True):
-                    assert np.allclose(a[0].logps, b[0].logps, atol=1e-4)
-                assert [s[0].tokens for s in theirs] != before, "the weights did not change"
-                before = [s[0].tokens for s in theirs]
+            before, after = agree_over_a_change(policy, engine, own, greedy, 12, 1e-4)
+            assert [x.tokens for x in before] != [x.tokens for x in after], "the weights did not change"
         fine, text = check(run, policy.tokenizer, data)
         assert fine, text
         train(run, tmp_path / "run")
@@ -179,18 +169,8 @@ def test_a_tiny_base_with_a_tower(tmp_path):
             open_engine(settings(), policy, tmp_path, 128) as engine,
             open_engine(Settings(), policy, tmp_path, 128) as own,
         ):
-            found = []
-            for change in (0.0, 0.3):
-                with torch.no_grad():
-                    for p in policy.parameters():
-                        p += change * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-                engine.sync(policy, lambda: fingerprint(policy))
-                mine, theirs = own.generate(asked, 12), engine.generate(asked, 12)
-                assert [s[0].tokens for s in mine] == [s[0].tokens for s in theirs]
-                for a, b in zip(mine, theirs, strict=True):
-                    assert np.allclose(a[0].logps, b[0].logps, atol=1e-4)
-                found.append([s[0].tokens for s in theirs])
-            assert found[0] != found[1], "the weights did not change"
+            before, after = agree_over_a_change(policy, engine, own, asked, 12, 1e-4)
+            assert [x.tokens for x in before] != [x.tokens for x in after], "the weights did not change"
         over = {k: v for k, v in how.items() if not k.startswith("train")} | {"data.train": "x", "model.path": sighted}
         run = resolve("uft", overrides=parse_overrides([f"{k}={v}" for k, v in over.items()]))
         fine, text = check(

@@ -64,7 +64,7 @@ def load(config: Config, handed: Mapping[str, list[Row]] | None = None, only: st
                 "Use method rft, or give some rows a solution"
             )
         graded = [s.show.schedule for s in found if SCHEDULES[s.show.schedule].graded]
-        if graded and all(len(row.steps) <= 1 for row in train) and any(row.steps for row in train):
+        if graded and len(train) and all(len(row.steps) <= 1 for row in train):  # some row has a step, see above
             raise DataError(
                 f"{data.train}, column 'steps': every solution is a single step, so show.schedule={graded[0]} could only "
                 "show all of it or nothing. Split the solutions into steps (a list of texts), or use method sft or rft"
