@@ -82,15 +82,16 @@ def two_steps(name: str, shape: Shape, settings: str) -> None:
 
 def estimated(name: str, shape: Shape, settings: str) -> dict[str, Any]:
     """What the shapes of the model and the lengths of the step say."""
-    from unift.model import memory
+    from unift.model import architecture, memory
 
     with torch.device("meta"):
         model, tokenizer = load(name)
     rules = Unift.settings(shape, tuple(settings.split()))
     pack = min(shape.shared_tokens, max(rules.train.token_budget, shape.prefix + shape.completion))
     work = memory.Work(pack, pack - shape.prefix, shape.groups * shape.g, shape.prefix, shape.completion, shape.g)
-    found = memory.estimate(model.config.to_dict(), rules.model, rules, work)
-    assert found is not None
+    built = architecture.from_shapes(model.config.to_dict(), rules.model)
+    assert built is not None
+    found = memory.estimate(built, rules.model, rules, work)
     return {"estimate_mib": found.peak / 2**20, "parts": found.text()}
 
 

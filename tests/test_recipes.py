@@ -19,7 +19,7 @@ from unift.config.identity import flat
 from unift.config.resolve import resolve
 from unift.config.stages import stages
 from unift.hints.schedules import expected_share
-from unift.model import limits, memory
+from unift.model import architecture, memory
 from unift.rows.inspect import write_rows
 from unift.rows.tasks import make_rows
 
@@ -106,9 +106,9 @@ def test_the_papers_baselines_take_the_same_files(method):
 def test_shapes_are_those_of_the_models(name, numbers):
     """Parameters as the checkpoints have them: the estimate leaves out the last norm and Qwen's biases of q, k and v."""
     shapes = sizes.MODELS[name]
-    q, kv = limits.heads(shapes)
+    q, kv = architecture.heads(shapes)
     biases = shapes["num_hidden_layers"] * (q + 2 * kv) if "Qwen" in name else 0
-    assert limits.parameters(shapes) + shapes["hidden_size"] + biases == numbers
+    assert architecture.parameters(shapes) + shapes["hidden_size"] + biases == numbers
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -121,7 +121,7 @@ def test_what_shards_and_servers_save():
     """Parts of what stays and of gradients; all weights once, while they are gathered."""
     shapes = sizes.MODELS["Qwen/Qwen2.5-7B"]
     config = resolve(None, file=yaml.safe_load((FOLDER / "two_nodes.yaml").read_text()))
-    n = limits.parameters(shapes)
+    n = architecture.parameters(shapes)
     stays = (6 + 8 + 4) * n  # float32 and the products' bfloat16 copies, AdamW's state, the reference
     gathered = 4 * n * 13 / 14  # more than the gradients' part, a layer and the activations
     assert sizes.peak(shapes, config, 14) == pytest.approx(memory.PROCESS + stays / 14 + gathered)

@@ -1,9 +1,9 @@
-"""The paper's ablations on a small combination lock: runs, one table and one figure of seven panels for docs/ablations.md.
+"""The paper's ablations on a small combination lock or on a language model: runs, a table and a figure for docs/ablations.md.
 
-    python tools/ablations.py FOLDER [--seeds 3] [--workers 1] [--print]
+    python tools/ablations.py FOLDER [--recipe lock] [--seeds 3] [--workers 1] [--print]
 
-FOLDER gets what three `unift compare --vary` commands leave (uft/, no-likelihood/, sft-rft/), which --print shows instead of
-running them. A repeated command runs what is missing; --finished writes the page from the runs that are there.
+FOLDER gets what `unift compare --vary` leaves, a folder each command; --print shows the commands instead of running them. A
+repeated command runs what is missing; --finished writes the page from the runs that are there.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class Study:
     titles: Mapping[str, str]
     varied: Sequence[str]
     settings: Sequence[str] = ()
+    recipe: str = "lock"
 
 
-STUDIES = (
-    Study("rft", "rft", {}, ()),
+LOCK = (
+    Study("rft", "rft", {}, (), SMALL),
     Study(
         "uft",
         "uft",
@@ -59,30 +60,51 @@ STUDIES = (
             "show.draw=two_point",
             "show.schedule=uniform,staircase",
         ),
-        ("likelihood.weight=2.0",),
+        (*SMALL, "likelihood.weight=2.0"),
     ),
     Study(
         "no-likelihood",
         "uft",
         {"show.schedule": "hint schedule, no likelihood"},
         ("show.schedule=uniform,staircase",),
-        ("likelihood.weight=0.0",),
+        (*SMALL, "likelihood.weight=0.0"),
     ),
     Study(
         "sft-rft",
         "sft-rft",
         {"phases.0.share": "share of SFT in sft-rft"},
         ("phases.0.share=0.1,0.6; phases.1.share=0.9,0.4",),
+        SMALL,
     ),
 )
+SMOLLM2 = (
+    Study(
+        "uft",
+        "uft",
+        LOCK[1].titles,
+        (
+            "show.until=0.3,0.9",
+            "likelihood.weight=0.0,0.5",
+            "show.schedule=uniform,staircase",
+            "likelihood.weight=0.001",
+            "show.cuts=1",
+            "show.draw=two_point",
+        ),
+        recipe="smollm2",
+    ),
+    Study("sft-rft", "sft-rft", LOCK[3].titles, LOCK[3].varied, recipe="smollm2"),
+)
+RECIPES = {
+    "lock": (LOCK, "ablations"),
+    "smollm2": (SMOLLM2, "ablations-smollm2"),
+}  # studies; block of the page and figure
 
 
 def jobs_of(study: Study, folder: Path, seeds: int) -> list[Job]:
     """The runs of the study's command, seed by seed."""
     arms = vary.arms([study.method], study.varied)
-    settings = [*SMALL, *study.settings]
     return [
-        train_job(a.method, seed, "lock", folder / study.folder, [*settings, *a.settings], a.name)
+        train_job(a.method, seed, study.recipe, folder / study.folder, [*study.settings, *a.settings], a.name)
         for seed in range(seeds)
         for a in arms
     ]
@@ -90,18 +112,18 @@ def jobs_of(study: Study, folder: Path, seeds: int) -> list[Job]:
 
 def panels_of(study: Study, results: Sequence[Result]) -> dict[str, list[vary.Line]]:
     arms = vary.arms([study.method], study.varied)
-    settings = [*SMALL, *study.settings]
     configs = {
-        a.name: resolve(a.method, recipe="lock", overrides=parse_overrides([*settings, *a.settings])) for a in arms
+        a.name: resolve(a.method, recipe=study.recipe, overrides=parse_overrides([*study.settings, *a.settings]))
+        for a in arms
     }
     found = vary.panels(arms, configs, results)
     return {study.titles[key]: lines for key, lines in found.items() if lines}
 
 
 def command(study: Study, seeds: int) -> str:
-    words = [*(f'--vary "{v}"' for v in study.varied), " ".join([*SMALL, *study.settings])]
-    head = f"unift compare --recipe lock --methods {study.method} --seeds {seeds} --run FOLDER/{study.folder}"
-    return " \\\n  ".join([head, *words])
+    words = [*(f'--vary "{v}"' for v in study.varied), " ".join(study.settings)]
+    head = f"unift compare --recipe {study.recipe} --methods {study.method} --seeds {seeds} --run FOLDER/{study.folder}"
+    return " \\\n  ".join(filter(None, [head, *words]))
 
 
 def finished(jobs: Sequence[Job]) -> list[Result]:
@@ -112,24 +134,26 @@ def finished(jobs: Sequence[Job]) -> list[Result]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--recipe", choices=RECIPES, default="lock")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--print", action="store_true")
     parser.add_argument("--finished", action="store_true")
     args = parser.parse_args()
+    studies, name = RECIPES[args.recipe]
     if args.print:
-        print("\n\n".join(command(study, args.seeds) for study in STUDIES))
+        print("\n\n".join(command(study, args.seeds) for study in studies))
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     panels: dict[str, list[vary.Line]] = {}
-    for study in STUDIES:
+    for study in studies:
         jobs = jobs_of(study, args.folder.absolute(), args.seeds)
         if not args.finished:
             run_many(jobs, args.workers, lambda text: print(text, file=sys.stderr, flush=True))
         panels |= panels_of(study, finished(jobs))
     body = vary.table(panels)
-    pages.put(DOCS / "ablations.md", "ablations", body)
-    vary.figure(panels, DOCS / "ablations.png")
+    pages.put(DOCS / "ablations.md", name, body)
+    vary.figure(panels, DOCS / f"{name}.png")
     print(body)
 
 

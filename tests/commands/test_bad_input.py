@@ -377,7 +377,7 @@ def test_a_dry_run_counts_the_rows_of_files(unift, tmp_path, monkeypatch, capsys
     )
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert not end.value.code and "rows: 1 for training, 0 held out" in capsys.readouterr().out
+    assert not end.value.code and "rows: 1 for training, 0 held out; at most " in capsys.readouterr().out
 
 
 def test_no_accuracy_without_held_out_rows(tmp_path, monkeypatch, capsys):

@@ -57,6 +57,8 @@ def names(found):
          {"change": {"reward": 0.1}, "hinted": {"reward": 0.5}}),
         ("rows solved", {"change": {"groups/all_right": 0.9}}, {"change": {"groups/all_right": 0.7}}),
         ("equal completions", {"change": {"frac_reward_zero_std": 0.85}}, {"change": {"frac_reward_zero_std": 0.75}}),
+        ("rows without a solution", {"change": {"reward/without_solution": 0.04, "reward/with_solution": 0.5}},
+         {"change": {"reward/without_solution": 0.05, "reward/with_solution": 0.5}}),
         ("fell back", {"peak": 0.62}, {"peak": 0.54}),
         ("sampler gap", {"change": {"sampling/sampling_logp_difference/mean": 0.03}},
          {"change": {"sampling/sampling_logp_difference/mean": 0.02}}),

@@ -6,12 +6,14 @@ import json
 import shutil
 
 import pytest
+import vision_zoo as zoo
 from conftest import settings
 
 from unift.commands import doctor
 from unift.commands.doctor import dry_run, speed
-from unift.model import limits, memory
-from unift.model.load import load_policy, load_tokenizer, locate
+from unift.config.sections import Lora, Model
+from unift.model import architecture, limits, memory
+from unift.model.load import load_policy, load_tokenizer, locate, save_adapter
 from unift.rows import dataset
 from unift.rows.crew import cores
 from unift.types import ConfigError, DataError
@@ -20,10 +22,64 @@ from unift.types import ConfigError, DataError
 @pytest.mark.parametrize("base", ["lock", "countdown"])
 def test_parameters_from_shapes_are_those_of_the_model(base):
     config = settings("uft", f"model.path=embedded:{base}")
-    found = limits.parameters(limits.model_settings(locate(config.model.path)))
+    found = architecture.parameters(limits.model_settings(locate(config.model.path)))
     model = load_policy(config.model).base
     own = sum(p.numel() for p in model.parameters())  # tied weights once
     assert abs(found - own) <= model.config.hidden_size, "all but the last norm"
+
+
+def numbers(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt-oss", "lfm2", "qwen2"])
+def test_a_model_is_counted_on_its_own_class(kind, tmp_path):
+    """Biases, experts, convolutions, other names of the shapes: none of them is in the formula."""
+    import transformers as t
+
+    size = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size |= {"intermediate_size": 48, "num_key_value_heads": 2}
+    make = {
+        "gpt2": lambda: t.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        "gpt-oss": lambda: t.GptOssConfig(**size, head_dim=8, num_local_experts=6, num_experts_per_tok=2),
+        "lfm2": lambda: t.Lfm2Config(**size, full_attn_idxs=[1]),
+        "qwen2": lambda: t.Qwen2Config(**size),
+    }
+    model = t.AutoModelForCausalLM.from_config(make[kind]())
+    model.config.save_pretrained(tmp_path)  # and no weights
+    built = architecture.of(Model(path=str(tmp_path)))
+    assert built.numbers == built.trained == numbers(model.parameters()) and not built.adapted
+    assert architecture.inner(built.shapes) == {"gpt2": 4 * 32, "gpt-oss": 2 * 48}.get(kind, 48)
+    assert architecture.from_shapes(built.shapes, Model(path="x")).numbers != built.numbers
+
+
+def test_experts_are_those_that_a_token_passes():
+    sizes = {"hidden_size": 8, "intermediate_size": 100, "moe_intermediate_size": 6, "num_experts_per_tok": 4}
+    assert architecture.inner(sizes) == 24 and architecture.inner(sizes | {"shared_expert_intermediate_size": 5}) == 29
+    assert architecture.inner({"hidden_size": 8, "intermediate_size": 7, "num_experts_per_tok": 2}) == 14
+    assert architecture.inner({"hidden_size": 8}) == 32
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=3), Lora(rank=2, targets=["q_proj", "embed_tokens"])])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_tower_is_counted_and_trained_or_not(lora, frozen, tmp_path):
+    base = zoo.saved(tmp_path)
+    config = Model(path=str(base), device="cpu", lora=lora, freeze_vision=frozen)
+    built, policy = architecture.of(config), load_policy(config)
+    assert built.trained == numbers(policy.parameters())
+    assert built.numbers == numbers(load_policy(Model(path=str(base), device="cpu")).base.parameters())
+    assert built.adapted == policy.lora
+    text = numbers(policy.base.get_decoder().parameters())
+    assert built.numbers > 1.2 * text, "else the tower is too small to tell"
+
+
+def test_a_continued_adapter_is_what_trains(tmp_path):
+    config = settings("uft", "model.path=embedded:lock", "model.device=cpu").model
+    config = config.model_copy(update={"lora": Lora(rank=3, alpha=5, targets=["q_proj", "down_proj"])})
+    policy = load_policy(config)
+    save_adapter(policy, config, tmp_path / "adapter")
+    built = architecture.of(Model(path=str(tmp_path / "adapter")))
+    assert built.adapted and built.trained == numbers(policy.parameters()) < built.numbers / 10
 
 
 def lock(*items):
@@ -59,9 +115,9 @@ def test_the_edge_of_the_room():
 
 def test_dry_run_and_speed_count_the_same_activations():
     config = settings("uft", "train.token_budget=4096")
-    shapes = limits.model_settings(locate(config.model.path))
+    shapes = architecture.of(config.model).shapes
     token = memory.token_bytes(shapes, config.model, False)
-    assert f"activations {memory.size(4096 * token)}" in dry_run._memory(config)
+    assert f"activations {memory.size(4096 * token)}" in dry_run._memory(config, None)
     tokens, why = speed.budget(config, free=2 * 4096 * token)
     assert tokens == 4096 and f"{token / 1024:,.0f} KiB" in why
 

@@ -13,7 +13,7 @@ import torch
 from conftest import saved_bytes, settings, tiny_policy
 
 from unift.config.sections import Lora
-from unift.model import checkpointing, limits, lora, memory
+from unift.model import architecture, checkpointing, lora, memory
 from unift.model.packs import COMPLETION, Item, Member, pack
 from unift.objectives.weights import weigh
 from unift.training.optimizer import make_optimizer
@@ -25,9 +25,9 @@ WORK = memory.Work(1000, 900, 16, 100, 50, 8)
 def made(*words, shapes=None, work=WORK, measured=False, cpu=False):
     rules = settings("uft", *words)
     shapes = shapes or tiny_policy()[0].model.config.to_dict()
-    found = memory.estimate(shapes, rules.model, rules, work, measured, cpu)
-    assert found is not None
-    return found
+    built = architecture.from_shapes(shapes, rules.model)
+    assert built is not None
+    return memory.estimate(built, rules.model, rules, work, measured, cpu)
 
 
 def held(tensors):
@@ -56,7 +56,7 @@ def test_adapters_are_counted():
     policy, _ = tiny_policy()
     model = lora.adapt(policy.model, Lora(rank=3))
     own = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert limits.adapters(policy.model.config.to_dict(), 3) == own
+    assert architecture.adapters(policy.model.config.to_dict(), 3) == own
     assert made("model.lora=3").gradients == 4 * own and made("model.lora=3").reference == 0
     assert made("reference.kl=0").reference == 0 < made().reference
 
@@ -76,10 +76,10 @@ def test_activations_are_what_the_graph_keeps(kind, on):
     work = memory.Work(t, len(batch.target_S), 0, 50, 60, 4)
     expected = memory.activations(shapes, config.model, work, on)
     # What the backward pass itself makes, and the layer that is computed again, are not kept by the forward.
-    expected -= t * 4 * (3 * limits.inner(shapes) + 2 * width)
+    expected -= t * 4 * (3 * architecture.inner(shapes) + 2 * width)
     if on:
-        q, kv = limits.heads(shapes)
-        expected -= t * (24 * width + 4 * (2 * q + 2 * kv + 4 * limits.inner(shapes)))
+        q, kv = architecture.heads(shapes)
+        expected -= t * (24 * width + 4 * (2 * q + 2 * kv + 4 * architecture.inner(shapes)))
     assert seen == pytest.approx(expected, rel=0.15)
 
 
@@ -88,7 +88,7 @@ def test_what_settings_save():
     assert made("train.gradient_checkpointing=true").activations < 0.7 * base.activations
     assert made("train.optimizer=adamw_8bit").optimizer < 0.3 * base.optimizer
     away = made("train.offload_optimizer=true")
-    assert away.optimizer == 0 and away.host == 12 * limits.parameters(tiny_policy()[0].model.config.to_dict())
+    assert away.optimizer == 0 and away.host == 12 * architecture.parameters(tiny_policy()[0].model.config.to_dict())
     assert made(measured=True).streams == 2 * base.gradients and base.streams == 0
     assert made(cpu=True).peak > made().peak, "the CPU's allocator keeps what sampling freed"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unift.config.resolve import parse_overrides, resolve
-from unift.model import limits, lora, memory, quantize
+from unift.model import architecture, lora, memory, quantize
 from unift.model.load import load_policy, load_tokenizer
 from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, Member, pack
@@ -148,11 +148,12 @@ def test_the_estimate_counts_half_a_byte():
         "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True,
     }  # fmt: skip
     inside = 24 * (2 * 896 * 896 + 2 * 128 * 896 + 3 * 896 * 4864)
-    assert limits.linear(shapes) == (inside, 896 * 4864)
+    assert architecture.linear(shapes) == (inside, 896 * 4864)
     found = []
     for items in (["model.quantize=null"], []):
         config = settings("model.dtype=bfloat16", *items)
-        made = memory.estimate(shapes, config.model, config, memory.work_of(config, config), cpu=False)
+        built = architecture.from_shapes(shapes, config.model)
+        made = memory.estimate(built, config.model, config, memory.work_of(config, config), cpu=False)
         found.append(made.weights)
     assert found[0] - found[1] == pytest.approx((2 - quantize.BYTES) * inside - 2 * 896 * 4864)
     assert 0.5 < quantize.BYTES < 0.52

@@ -174,7 +174,9 @@ def test_a_loaded_model_comes_with_its_processor(tmp_path):
     assert found.result["steps"] == 1
 
 
-def test_doctor_and_a_dry_run_know_the_text_trunk(base, tmp_path, capsys, monkeypatch):
+def test_doctor_and_a_dry_run_know_the_model(base, tmp_path, capsys, monkeypatch):
+    from transformers import AutoModelForImageTextToText
+
     from unift.commands.cli import main
     from unift.rows.inspect import write_rows
 
@@ -185,6 +187,9 @@ def test_doctor_and_a_dry_run_know_the_text_trunk(base, tmp_path, capsys, monkey
         with contextlib.suppress(SystemExit):
             main()
         text = capsys.readouterr().out
+        if "--dry-run" in command:
+            numbers = AutoModelForImageTextToText.from_pretrained(base).num_parameters()
+            assert f"memory: {numbers / 1e6:.1f} M parameters" in text, "tower and connector are counted"
     assert "the model has 512 positions" in text
     with pytest.raises(unift.UniftError, match="more than the 512 positions"):
         unift.train("uft", model=base, train=ROWS[:4], run=tmp_path / "run", quiet=True, **{"sample.max_tokens": 500})

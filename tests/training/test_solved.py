@@ -27,7 +27,7 @@ from unift.rows.tokens import Encoded
 from unift.sampling.groups import hinted
 from unift.training.loop import train
 from unift.training.row_memory import RowMemory
-from unift.training.run.metrics import read_metrics
+from unift.training.run.metrics import group_metrics, read_metrics
 from unift.training.run.rollouts import read_rollouts
 from unift.types import ConfigError, DataError, Group, Row, Sample, Score
 
@@ -165,8 +165,25 @@ def test_sft_trains_on_the_solved_rows_alone(tmp_path):
 
 
 def test_rft_does_not_ask_for_solutions(tmp_path):
-    some = run(tmp_path / "some", "rft", "data.train_rows=12", "data.solved=3", "sample.completions=4")
-    assert some[:2] == run(tmp_path / "all", "rft", "data.train_rows=12", "sample.completions=4")[:2]
+    weights, steps, _ = run(tmp_path / "some", "rft", "data.train_rows=12", "data.solved=3", "sample.completions=4")
+    apart = ("groups/without_solution", "reward/with_solution", "reward/without_solution")
+    assert all("groups/without_solution" in m for m in steps)
+    steps = [{k: v for k, v in m.items() if k not in apart} for m in steps]
+    assert (weights, steps) == run(tmp_path / "all", "rft", "data.train_rows=12", "sample.completions=4")[:2]
+
+
+def test_metrics_tell_both_kinds_apart():
+    """A solved row with half of its solution shown and one right completion in four, a bare one with two."""
+    config = settings("uft")
+    groups = groups_of(config)
+    groups[0] = replace(groups[0], cuts=1, cuts_total=2, hint=[5, 6])
+    groups[1] = replace(groups[1], samples=[replace(s, score=Score(1.0, True)) for s in groups[1].samples[:2]])
+    found = group_metrics(groups, config)
+    assert found["hint/fraction"] == 0.5 and found["hint/tokens"] == 2, "a row without a solution has no hint to show"
+    assert found["groups/without_solution"] == 0.5 and found["reward"] == 0.5
+    assert found["reward/with_solution"] == 0.25 and found["reward/without_solution"] == 1.0
+    assert not any("solution" in name for name in group_metrics(groups[:1], config))
+    assert group_metrics(groups[1:], config)["hint/fraction"] == 0.0
 
 
 @pytest.mark.parametrize("method", ["uft", "luffy", "sft-rft"])

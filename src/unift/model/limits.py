@@ -1,4 +1,4 @@
-"""What machine and model allow, before weights are read: threads, positions, memory. From config.json beside the weights."""
+"""What machine and model allow, before weights are read: threads, positions. From config.json beside the weights."""
 
 from __future__ import annotations
 
@@ -48,46 +48,6 @@ def text_settings(path: str) -> dict[str, Any]:
     found = model_settings(locate(path))
     text = found.get("text_config")
     return {**found, **text} if isinstance(text, dict) else found
-
-
-def parameters(settings: Mapping[str, Any]) -> int | None:
-    """Of a decoder with gated feed-forward layers, from its shapes; None where one is not given."""
-    width, layers, vocab = (settings.get(n) for n in ("hidden_size", "num_hidden_layers", "vocab_size"))
-    if not (width and layers and vocab):
-        return None
-    layer = sum(rows * columns for rows, columns in _matrices(settings)) + 2 * width
-    return layers * layer + vocab * width * (1 if settings.get("tie_word_embeddings", False) else 2)
-
-
-def adapters(settings: Mapping[str, Any], rank: int) -> int:
-    """Numbers of low-rank adapters on every linear layer of the decoder."""
-    return settings["num_hidden_layers"] * sum(rank * (rows + columns) for rows, columns in _matrices(settings))
-
-
-def linear(settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Numbers of all linear layers of the decoder, and of the largest one."""
-    sizes = [rows * columns for rows, columns in _matrices(settings)]
-    return settings["num_hidden_layers"] * sum(sizes), max(sizes)
-
-
-def _matrices(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """(outputs, inputs) of a layer's products: q, k, v, o, gate, up, down."""
-    width = settings["hidden_size"]
-    q, kv = heads(settings)
-    ff = inner(settings)
-    return [(q, width), (kv, width), (kv, width), (width, q), (ff, width), (ff, width), (width, ff)]
-
-
-def heads(settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Width of all query heads together, and of all key heads."""
-    count = settings.get("num_attention_heads", 1)
-    head = settings.get("head_dim") or settings["hidden_size"] // count
-    return count * head, (settings.get("num_key_value_heads") or count) * head
-
-
-def inner(settings: Mapping[str, Any]) -> int:
-    """Width of the feed-forward layers."""
-    return settings.get("intermediate_size") or 4 * settings["hidden_size"]
 
 
 def packs() -> bool:

@@ -46,17 +46,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 def expected_path(config: ModelConfig, longest: float) -> str:
     """What ``load`` would choose as far as class and config tell, without reading weights. For people."""
-    from transformers import AutoConfig
-
     if config.forward == "plain":
         return "plain (model.forward=plain)"
-    gguf = _gguf(config)
-    folder = locate(config.path)
-    with reading("config", folder):
-        extra = {"gguf_file": gguf} if gguf else {}
-        settings = AutoConfig.from_pretrained(str(folder), local_files_only=True, **extra)
-    with torch.device("meta"):
-        model = vision.model_class(settings).from_config(settings)
+    model = blank(config)
     reason = paths.obstacle(model, longest)
     if reason and config.forward == "shared":
         raise ConfigError(
@@ -65,6 +57,18 @@ def expected_path(config: ModelConfig, longest: float) -> str:
     if reason:
         return f"plain ({type(model).__name__}: {reason})"
     return "shared, if the logits agree when the model is loaded"
+
+
+def blank(config: ModelConfig) -> Any:
+    """The model without numbers, from its config alone."""
+    from transformers import AutoConfig
+
+    gguf, folder = _gguf(config), locate(config.path)
+    with reading("config", folder):
+        extra = {"gguf_file": gguf} if gguf else {}
+        settings = AutoConfig.from_pretrained(str(folder), local_files_only=True, **extra)
+    with torch.device("meta"):
+        return vision.model_class(settings).from_config(settings)
 
 
 def pick_device(name: str) -> torch.device:
@@ -129,18 +133,22 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
     graphs = config.cuda_graphs and config.quantize is None
     policy = Policy(model, tokenizer, device, autocast=config.autocast, cuda_graphs=graphs)
     paths.choose(policy, config.forward, longest)
+    policy.model, policy.continues = trained_part(model, config)
+    policy.lora = policy.model is not model
+    if config.quantize is not None:  # once peft has seen it: what is saved is dense
+        _forget_quantizer(model)
+    return policy
+
+
+def trained_part(model: Any, config: ModelConfig) -> tuple[Any, bool]:
+    """The model, frozen or wrapped by adapters as its settings say, and whether the adapters were there before."""
     frozen = vision.outside_text(model) if config.freeze_vision else []
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)
     adapter = adapter_folder(config.path)
     if adapter is not None:
-        policy.model = lora.proceed(model, adapter, adapter_settings(config.path) or {}, config.lora)
-        policy.lora = policy.continues = True
-    elif config.lora is not None:
-        policy.model, policy.lora = lora.adapt(model, config.lora, frozen), True
-    if config.quantize is not None:  # once peft has seen it: what is saved is dense
-        _forget_quantizer(model)
-    return policy
+        return lora.proceed(model, adapter, adapter_settings(config.path) or {}, config.lora), True
+    return model if config.lora is None else lora.adapt(model, config.lora, frozen), False
 
 
 def _forget_quantizer(model: Any) -> None:

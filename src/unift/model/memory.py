@@ -1,9 +1,10 @@
-"""What a run holds in memory, from the shapes in config.json and the settings: `unift train --dry-run` and the tables of
-docs/cluster.md. Bytes; M numbers of the model, T of them trained.
+"""What a run holds in memory, from the model's architecture and the settings: `unift train --dry-run` and the tables of
+docs/cluster.md. Bytes.
 
 Sampling and training do not overlap: on a GPU the peak is the larger one of the two beside what stays. On the CPU it is their
 sum, since glibc's heap keeps freed blocks of less than 32 MiB, which seldom fit the other's sizes. Lengths are bounds, taken
-from the settings; shapes are those of a decoder with gated feed-forward layers (Llama, Qwen, Mistral and their like).
+from the settings; activations are those of a decoder with gated feed-forward layers (Llama, Qwen, Mistral and their like), and
+what a vision tower makes of the pictures is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 from unift.config import needs, words
 from unift.config.sections import Config, Model, Rules
-from unift.model import limits, quantize
+from unift.model import architecture, limits, quantize
+from unift.model.architecture import Architecture
 from unift.model.limits import BYTES
 from unift.model.logprobs import KEEP, LOGITS
 
@@ -78,9 +80,10 @@ def size(number: float) -> str:
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
-def work_of(config: Config, rules: Rules) -> Work:
-    """The longest step that the settings allow. What a server samples takes no memory here."""
-    g, completion, prefix = rules.sample.completions, rules.sample.max_tokens, config.data.max_prompt
+def work_of(config: Config, rules: Rules, longest: int | None = None) -> Work:
+    """The longest step that the settings allow. ``longest``: tokens of the longest prompt with its solution, where rows are known.
+    What a server samples takes no memory here."""
+    g, completion, prefix = rules.sample.completions, rules.sample.max_tokens, longest or config.data.max_prompt
     prompts = -(-rules.train.prompts // rules.train.updates)
     group = prefix + max(g, 1) * completion if g else prefix
     pack = min(prompts * group, max(rules.train.token_budget, prefix + (completion if g else 0)))
@@ -90,29 +93,24 @@ def work_of(config: Config, rules: Rules) -> Work:
 
 
 def estimate(
-    shapes: Mapping[str, Any], model: Model, rules: Rules, work: Work, measured: bool = False, cpu: bool = True
-) -> Memory | None:
-    """None where config.json does not have the shapes. ``measured``: some step measures both streams' gradients. ``cpu``: the
-    model is on the CPU, where decoding rearranges the weights (`matmul.packed`) if its products go to oneDNN."""
-    numbers = limits.parameters(shapes)
-    if numbers is None:
-        return None
-    lora = model.lora
-    trained = numbers if lora is None else limits.adapters(shapes, lora.rank)
+    built: Architecture, model: Model, rules: Rules, work: Work, measured: bool = False, cpu: bool = True
+) -> Memory:
+    """``measured``: some step measures both streams' gradients. ``cpu``: the model is on the CPU, where decoding rearranges the
+    weights (`matmul.packed`) if its products go to oneDNN."""
+    shapes, numbers, trained, lora = built.shapes, built.numbers, built.trained, built.adapted
     own = BYTES[model.dtype]
     wide = max(own, 4)  # of what is trained, and of its gradient
-    copies = 4 * trained if lora is None and own == 2 and rules.train.master_weights else 0
-    gradient = own if lora is None and not rules.train.master_weights else wide
+    copies = 4 * trained if not lora and own == 2 and rules.train.master_weights else 0
+    gradient = own if not lora and not rules.train.master_weights else wide
     state = words.OPTIMIZERS[rules.train.optimizer].state * trained * (wide / 4 if copies or own != 2 or lora else 0.5)
     offloaded = rules.train.offload_optimizer and not cpu
     vocabulary, width = shapes["vocab_size"], shapes["hidden_size"]
     logits = min(LOGITS, work.supervised * vocabulary) * 3 * 4
     if work.supervised * vocabulary <= KEEP:
         logits += 4 * work.supervised * vocabulary
-    weights = own * numbers + (4 * trained if lora is not None else 0)
+    weights = own * numbers + (4 * trained if lora else 0)
     if model.quantize is not None:  # and one matrix at a time is unpacked
-        inside, largest = limits.linear(shapes)
-        weights += (quantize.BYTES - own) * inside + own * largest
+        weights += (quantize.BYTES - own) * built.linear + own * built.largest
     if model.autocast == "all" and own == 4:
         weights += 2 * numbers  # the products' own copies, while a pack is computed
     packs = cpu and work.completion >= 8 and work.rows > 0 and limits.packs()
@@ -120,7 +118,7 @@ def estimate(
         process=PROCESS,
         weights=weights,
         optimizer=0 if offloaded else state + copies,
-        reference=own * numbers if needs.reference(rules) and lora is None else 0,
+        reference=own * numbers if needs.reference(rules) and not lora else 0,
         gradients=gradient * trained,
         streams=2 * gradient * trained if measured else 0,
         activations=activations(shapes, model, work, rules.train.gradient_checkpointing),
@@ -132,18 +130,16 @@ def estimate(
     )
 
 
-def token_bytes(shapes: Mapping[str, Any], model: Model, checkpointing: bool) -> float | None:
-    """Activations of one more token of a pack; None where a shape is not given."""
-    if limits.parameters(shapes) is None:
-        return None
+def token_bytes(shapes: Mapping[str, Any], model: Model, checkpointing: bool) -> float:
+    """Activations of one more token of a pack."""
     return activations(shapes, model, Work(1, 1, 0, 1, 0, 0), checkpointing)
 
 
 def activations(shapes: Mapping[str, Any], model: Model, work: Work, checkpointing: bool) -> float:
     """Of a pack: what every layer keeps for its backward pass (a token's inputs of all products, and what norms and attention
     keep), or its input alone and one layer's; and what one layer's backward pass makes."""
-    width, inner, layers = shapes["hidden_size"], limits.inner(shapes), shapes["num_hidden_layers"]
-    b, q, kv = BYTES[model.dtype], *limits.heads(shapes)
+    width, inner, layers = shapes["hidden_size"], architecture.inner(shapes), shapes["num_hidden_layers"]
+    b, q, kv = BYTES[model.dtype], *architecture.heads(shapes)
     mixed = model.autocast == "all" and b == 4
     products = 2 if mixed else b
     norms = (26 if mixed else 2 * (4 + 2 * b)) * width  # transformers' norms compute in float32
@@ -158,6 +154,6 @@ def _cache(shapes: Mapping[str, Any], model: Model, work: Work) -> float:
     """Keys and values of prompts (one a group) and completions; a block of room that is just being added; the uniforms."""
     if not work.rows:
         return 0.0
-    token = shapes["num_hidden_layers"] * 2 * limits.heads(shapes)[1] * BYTES[model.dtype]
+    token = shapes["num_hidden_layers"] * 2 * architecture.heads(shapes)[1] * BYTES[model.dtype]
     held = work.rows * work.completion + -(-work.rows // max(work.group, 1)) * work.prefix
     return token * held * (1 + 1 / shapes["num_hidden_layers"]) + 32 * work.rows * work.completion

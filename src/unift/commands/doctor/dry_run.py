@@ -10,36 +10,58 @@ from unift.config.identity import to_yaml
 from unift.config.sections import Config
 from unift.config.stages import stages
 from unift.hints import schedules
-from unift.model import limits, memory
-from unift.rows.dataset import load
-from unift.rows.tasks import make_rows
+from unift.model import architecture, limits, memory
+from unift.model.load import load_tokenizer
+from unift.rows.dataset import Data, encode, load
 from unift.types import HANDED, ConfigError
 
 
 def describe(config: Config, folder: Path) -> str:
-    """Text for people. Reads what a run would read before the weights: rows of files, and the model's config.json.
+    """Text for people. Does what a run does before it reads the weights: rows are read or made, tokenised and checked against the
+    model's positions. What lies on the Hub, or was handed over, is left alone.
 
-    Raises UniftError for rows, a reward or a model that are not there or cannot be read.
+    Raises UniftError for rows, a reward or a model that are not there, cannot be read or do not fit.
     """
-    parts = [to_yaml(config).rstrip(), f"run folder: {folder}", _rows(config), *_batches(config), _memory(config)]
-    return "\n".join([*parts, *_schedule(config)])
+    _check_rewards(config)
+    data = _data(config)
+    rows = f"rows: {_elsewhere(config)[0]}, not looked at" if data is None else _rows(config, data)
+    batches = [f"run folder: {folder}", rows, *_batches(config), _memory(config, data)]
+    return "\n".join([to_yaml(config).rstrip(), *batches, *_schedule(config)])
 
 
-def _rows(config: Config) -> str:
-    """Rows of files are read; one row of a task is made; what lies on the Hub, or was handed over, is left alone."""
-    data, rewards = config.data, config.reward.function
+def _check_rewards(config: Config) -> None:
+    rewards = config.reward.function
     for name in [rewards] if isinstance(rewards, str) else [reward.function for reward in rewards]:
         place = name.rpartition(":")[0]
         if place.endswith(".py") and not Path(place).expanduser().is_file():
             raise ConfigError(f"reward.function={name!r}: no such file (looked in {Path.cwd()})")
-    if data.task:
-        make_rows(data.task, 1, data.seed, "train", **data.options)
-        return f"rows: made by the task {data.task}"
-    elsewhere = [name for name in (data.train, data.test) if str(name).startswith("hf:") or name == HANDED]
-    if elsewhere:
-        return f"rows: {elsewhere[0]}, not looked at"
+
+
+def _elsewhere(config: Config) -> list[str | None]:
+    return [name for name in (config.data.train, config.data.test) if str(name).startswith("hf:") or name == HANDED]
+
+
+def _data(config: Config) -> Data | None:
+    if _elsewhere(config) and not config.data.task:
+        return None
     found = load(config)
-    return f"rows: {len(found.train)} for training, {len(found.test)} held out"
+    tokenizer = load_tokenizer(config.model)
+    data = encode(tokenizer, found, config)
+    limits.check_positions(config, data)
+    return data
+
+
+def _rows(config: Config, data: Data) -> str:
+    train, test = len(data.train.rows), len(data.test.rows)
+    made = f", made by the task {config.data.task}" if config.data.task else ""
+    solved = "" if len(data.train.solved) == train else f", {len(data.train.solved)} of them with a solution"
+    return f"rows: {train} for training{solved}, {test} held out{made}; at most {_longest(data)} tokens of prompt and solution"
+
+
+def _longest(data: Data) -> int:
+    """Tokens of prompt and solution of the longest training row that a start looks at."""
+    found = (data.train.encoded[i] for i in data.train.looked_at)
+    return max(max(len(e.prompt), len(e.instructed or [])) + len(e.solution) for e in found)
 
 
 def _batches(config: Config) -> list[str]:
@@ -55,25 +77,24 @@ def _batches(config: Config) -> list[str]:
     return lines
 
 
-def _memory(config: Config) -> str:
-    """The stage that takes most, from the shapes in config.json and the lengths that the settings allow."""
-    shapes = limits.text_settings(config.model.path)
-    if not shapes:
-        return "memory: not estimated (no config.json beside the model)"
-    numbers = limits.parameters(shapes)
-    if numbers is None:
-        return "memory: not estimated (config.json has no hidden_size, num_hidden_layers or vocab_size)"
+def _memory(config: Config, data: Data | None) -> str:
+    """The stage that takes most, from the model's class, the rows' lengths, and those that the settings allow where rows are not
+    known."""
+    built = architecture.of(config.model)
+    if built is None:
+        return "memory: not estimated (the model's config has no hidden_size, num_hidden_layers or vocab_size)"
     cpu = config.model.device == "cpu" or (config.model.device == "auto" and not torch.cuda.is_available())
     found: list[tuple[memory.Memory, memory.Work]] = []
     for stage in stages(config):
-        work = memory.work_of(config, stage.rules)
-        made = memory.estimate(shapes, config.model, stage.rules, work, config.log.gradients_every > 0, cpu)
-        found += [] if made is None else [(made, work)]
+        work = memory.work_of(config, stage.rules, data and _longest(data))
+        measured = config.log.gradients_every > 0
+        found.append((memory.estimate(built, config.model, stage.rules, work, measured, cpu), work))
     most, work = max(found, key=lambda pair: pair[0].peak)
     lengths = f"forwards of up to {work.pack} tokens (train.token_budget={config.train.token_budget} lowers it)"
     if work.rows:
         lengths += f", {work.rows} completions side by side"
-    return f"memory: {numbers / 1e6:.1f} M parameters; {most.text()}\n  {lengths}"
+    trained = "" if built.trained == built.numbers else f", {built.trained / 1e6:.1f} M of them trained"
+    return f"memory: {built.numbers / 1e6:.1f} M parameters{trained}; {most.text()}\n  {lengths}"
 
 
 def _schedule(config: Config) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from unift.config.resolve import parse_overrides, resolve
 from unift.config.sections import Config
-from unift.model import limits, memory
+from unift.model import architecture, limits, memory
 
 QWEN = {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
 SHAPES: Mapping[str, Mapping[str, int | bool]] = {  # config.json of Qwen2.5
@@ -46,6 +46,13 @@ CARDS = (24, 80)  # GiB
 ROOM = 0.9  # of a card, the rest is the allocator's
 
 
+def built(shapes: Mapping[str, int | bool], config: Config) -> architecture.Architecture:
+    found = architecture.from_shapes(shapes, config.model)
+    if found is None:
+        raise ValueError("the shapes are incomplete")
+    return found
+
+
 def table() -> str:
     """GiB of each part, by model and way; and which cards hold the peak."""
     head = "| model | how | weights | reference | optimizer | gradients | activations | cache | peak | cards |"
@@ -54,9 +61,7 @@ def table() -> str:
         for way, settings in WAYS.items():
             config = resolve("uft", overrides=parse_overrides(["data.task=lock", *LENGTHS.split(), *settings.split()]))
             work = memory.work_of(config, config)
-            m = memory.estimate(shapes, config.model, config, work, cpu=False)
-            if m is None:
-                raise ValueError(f"the shapes of {name} are incomplete")
+            m = memory.estimate(built(shapes, config), config.model, config, work, cpu=False)
             fits = [f"{card} GB" for card in CARDS if m.peak <= ROOM * card * 2**30]
             parts = (m.weights, m.reference, m.optimizer, m.gradients, m.activations + m.logits, m.cache, m.peak)
             cells = [f"{part / 2**30:.1f}" for part in parts]
@@ -68,11 +73,10 @@ def peak(shapes: Mapping[str, int | bool], config: Config, processes: int = 1) -
     """Bytes of the fullest of so many GPUs. With ``model.shard=full`` each holds its part of what stays and of the gradients,
     and all weights while they are gathered for a sampler."""
     work = memory.work_of(config, config)
-    m = memory.estimate(shapes, config.model, config, work, config.log.gradients_every > 0, cpu=False)
-    if m is None:
-        raise ValueError("the shapes are incomplete")
+    made = built(shapes, config)
+    m = memory.estimate(made, config.model, config, work, config.log.gradients_every > 0, cpu=False)
     n = processes if config.model.shard == "full" else 1
-    whole = limits.BYTES[config.model.dtype] * (limits.parameters(shapes) or 0) * (1 - 1 / n)
+    whole = limits.BYTES[config.model.dtype] * made.numbers * (1 - 1 / n)
     training = (m.gradients + m.streams) / n + whole / int(shapes["num_hidden_layers"]) + m.activations + m.logits
     return m.process + (m.weights + m.optimizer + m.reference) / n + max(training, whole + m.sampling)
 
@@ -85,10 +89,8 @@ def recipes(found: Mapping[str, tuple[Config, int, int]]) -> str:
     ]
     for file, (config, processes, card) in found.items():
         shapes = MODELS[config.model.path]
-        trained = (
-            limits.parameters(shapes) if config.model.lora is None else limits.adapters(shapes, config.model.lora.rank)
-        )
-        cells = [f"`{file}`", config.model.path.partition("/")[2], f"{(trained or 0) / 1e6:,.0f} M", str(processes)]
+        trained = built(shapes, config).trained
+        cells = [f"`{file}`", config.model.path.partition("/")[2], f"{trained / 1e6:,.0f} M", str(processes)]
         cells += [
             f"{memory.work_of(config, config).pack:,}",
             f"{peak(shapes, config, processes) / 2**30:.1f}",

@@ -15,7 +15,7 @@ import torch
 
 from unift.commands.doctor import Check
 from unift.config.sections import Config
-from unift.model import limits, matmul, memory
+from unift.model import architecture, matmul, memory
 from unift.model.load import pick_device
 from unift.rows.crew import cores
 
@@ -81,11 +81,11 @@ def free_bytes() -> int:
 
 
 def budget(config: Config, free: int) -> tuple[int, str] | None:
-    """(largest power of two of tokens whose activations fit, why); None without a config.json beside the model."""
-    shapes = limits.text_settings(config.model.path)
-    token = memory.token_bytes(shapes, config.model, config.train.gradient_checkpointing)
-    if token is None:
+    """(largest power of two of tokens whose activations fit, why); None where the model's config names no shapes."""
+    built = architecture.of(config.model)
+    if built is None:
         return None
+    token = memory.token_bytes(built.shapes, config.model, config.train.gradient_checkpointing)
     tokens = max(int(free * SHARE / token), 256)
     tokens = min(1 << (tokens.bit_length() - 1), 65536)
     return tokens, f"about {token / 1024:,.0f} KiB of activations a token, {free / 2**30:.1f} GiB free"

@@ -14,7 +14,7 @@ from math import ceil
 from typing import Any
 
 from unift.commands.doctor.sizes import MODELS
-from unift.model import limits
+from unift.model import architecture
 from unift.types import ConfigError
 
 
@@ -78,7 +78,7 @@ HIGH = Machine(train_share=0.50, prefill_share=0.55, decode_share=0.70, round_se
 
 def numbers(shapes: Mapping[str, Any]) -> int:
     """All of the model. Raises ConfigError where a shape is missing."""
-    found = limits.parameters(shapes)
+    found = architecture.parameters(shapes)
     if found is None:
         raise ConfigError("config.json has no hidden_size, num_hidden_layers or vocab_size: nothing to estimate from")
     return found
@@ -98,7 +98,7 @@ def group_operations(shapes: Mapping[str, Any], batch: Batch) -> float:
     p, r, g = batch.prefix, batch.completion, batch.group
     pairs = p * p / 2 + g * (r * p + r * r / 2)
     forward = 2 * layers * (p + g * r) + 2 * head * g * r
-    forward += 4 * shapes["num_hidden_layers"] * limits.heads(shapes)[0] * pairs
+    forward += 4 * shapes["num_hidden_layers"] * architecture.heads(shapes)[0] * pairs
     return forward * (3 + (batch.updates > 1) + batch.reference + batch.checkpointing)
 
 
@@ -117,7 +117,7 @@ def sampling_seconds(shapes: Mapping[str, Any], batch: Batch, machine: Machine, 
     completions = groups * batch.group
     rows = min(completions, machine.running)
     rounds = completions * batch.completion / rows + batch.longest - batch.completion
-    cached = 2 * 2 * shapes["num_hidden_layers"] * limits.heads(shapes)[1]  # bytes of a token's keys and values
+    cached = 2 * 2 * shapes["num_hidden_layers"] * architecture.heads(shapes)[1]  # bytes of a token's keys and values
     read = 2 * (layers + head) + rows * (batch.prefix + batch.completion / 2) * cached
     multiplied = 2 * (layers + head) * rows / (machine.operations * machine.prefill_share)
     one = max(read / (machine.bandwidth * machine.decode_share), multiplied) + machine.round_seconds

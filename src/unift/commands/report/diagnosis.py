@@ -104,7 +104,7 @@ def causes(run: RunData) -> list[Cause]:
     """What holds the run back, the gravest first; empty where these numbers show nothing."""
     unseen, known = _no_reward(run), [*_hints(run), _easy(run)]
     equal = None if unseen or any(known) else _equal(run)  # else it is said why groups have no signal
-    found = [_not_finite(run), _errors(run), unseen, _no_answer(run), _cut(run), *known, equal]
+    found = [_not_finite(run), _errors(run), unseen, _no_answer(run), _cut(run), *known, _unsolved(run), equal]
     return [cause for cause in [*found, _fallen(run), _gap(run), _overfit(run)] if cause is not None]
 
 
@@ -223,6 +223,24 @@ def _hints(run: RunData) -> list[Cause | None]:
             "Let hints go later (show.until), and raise likelihood.weight.",
         )
     ]
+
+
+def _unsolved(run: RunData) -> Cause | None:
+    """What the solved rows teach does not reach the others."""
+    bare, solved = at_end(run, "reward/without_solution"), at_end(run, "reward/with_solution")
+    if bare is None or solved is None or solved <= 0 or bare >= LOST * solved:
+        return None
+    share = at_end(run, "groups/without_solution") or 0.0
+    text = (
+        f"Rows without a solution earn next to nothing: {bare:.3f} on average at the end, {solved:.3f} where there is one; they "
+        f"are {percent(share)} of the groups."
+    )
+    return Cause(
+        "rows without a solution",
+        text,
+        "They learn from what the others teach: hints for longer (show.until), a higher likelihood.weight, solutions for more "
+        "rows (data.solved).",
+    )
 
 
 def _easy(run: RunData) -> Cause | None:

@@ -137,6 +137,7 @@ def reward_chart(run: RunData) -> Html | None:
     lines = [
         _line(run, "reward", "all prompts", "c1", raw=True),
         _line(run, "reward/by_hint/0", "prompts without a hint", "c2", raw=True),
+        _line(run, "reward/without_solution", "rows without a solution", "c4", raw=True),
     ]
     return _chart(run, "Reward while training", lines, limits=(0, 1), note="Mean over the completions of a step.")
 

@@ -23,11 +23,13 @@ def merged(parts: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def group_metrics(groups: Sequence[Group], rules: Rules) -> dict[str, Any]:
-    """What the groups show: hints, reward, groups without signal by cause, lengths."""
-    shown = [g.cuts / g.cuts_total if g.cuts_total else 0.0 for g in groups]
+    """What the groups show: hints (of rows that have a solution, where there are any), reward, groups without signal by cause,
+    lengths."""
+    hinted = [g for g in groups if g.solved] or groups
+    shown = [g.cuts / g.cuts_total if g.cuts_total else 0.0 for g in hinted]
     found: dict[str, Any] = {
         "hint/fraction": float(np.mean(shown)),
-        "hint/tokens": float(np.mean([len(g.hint) for g in groups])),
+        "hint/tokens": float(np.mean([len(g.hint) for g in hinted])),
     }
     if rules.sample.completions == 0:
         return found
@@ -48,10 +50,17 @@ def group_metrics(groups: Sequence[Group], rules: Rules) -> dict[str, Any]:
     answers = [s.score.parts["no_answer"] for s in samples if s.score is not None and "no_answer" in s.score.parts]
     if answers:  # verifiers that look for an answer say whether there was one
         found["completions/no_answer"] = float(np.mean(answers))
+    by_solution: dict[bool, list[float]] = {True: [], False: []}
     by_hint: dict[int, list[float]] = {}
     for group, values in zip(groups, scores, strict=True):
+        by_solution[group.solved] += values
         if rules.show.unit == "cuts":
             by_hint.setdefault(group.cuts, []).extend(values)
+    bare = [g for g in groups if not g.solved]
+    if bare:
+        found["groups/without_solution"] = len(bare) / len(groups)
+        named = ((True, "with_solution"), (False, "without_solution"))
+        found |= {f"reward/{name}": float(np.mean(by_solution[has])) for has, name in named if by_solution[has]}
     return found | {f"reward/by_hint/{k}": float(np.mean(v)) for k, v in sorted(by_hint.items()) if v}
 
 
