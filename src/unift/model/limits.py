@@ -135,8 +135,8 @@ def _check_context(where: str, parts: Lengths, most: int) -> None:
     if prompt + hint + completion > most:
         raise DataError(
             f"{where}: the prompt ({prompt} tokens), its longest hint ({hint}) and a completion "
-            f"({completion}) take more than the {most} positions of the model. Lower sample.max_tokens (of "
-            f"answers in evaluations eval.max_tokens) to {max(most - prompt - hint, 0)} or less, or drop the row"
+            f"({completion}) take more than the {most} positions of the model. Lower sample.max_tokens to "
+            f"{max(most - prompt - hint, 0)} or less (of evaluations eval.max_tokens, where it is set), or drop the row"
         )
 
 
