@@ -138,7 +138,9 @@ def replaceable(group: Group, rules: Rules) -> bool:
     if gate is not None and group.solved and fails(group, gate):
         return False
     member = rules.sample.demonstration and group.solved
-    return equal_scores(group) and not (member and any(s.score is not None and s.score.value != 1 for s in group.samples))
+    return equal_scores(group) and not (
+        member and any(s.score is not None and s.score.value != 1 for s in group.samples)
+    )
 
 
 def equal_scores(group: Group) -> bool:
