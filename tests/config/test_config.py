@@ -41,6 +41,34 @@ def test_nothing_to_learn_from():
         make("rft", "sample.completions=0")
 
 
+@pytest.mark.parametrize(
+    ("method", "items", "said"),
+    [
+        ("sft", ["show.schedule=none", "likelihood.tokens=hint"], "nothing to learn from: .*reveals none"),
+        ("rollout-sft", ["likelihood.tokens=hint"], "nothing to learn from: .*reveals none"),
+        ("chord", ["likelihood.final=1.5"], "negative at 1.5"),
+        ("chord", ["likelihood.entropy=0.5"], "policy.weight=complement .* likelihood.entropy=0.5 has no bound"),
+        ("srft", ["reference.kl=0.1", "reference.into=reward"], "credit.baseline=sign looks at right and wrong"),
+        ("luffy", ["credit.whiten=true"], r"credit.whiten .*\(sample.demonstration\)"),
+        (
+            "orpo",
+            ["sample.completions=0", "sample.rejected=bad", "show.schedule=all"],
+            "sample.rejected .*show.schedule=all.*: use show.schedule=none",
+        ),
+    ],
+)
+def test_what_does_not_go_together(method, items, said):
+    with pytest.raises(ConfigError, match=said):
+        make(method, *items)
+
+
+def test_a_likelihood_may_rise_from_nothing():
+    more = ("likelihood.weight=0", "likelihood.schedule=cosine", "likelihood.final=1")
+    assert make("sft", *more).likelihood.final == 1
+    with pytest.raises(ConfigError, match="nothing to learn from"):
+        make("sft", "likelihood.weight=0", "likelihood.final=1")
+
+
 def test_unknown_method():
     with pytest.raises(ConfigError, match="did you mean 'uft'"):
         make("utf")

@@ -186,7 +186,16 @@ def test_refill_rows_are_pure_and_their_own():
     assert first == refill_rows(0, 3, 1, 4, range(10)) and len(set(first)) == 4
     assert len({tuple(refill_rows(*a, 4, range(10))) for a in ((0, 3, 1), (0, 3, 2), (0, 4, 1), (1, 3, 1))}) == 4
     assert len(refill_rows(0, 0, 1, 7, range(3))) == 7
-    assert equal_scores(group(0, 0)) and not equal_scores(group(0, 1))
+    dapo = settings("dapo")
+    assert equal_scores(group(0, 0), dapo) and not equal_scores(group(0, 1), dapo)
+
+
+def test_a_demonstration_tells_failed_completions_apart():
+    """sample.refill leaves a group alone whose completions all fail beside a right demonstration: it has advantages."""
+    luffy = settings("luffy", "sample.refill=2")
+    assert any(group_advantages(group(0, 0), luffy)) and not equal_scores(group(0, 0), luffy)
+    assert not any(group_advantages(group(1, 1), luffy)) and equal_scores(group(1, 1), luffy)
+    assert equal_scores(replace(group(0, 0), solved=False), luffy)
 
 
 # ---------------------------------------------------------------------------------------------- token credit
@@ -216,6 +225,45 @@ def test_kl_in_the_reward():
     assert [m.advantage for m in got] == [pytest.approx([r[0] - r[1]] * 2), pytest.approx([r[1] - r[0]])]
     got = credited("reinforce++", [1.0, 0.0], drift, "reference.kl=0.1", "credit.whiten=false")
     assert [m.advantage for m in got] == [pytest.approx([0.94, 0.99]), pytest.approx([-0.02])]
+
+
+def test_kl_in_the_reward_beside_a_demonstration():
+    """The solution's score of 1 is part of the group's baseline with a KL in the reward as without."""
+    config = settings("luffy", "reference.kl=0.1", "reference.into=reward")
+    members = [
+        Member([5, 1], COMPLETION, logps=[-1.0, -1.0]),
+        Member([6, 1], COMPLETION, logps=[-1.0, -1.0]),
+        Member([9, 1], DEMO, 7.0),
+    ]
+    ref = [[[-1.5, -1.0], [-1.0, -1.0], []]]  # d = (.5, 0) and (0, 0)
+    (item,) = returns.spread([Item([3], [], members)], [[0.0, 1.0]], config, ref)
+    r = np.array([-0.05, 1.0, 1.0])
+    a = r - r.mean()
+    assert [m.advantage for m in item.members] == [
+        pytest.approx([a[0]] * 2),
+        pytest.approx([a[1]] * 2),
+        pytest.approx(a[2]),
+    ]
+
+
+def test_a_gate_beside_credit_that_spreads():
+    """A failed group under likelihood.gate has no completion left that could get a credit; its solution stays."""
+    config = settings("hpt", "credit.whiten=true")
+    groups = [group(0, 0), group(1, 0)]
+    items = items_of(groups, [group_advantages(g, config) for g in groups], [[9, 1]] * 2, config)
+    failed, mixed = returns.spread(items, [[0.0, 0.0], [1.0, 0.0]], config)
+    assert [m.role for m in failed.members] == [DEMO]
+    assert np.concatenate([m.advantage for m in mixed.members]).mean() == pytest.approx(0)
+
+
+def test_sign_is_of_the_verdict():
+    """SRFT: right is what the verifier calls right, at any value; a right one within the length limit is not a wrong one."""
+    config = settings("srft", "sample.max_tokens=10", "credit.overlong=4")
+    g = group(0.5, 2.0, 1.0, 1.0, lengths={0: 1, 1: 1, 2: 8, 3: 10})
+    for sample, correct in zip(g.samples, (True, False, True, True), strict=True):
+        sample.score = replace(sample.score, correct=correct)
+    assert shaped_scores(g, config) == [1.0, 0.0, 1.0, 0.0]
+    assert group_advantages(g, config) == pytest.approx([0.1, -1, 0.1, -1, 0.1])
 
 
 def test_whitening_is_over_all_tokens_of_the_step():

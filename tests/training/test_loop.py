@@ -164,6 +164,7 @@ def test_learning_rate():
     assert update.learning_rate(t, 0, 6) == 0.5 and update.learning_rate(t, 1, 6) == 1.0
     assert update.learning_rate(t, 2, 6) == 1.0
     assert update.learning_rate(t, 4, 6) == pytest.approx(0.5)
+    assert update.learning_rate(t, 1.9, 6) == 1.0, "with a budget a step may begin anywhere; train.lr is the highest"
 
 
 def test_gradients_of_both_streams_are_logged_and_change_nothing(tmp_path):

@@ -16,7 +16,7 @@ from unift.config.sections import Rules
 from unift.config.words import BASELINES, INTOS
 from unift.credit.advantages import advantages
 from unift.model.divide import divide
-from unift.model.packs import COMPLETION, Item, PackedBatch, cut, pack
+from unift.model.packs import COMPLETION, DEMO, Item, PackedBatch, cut, pack
 
 Tokens = list[list[list[float]]]  # item, member, sampled token
 
@@ -81,24 +81,30 @@ def spread(
     """Items with their token credit. ``scores[i]``: of the completions of item i, in order.
 
     With beta = reference.kl and d_t = l_t - l_ref,t under the sampling policy (k1), where the KL goes into the reward:
-      group baselines: the score of a completion is r - beta sum_t d_t (RLOO, arXiv 2402.14740);
+      group baselines: the score of a completion is r - beta sum_t d_t (RLOO, arXiv 2402.14740), beside a demonstration's 1;
       none:            A_t = r - beta sum_{k >= t} d_k (REINFORCE++);
       critic:          r_t = -beta d_t, plus r on the last token, then GAE (ReFT, arXiv 2401.08967).
     Then whitening over all tokens of the step, where asked for.
     """
     c, beta, word = rules.credit, kl_in_reward(rules), BASELINES[rules.credit.baseline]
+    members = [list(item.members) for item in items]
     places: list[tuple[int, int]] = []
     credits: list[np.ndarray] = []
     returns: list[list[float] | None] = []
     for i, item in enumerate(items):
         own = [(j, m) for j, m in enumerate(item.members) if m.role == COMPLETION]
+        if not own:  # nothing was scored, or a gate gave the completions up for the solution
+            continue
         drift = [np.zeros(len(m.tokens) - m.given) for _, m in own]
         if beta and ref is not None:
             drift = [np.asarray(m.logps) - np.asarray(ref[i][j]) for j, m in own]
         grouped = None
         if word.grouped:
             total = [r - beta * float(d.sum()) for r, d in zip(scores[i], drift, strict=True)]
-            grouped = advantages(total, c)
+            demo = next((j for j, m in enumerate(item.members) if m.role == DEMO and rules.sample.demonstration), None)
+            grouped = advantages(total if demo is None else [*total, 1.0], c)
+            if demo is not None:
+                members[i][demo] = replace(members[i][demo], advantage=grouped[-1])
         for n, (j, _) in enumerate(own):
             places.append((i, j))
             back: list[float] | None = None
@@ -116,7 +122,6 @@ def spread(
             returns.append(back)
     if c.whiten:
         credits = whitened(credits, c.epsilon)
-    members = [list(item.members) for item in items]
     for (i, j), a, back in zip(places, credits, returns, strict=True):
         old = values[i][j] if values is not None else None
         members[i][j] = replace(members[i][j], advantage=a.tolist(), returns=back, values=old)

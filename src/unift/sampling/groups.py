@@ -131,6 +131,7 @@ def judge(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: R
     score_groups(scorer, rows, views, texts)
 
 
-def equal_scores(group: Group) -> bool:
-    """All scores equal: nothing to tell its completions apart."""
-    return len({s.score.value for s in group.samples if s.score is not None}) <= 1
+def equal_scores(group: Group, rules: Rules) -> bool:
+    """All scores equal: nothing to tell its members apart. A demonstration among them has the score 1."""
+    demonstrated = {1.0} if rules.sample.demonstration and group.solved else set[float]()
+    return len({s.score.value for s in group.samples if s.score is not None} | demonstrated) <= 1

@@ -158,14 +158,14 @@ def refilled(run: Run, groups: list[Group], moment: Moment, state: State, clock:
     """
     groups = list(groups)
     for attempt in range(1, moment.rules.sample.refill + 1):
-        equal = [i for i, g in enumerate(groups) if equal_scores(g)]
+        equal = [i for i, g in enumerate(groups) if equal_scores(g, moment.rules)]
         if not equal:
             break
         others = refill_rows(moment.seed, moment.step, attempt, len(equal), run.data.train.trained(moment.rules))
         drawn = _drawn(run, others, moment, state, attempt)
         clock.lap("generate")
         for i, fresh in zip(equal, _judged(run, drawn, moment, clock), strict=True):
-            chosen, dropped = (groups[i], fresh) if equal_scores(fresh) else (fresh, groups[i])
+            chosen, dropped = (groups[i], fresh) if equal_scores(fresh, moment.rules) else (fresh, groups[i])
             chosen.discarded = groups[i].discarded + sum(s.sampled for s in dropped.samples)
             groups[i] = chosen
     return groups

@@ -28,9 +28,10 @@ from unift.types import NonFiniteError
 
 
 def learning_rate(train: Train, step: float, steps: int) -> float:
-    """Linear warm-up, then constant, cosine or linear decay to 0 over the phase. ``step`` counts from 0."""
+    """Linear warm-up, then constant, cosine or linear decay to 0 over the phase. ``step`` counts from 0, and not by whole
+    ones with train.budget."""
     if step < train.warmup:
-        return train.lr * (step + 1) / train.warmup
+        return min(train.lr * (step + 1) / train.warmup, train.lr)
     done = (step - train.warmup) / max(steps - train.warmup, 1)
     return train.lr * DECAYS[train.decay](done)
 
