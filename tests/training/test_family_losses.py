@@ -11,7 +11,7 @@ import torch
 from conftest import close, make_items, packed_loss, settings, tiny_policy
 
 from unift.config import needs
-from unift.config.sections import Credit, Show
+from unift.config.sections import Credit, Engine, Show
 from unift.config.stages import Moment, Stage
 from unift.credit import returns
 from unift.credit.advantages import group_advantages, overlong, shaped_scores
@@ -24,7 +24,7 @@ from unift.objectives.likelihood import sequence_mean
 from unift.objectives.weights import weigh
 from unift.rows.dataset import Split, refill_rows
 from unift.sampling.groups import equal_scores, hinted
-from unift.training import annealing
+from unift.training import annealing, update
 from unift.training.row_memory import RowMemory
 from unift.types import Group, Sample, Score
 
@@ -169,6 +169,33 @@ def test_golden_gspo():
     beside = [one, Item([3], [], [Member([5, 5], COMPLETION, 1.0)])]  # another completion does not enter the mean
     _, e = weights_of(beside, free, [*l, -3.0, -3.0], [*old, -3.0, -3.0])
     assert e == pytest.approx([1.105171 / 6] * 3 + [1 / 4] * 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "low", "high"),
+    [("rft", 1, 2), ("gspo", 0, 0), ("cispo", 0, 0), ("relift", 0, 0), ("rloo", 0, 0)],
+)
+def test_tokens_beyond_the_clip(method, low, high):
+    """Ratios (1.5, .5, 1.5) with A = (1, -1, 1), .2 each way: a token's own for clip; cispo lets them be up to 5; the completion's
+    for gspo, whose geometric mean 1.04 is within a clip of .2; none where nothing is clipped."""
+    item = Item([3], [], [Member([5] * 3, COMPLETION, [1.0, -1.0, 1.0], logps=[-1.0] * 3)])
+    more = ("policy.low=0.2", "policy.high=0.2") if method == "gspo" else ()
+    config = settings(method, *more)
+    batch = pack([item], [0], weigh([item], config), config)
+    l = fixed(*np.log([1.5, 0.5, 1.5]))
+    now = update.losses_of(l, fixed(0, 0, 0), None, replace(batch, old_S=fixed(0, 0, 0), ref_S=l), config, Engine())
+    assert (now.get("clipped_low", 0), now.get("clipped_high", 0)) == (low, high)
+
+
+def test_a_whole_completion_beyond_the_clip():
+    item = Item(
+        [3], [], [Member([5] * 2, COMPLETION, 1.0, logps=[-1.0] * 2), Member([5], COMPLETION, -1.0, logps=[-1.0])]
+    )
+    config = settings("gspo")
+    batch = pack([item], [0], weigh([item], config), config)
+    l, old = fixed(0.5, -0.4, -0.1), fixed(0, 0, 0)  # s = exp(.05) and exp(-.1)
+    now = update.losses_of(l, old, None, replace(batch, old_S=old), config, Engine())
+    assert (int(now["clipped_low"]), int(now["clipped_high"])) == (1, 2)
 
 
 def test_overlong_penalty():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -14,11 +15,11 @@ from unift.config.resolve import parse_overrides, resolve
 from unift.files import publish_folder
 from unift.model.load import locate
 from unift.model.logprobs import logprobs
-from unift.training import update
+from unift.training import evaluate, update
 from unift.training.loop import train
 from unift.training.run import checkpoint, claim
 from unift.training.run.metrics import read_metrics
-from unift.types import ConfigError, DataError, NonFiniteError, UniftError
+from unift.types import ConfigError, DataError, NonFiniteError, Stopped, UniftError
 
 TINY = [
     "train.steps=4",
@@ -157,6 +158,31 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
             train(config, tmp_path)
     assert checkpoint.steps_saved(tmp_path) == [1, 2]
     assert train(config, tmp_path)["steps"] == 4
+
+
+def test_best_names_the_best_checkpoint_that_there_is(tmp_path, monkeypatch):
+    """An evaluation between two checkpoints may be better than both; the best of those that were saved stays."""
+    accuracies = iter([0.1, 0.2, 0.5, 0.9, 0.4, 0.3, 0.45, 0.45])
+
+    def greedy(judge, split):
+        return evaluate.Accuracy(next(accuracies), 0.0, 1.0, len(split.rows))
+
+    monkeypatch.setattr(evaluate, "greedy", greedy)
+    items = ["train.steps=6", "eval.every=1", "save.every=2", "save.keep=1", "eval.train_rows=0"]
+    train(tiny("sft", *items), tmp_path)
+    checkpoints = tmp_path / "checkpoints"
+    assert (checkpoints / "best").read_text() == "step_000002"
+    assert checkpoint.steps_saved(tmp_path) == [2, 6]
+
+
+def test_a_copy_of_a_checkpoint_is_none_of_the_run(tmp_path):
+    """Whoever keeps one under another name does not stop the run from going on."""
+    config = tiny("sft", "save.every=2")
+    with pytest.raises(Stopped):
+        train(config, tmp_path, report=lambda m, total: m["step"] == 2)
+    kept = tmp_path / "checkpoints" / "step_000002.before"
+    shutil.copytree(tmp_path / "checkpoints" / "step_000002", kept)
+    assert train(config, tmp_path)["steps"] == 4 and kept.is_dir()
 
 
 def test_learning_rate():

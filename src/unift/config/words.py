@@ -152,17 +152,19 @@ class Loss(Word):
     credit: str = ""
     pushes: bool = True
     ratio: bool = False  # to the policy at the start of the step
+    clips: bool = False  # that ratio
+    whole: bool = False  # which is one of a whole completion
     sequences: bool = False  # of whole sequences, a demonstration among them, as pairs or with scores
     labels: bool = False  # scores of whole sequences, not only pairs
     reference: bool = False
 
 
 LOSSES: Mapping[LossName, Loss] = {
-    "clip": Loss("clip {low:g}/{high:g}", "PPO, arXiv 1707.06347, eq. 7", ratio=True),
+    "clip": Loss("clip {low:g}/{high:g}", "PPO, arXiv 1707.06347, eq. 7", ratio=True, clips=True),
     "ratio": Loss("ratio", "the official code of LUFFY, ReLIFT and HPT", ratio=True),
     "reinforce": Loss("reinforce", "Williams 1992"),
-    "cispo": Loss("cispo {high:g}", "CISPO, arXiv 2506.13585", ratio=True),
-    "gspo": Loss("gspo {low:g}/{high:g}", "GSPO, arXiv 2507.18071, eq. 5", ratio=True),
+    "cispo": Loss("cispo {high:g}", "CISPO, arXiv 2506.13585", ratio=True, clips=True),
+    "gspo": Loss("gspo {low:g}/{high:g}", "GSPO, arXiv 2507.18071, eq. 5", ratio=True, clips=True, whole=True),
     "dpo": Loss("dpo", "DPO, arXiv 2305.18290, eq. 7", "right before wrong", sequences=True, reference=True),
     "una": Loss("una", "UNA, arXiv 2408.15339", "the score", sequences=True, labels=True, reference=True),
     "orpo": Loss("orpo", "ORPO, arXiv 2403.07691, eqs. 6 and 7", "right before wrong", sequences=True),

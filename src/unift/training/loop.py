@@ -23,7 +23,7 @@ from unift.config import launcher, needs
 from unift.config.identity import config_hash
 from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest, stages
-from unift.files import write_atomic, writing
+from unift.files import writing
 from unift.model import checkpointing, critic, quantize
 from unift.model.limits import check_positions, longest_context, use_threads
 from unift.model.load import load_policy, load_tokenizer, pick_device, save_adapter, save_pretrained
@@ -108,12 +108,12 @@ def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
             if over or due(run.config.eval.every, before, run.position):
                 if state.ahead is not None:
                     state.ahead.wait()  # the evaluation brings newer weights
-                metrics |= evaluated(run, step + 1)
+                metrics |= evaluated(run)
             wanted = log_step(run, step + 1, metrics, time.perf_counter() - began)
             stop = any(processes.gather("whether to stop", bool(wanted or asked.is_set())))
             saving = time.perf_counter()
             if stop or over or due(run.config.save.every, step, step + 1):
-                save(run, step + 1, state)
+                save(run, step + 1, state, metrics.get("eval/test/accuracy"))
             run.saving = time.perf_counter() - saving
             if stop:
                 raise Stopped(f"stopped after step {step + 1} of {run.expected()}, which is saved in {run.folder}")
@@ -245,6 +245,7 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
     result["scorer"] = {"train": progress.scored, "eval": progress.judged}
 
     def write() -> None:
+        checkpoint.name_best(run.folder, progress.best_step)  # a kill may have come before it
         with writing("the final model", run.folder):
             save_pretrained(run.policy, run.folder / "model")
             save_adapter(run.policy, config.model, run.folder / "adapter")
@@ -274,14 +275,11 @@ def check_path(policy: Policy, rules: Rules) -> None:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluated(run: Run, finished: int) -> Metrics:
-    """Accuracy on the test rows, as a metric; remembers the best. Nothing without test rows."""
+def evaluated(run: Run) -> Metrics:
+    """Accuracy on the test rows, as a metric. Nothing without test rows."""
     if not run.data.test.rows:
         return {}
-    accuracy = greedy(run, "held-out rows", run.data.test).accuracy
-    if accuracy > run.progress.best:
-        run.progress.best, run.progress.best_step = accuracy, finished
-    return {"eval/test/accuracy": accuracy}
+    return {"eval/test/accuracy": greedy(run, "held-out rows", run.data.test).accuracy}
 
 
 def announced(run: Run, what: str, split: dataset.Split) -> evaluate.Accuracy:
@@ -324,12 +322,15 @@ def log(run: Run, step: int, metrics: Metrics) -> Any:
     return run.report(record, run.expected())
 
 
-def save(run: Run, finished: int, state: State) -> None:
-    """A checkpoint, by the first process, or by all of them where the weights are sharded."""
+def save(run: Run, finished: int, state: State, accuracy: float | None) -> None:
+    """A checkpoint, by the first process, or by all of them where the weights are sharded. ``accuracy``: of its evaluation,
+    where there was one; checkpoints/best names the best of those."""
     if processes.size() > 1 and run.policy.root is None:
         processes.agree(f"weights after step {finished} (checksum)", checkpoint.fingerprint(run.policy))
     recent = processes.interleave(processes.gather("a checkpoint", run.scorer.recent))
     progress = run.progress
+    if accuracy is not None and accuracy > progress.best:
+        progress.best, progress.best_step = accuracy, finished
     stored = {
         "counters": progress.counters(),
         "scorer": {"train": progress.scored, "eval": progress.judged, "recent": recent},
@@ -340,8 +341,7 @@ def save(run: Run, finished: int, state: State) -> None:
     }
 
     def tidy() -> None:
-        if progress.best_step == finished:
-            write_atomic(run.folder / "checkpoints" / "best", checkpoint.step_name(finished))
+        checkpoint.name_best(run.folder, progress.best_step)
         starts = [run.start_of(stage) for stage in run.stages]
         checkpoint.prune(run.folder, run.config.save.keep, [*starts, progress.best_step])
 
