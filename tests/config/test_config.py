@@ -131,6 +131,15 @@ def test_hash_ignores_what_does_not_move_numbers():
     assert differences(make(), make("uft", "train.lr=1e-5")) == ["train.lr: 1e-06 -> 1e-05"]
 
 
+def test_what_gives_memory_back_may_change():
+    """Of a run and of its phases: otherwise a run that ran out of memory could not go on."""
+    words = ["train.token_budget=99", "train.gradient_checkpointing=true", "reward.memory_mb=9"]
+    assert differences(make(), make("uft", *words)) == [] and config_hash(make()) == config_hash(make("uft", *words))
+    assert differences(make("sft-rft"), make("sft-rft", *words)) == []
+    changed = make("sft-rft", "phases.1.train.lr=0.5", "phases.1.train.token_budget=99")
+    assert differences(make("sft-rft"), changed) == ["phases.1.train.lr: 1e-06 -> 0.5"]
+
+
 def test_an_item_of_a_list_is_set_by_its_place():
     """``phases.0.share`` changes that phase alone; a place that is not there is refused."""
     words = ["phases.0.share=0.2", "phases.1.share=0.8", "phases.1.train.lr=0.5"]

@@ -185,6 +185,30 @@ def test_a_copy_of_a_checkpoint_is_none_of_the_run(tmp_path):
     assert train(config, tmp_path)["steps"] == 4 and kept.is_dir()
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_out_of_memory_is_told_and_the_run_goes_on(tmp_path, device):
+    """With less of it: a smaller budget of tokens is no other run. The CPU's error is a real one."""
+
+    def short(*args):
+        if device == "cpu":
+            return torch.empty(2**50)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    config, more = tiny("uft", "save.every=1"), ("train.token_budget=64", "train.gradient_checkpointing=true")
+    with pytest.MonkeyPatch.context() as patch:
+        real, calls = update.apply, []
+
+        def apply(*args):
+            calls.append(1)
+            return short() if len(calls) == 3 else real(*args)
+
+        patch.setattr(update, "apply", apply)
+        with pytest.raises(UniftError, match="memory ran out: .* train.token_budget below 16384"):
+            train(config, tmp_path)
+    assert checkpoint.steps_saved(tmp_path)[-1] == 2
+    assert train(tiny("uft", "save.every=1", *more), tmp_path)["steps"] == 4
+
+
 def test_learning_rate():
     t = tiny("sft", "train.warmup=2", "train.decay=cosine", "train.lr=1.0").train
     assert update.learning_rate(t, 0, 6) == 0.5 and update.learning_rate(t, 1, 6) == 1.0

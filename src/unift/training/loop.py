@@ -42,7 +42,7 @@ from unift.training.row_memory import RowMemory
 from unift.training.run import check_trackers, checkpoint, claim, open_run, rollouts, trackers, write_result
 from unift.training.run.metrics import append_metrics, rewind_metrics
 from unift.training.step import one_step
-from unift.types import ConfigError, Given, Stopped
+from unift.types import ConfigError, Given, Stopped, UniftError
 
 T = TypeVar("T")
 
@@ -77,7 +77,10 @@ def train(
                 scorer.check(data.train.rows[0])
                 policy = load(config, tokenizer)
                 with open_engine(config.engine, policy, folder, longest_context(config, data)) as engine:
-                    return run_to_end(Run(config, folder, policy, engine, scorer, data, report, track, watch), asked)
+                    with memory_told(config):
+                        return run_to_end(
+                            Run(config, folder, policy, engine, scorer, data, report, track, watch), asked
+                        )
 
 
 def load(config: Config, tokenizer: Any, frozen: bool = False) -> Policy:
@@ -155,6 +158,22 @@ def asked_to_stop() -> Iterator[threading.Event]:
     finally:
         for n, old in before.items():
             signal.signal(n, old)
+
+
+@contextmanager
+def memory_told(config: Config) -> Iterator[None]:
+    """Memory that ran out is one clear error: what takes less of it, with which the run goes on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        largest = max(stage.rules.train.token_budget for stage in stages(config))
+        raise UniftError(
+            f"memory ran out: {str(error).splitlines()[0]:.200}. Run the same command with less of it, which continues from the "
+            f"last complete checkpoint: train.token_budget below {largest}, train.gradient_checkpointing=true (unift train "
+            "--dry-run estimates both), or fewer other processes on the device"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------- beginnings and ends
