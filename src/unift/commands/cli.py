@@ -77,9 +77,13 @@ def train(
     processes.end_with_parent()
     from unift.commands import settings as layers
     from unift.config.resolve import parse_overrides
+    from unift.config.unread import unread
 
     resolved = _resolved(config, recipe, method, settings)
     folder = layers.folder_of(resolved, run)
+    if not quiet and processes.first():
+        by_hand = layers.by_hand(config, settings or [])
+        typer.echo("".join(f"note: {line}\n" for line in unread(resolved, by_hand)), nl=False, err=True)
     if dry_run:
         from unift.commands.doctor.dry_run import describe
 
