@@ -17,7 +17,7 @@ from unift.credit import returns
 from unift.credit.advantages import group_advantages, overlong, shaped_scores
 from unift.credit.members import items_of
 from unift.hints import schedules
-from unift.model import critic
+from unift.model import critic, packs
 from unift.model.packs import COMPLETION, DEMO, HINT, Item, Member, pack
 from unift.objectives import loss as objectives
 from unift.objectives.likelihood import sequence_mean
@@ -271,6 +271,19 @@ def test_kl_in_the_reward_beside_a_demonstration():
         pytest.approx([a[1]] * 2),
         pytest.approx(a[2]),
     ]
+
+
+def test_a_likelihood_that_has_come_to_nothing_costs_nothing():
+    """likelihood.schedule=hint after the last hint: solutions and own completions with weight 0 are not forwarded."""
+    for method, roles in (("uft-whole", [DEMO]), ("srft", [DEMO]), ("data-mixing", [DEMO, packs.OWN])):
+        config = settings(method)
+        rules = config.phases[-1] if config.phases else config
+        off = rules.model_copy(update={"likelihood": rules.likelihood.model_copy(update={"weight": 0.0})})
+        g = group(1, 0)
+        on, none = (
+            {m.role for m in items_of([g], [group_advantages(g, r)], [[6, 1]], r)[0].members} for r in (rules, off)
+        )
+        assert on >= set(roles) and none == on - ({*roles} if method != "srft" else set())  # there it is a member, too
 
 
 def test_a_gate_beside_credit_that_spreads():

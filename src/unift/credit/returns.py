@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unift import processes
 from unift.config.sections import Rules
 from unift.config.words import BASELINES, INTOS
 from unift.credit.advantages import advantages
-from unift.model.divide import divide
+from unift.model.divide import Part, divide
 from unift.model.packs import COMPLETION, DEMO, Item, PackedBatch, cut, pack
 
 Tokens = list[list[list[float]]]  # item, member, sampled token
@@ -53,10 +54,30 @@ def whitened(values: Sequence[np.ndarray], epsilon: float) -> list[np.ndarray]:
     return [(v - flat.mean()) / (flat.std(ddof=1) + epsilon) for v in values]
 
 
-def measured(of: Callable[[PackedBatch], Tensor], items: Sequence[Item], rules: Rules) -> Tokens:
-    """``of`` (log-probs, values: one number a loss position) at every sampled token of every completion, no gradient."""
-    out: Tokens = [[[] for _ in item.members] for item in items]
+def measured(
+    of: Callable[[PackedBatch], Tensor], items: Sequence[Item], rules: Rules, everywhere: bool = False
+) -> Tokens:
+    """``of`` (log-probs, values: one number a loss position) at every sampled token of every completion, no gradient.
+
+    Each process measures its share, and all get the whole. ``everywhere``: each measures all, as it must where a pass is one of
+    all processes (sharded weights).
+    """
     parts = divide(items, None, rules)
+    costs = [p.item.tokens_forwarded for p in parts]
+    own = [parts[i] for i in (range(len(parts)) if everywhere else sorted(processes.balanced_share(costs)))]
+    found = _measured(of, own, rules)
+    out: Tokens = [[[] for _ in item.members] for item in items]
+    for share in [found] if everywhere else processes.gather("what credit measures", found):
+        for (i, j), values in share.items():
+            out[i][j] = values
+    return out
+
+
+def _measured(
+    of: Callable[[PackedBatch], Tensor], parts: Sequence[Part], rules: Rules
+) -> dict[tuple[int, int], list[float]]:
+    """By item and member, of these parts."""
+    out: dict[tuple[int, int], list[float]] = {}
     divided = [p.item for p in parts]
     for which in cut(divided, rules.train.token_budget, rules):
         batch = pack(divided, which, None, rules)
@@ -67,7 +88,8 @@ def measured(of: Callable[[PackedBatch], Tensor], items: Sequence[Item], rules: 
         rows = zip(values, batch.role_S.tolist(), batch.item_S.tolist(), batch.member_S.tolist(), strict=True)
         for value, role, b, j in rows:
             if role == COMPLETION:
-                out[parts[which[b]].source][parts[which[b]].members[j]].append(value)
+                part = parts[which[b]]
+                out.setdefault((part.source, part.members[j]), []).append(value)
     return out
 
 
