@@ -407,6 +407,43 @@ def test_exchanges(tmp_path):
     assert sorted(out.split("\n")) == ["", "0: no room", f"0: {told}", "1: no room", f"1: {told}"]
 
 
+MEASURING = r"""
+from conftest import make_items, settings
+from unift import processes
+from unift.credit import returns
+from unift.model.packs import COMPLETION
+
+forwarded = 0
+
+def targets(batch):
+    global forwarded
+    forwarded += len(batch.tokens_T)
+    return batch.target_S.double()
+
+with processes.joined():
+    items = make_items(members=(4, 4, 4, 4), hints=(0, 1, 6, 2), demo=True)
+    wanted = [[m.tokens if m.role == COMPLETION else [] for m in i.members] for i in items]
+    total = sum(i.tokens_forwarded for i in items)
+    for budget in (1, 30, 10**6):  # groups apart, some in parts, all in one pack
+        rules = settings("ppo", f"train.token_budget={budget}")
+        for everywhere in (False, True):
+            forwarded = 0
+            assert returns.measured(targets, items, rules, everywhere) == wanted
+            shares = processes.gather("a test", forwarded)
+            assert len(set(shares)) == 1 if everywhere else 0 < max(shares) < sum(shares), shares
+    assert returns.measured(targets, items[:1], rules) == wanted[:1]  # one process has nothing to do
+"""
+
+
+@pytest.mark.dist
+def test_what_credit_measures_is_shared_out(tmp_path):
+    """Log-probs under the reference and values of all completions, each measured once, whatever the packs; known to all."""
+    (tmp_path / "script.py").write_text(MEASURING)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    code, out, err = launched([str(tmp_path / "script.py")], PYTHONPATH=path)
+    assert code == 0, err
+
+
 # ---------------------------------------------------------------------------------------------- arithmetic, one process
 
 

@@ -12,11 +12,14 @@ import threading
 import time
 
 import pytest
+from conftest import char_tokenizer, saved_llama
 
 import unift
 from unift.commands import api
+from unift.rewards import open_scorer
 from unift.rows.inspect import write_rows
 from unift.rows.tasks import make_rows
+from unift.rows.tasks.format import answer_rule
 from unift.types import ConfigError, DataError, Row, UniftError
 
 SMALL = {"train.prompts": 2, "sample.max_tokens": 16, "sample.completions": 4, "threads": 1, "eval.every": 0}
@@ -230,6 +233,30 @@ def test_rows_that_were_handed_over_are_asked_for_again(tmp_path):
     command = [sys.executable, "-m", "unift", "train", "--quiet", "--config", str(tmp_path / "config.yaml")]
     done = subprocess.run([*command, "--run", str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "were handed over from Python" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_evaluation_judges_where_its_rows_have_the_answer(tmp_path):
+    """reward.answer=auto without training rows: the rows' own solutions decide; of a run, what its training rows decided."""
+    rows = [{"prompt": f"{n} =", "steps": [f" it is {n},"], "ending": f" \\boxed{{{n}}}", "answer": str(n), "task": "math"}
+            for n in range(1, 9)]  # fmt: skip
+    places = []
+
+    def seen(config, rows, given):
+        places.append(answer_rule(rows, config.answer, config.rule))
+        return open_scorer(config, rows, given)
+
+    more = {"sample.max_tokens": 4, "threads": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unift.training.evaluate.open_scorer", seen)
+        model = saved_llama(tmp_path / "model", char_tokenizer())
+        unift.evaluate(model, rows, **more)
+        trained = unift.train(
+            "sft", model=model, train=rows, quiet=True, run=tmp_path / "run", **SMALL, **{"train.steps": 1}
+        )
+        bare = [{k: v for k, v in r.items() if k not in ("steps", "ending")} for r in rows]
+        unift.evaluate(trained.folder, bare, **more)
+        unift.evaluate(trained.folder, bare, **more, **{"reward.answer": "hash"})
+    assert places == ["boxed", "boxed", "hash"]
 
 
 def test_evaluate(tmp_path):

@@ -42,6 +42,34 @@ def test_nothing_to_learn_from():
         make("rft", "sample.completions=0")
 
 
+@pytest.mark.parametrize(
+    ("method", "items", "said"),
+    [
+        ("sft", ["show.schedule=none", "likelihood.tokens=hint"], "nothing to learn from: .*reveals none"),
+        ("rollout-sft", ["likelihood.tokens=hint"], "nothing to learn from: .*reveals none"),
+        ("chord", ["likelihood.final=1.5"], "negative at 1.5"),
+        ("chord", ["likelihood.entropy=0.5"], "policy.weight=complement .* likelihood.entropy=0.5 has no bound"),
+        ("srft", ["reference.kl=0.1", "reference.into=reward"], "credit.baseline=sign looks at right and wrong"),
+        ("luffy", ["credit.whiten=true"], r"credit.whiten .*\(sample.demonstration\)"),
+        (
+            "orpo",
+            ["sample.completions=0", "sample.rejected=bad", "show.schedule=all"],
+            "sample.rejected .*show.schedule=all.*: use show.schedule=none",
+        ),
+    ],
+)
+def test_what_does_not_go_together(method, items, said):
+    with pytest.raises(ConfigError, match=said):
+        make(method, *items)
+
+
+def test_a_likelihood_may_rise_from_nothing():
+    more = ("likelihood.weight=0", "likelihood.schedule=cosine", "likelihood.final=1")
+    assert make("sft", *more).likelihood.final == 1
+    with pytest.raises(ConfigError, match="nothing to learn from"):
+        make("sft", "likelihood.weight=0", "likelihood.final=1")
+
+
 def test_unknown_method():
     with pytest.raises(ConfigError, match="did you mean 'uft'"):
         make("utf")
@@ -102,6 +130,15 @@ def test_hash_ignores_what_does_not_move_numbers():
     assert config_hash(make("uft", "save.every=3", "run=x", "reward.workers=4")) == base
     assert config_hash(make("uft", "seed=1")) != base
     assert differences(make(), make("uft", "train.lr=1e-5")) == ["train.lr: 1e-06 -> 1e-05"]
+
+
+def test_what_gives_memory_back_may_change():
+    """Of a run and of its phases: otherwise a run that ran out of memory could not go on."""
+    words = ["train.token_budget=99", "train.gradient_checkpointing=true", "reward.memory_mb=9"]
+    assert differences(make(), make("uft", *words)) == [] and config_hash(make()) == config_hash(make("uft", *words))
+    assert differences(make("sft-rft"), make("sft-rft", *words)) == []
+    changed = make("sft-rft", "phases.1.train.lr=0.5", "phases.1.train.token_budget=99")
+    assert differences(make("sft-rft"), changed) == ["phases.1.train.lr: 1e-06 -> 0.5"]
 
 
 def test_an_item_of_a_list_is_set_by_its_place():

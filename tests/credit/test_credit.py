@@ -75,3 +75,9 @@ def test_group_of_one():
 def test_no_baseline():
     assert advantages(F2, Credit(baseline="none", scale="none")) == F2
     assert advantages([1.0, 1.0], Credit(baseline="none", scale="none")) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("baseline", ["none", "sign", "critic", "partition"])
+def test_only_a_difference_is_scaled(baseline):
+    """Three right completions without a baseline are worth 1 each, not 1 / epsilon; the default scale is the sample std."""
+    assert advantages([1.0, 1.0, 1.0], Credit(baseline=baseline)) == [1.0] * 3

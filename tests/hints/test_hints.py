@@ -51,6 +51,14 @@ def test_schedule_is_the_papers_formula():
     assert np.mean([schedules.probability(COSINE, s, 500) for s in range(300)]) == pytest.approx(0.4985, abs=1e-6)
 
 
+def test_a_step_that_is_no_whole_one_never_shows_more_than_those_before():
+    """train.budget: steps begin anywhere within T_hint, where t may be beyond it."""
+    for total in (1, 2, 10, 500):
+        t_hint = schedules.hinted_steps(COSINE, total)
+        p = [schedules.probability(COSINE, x, total) for x in np.arange(0, t_hint, 0.1)]
+        assert p == sorted(p, reverse=True) and p[-1] == pytest.approx(0.05)
+
+
 def test_last_hinted_step():
     """t = T_hint = 300 is step 299; from step 300 on the chance is exactly 0, not p_low."""
     assert schedules.hinted_steps(COSINE, 500) == 300

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from unift.objectives import loss as objectives
 from unift.objectives.weights import weigh
 from unift.sampling.engines.base import Request
 from unift.sampling.engines.native import generate
+from unift.training import update
 from unift.training.update import prepare, reference_logprobs
 
 RNG = np.random.default_rng(7)
@@ -153,6 +156,40 @@ def test_several_updates_use_the_log_probs_of_the_start():
     assert first.old_S is None
     now = logprobs(policy, second, 1.0)[0]
     assert torch.equal(second.old_S, now.detach().double())
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "old", "ref"),
+    [
+        ("sft", ["train.updates=2"], 0, 0),
+        ("psft", ["train.updates=2"], 1, 0),
+        ("sft-pearson", ["train.updates=2"], 0, 2),
+        ("rft", ["train.updates=2", "train.epochs=2"], 2, 2),
+        ("rft", ["train.updates=2", "reference.into=reward"], 1, 0),
+        ("rollout-sft", ["train.updates=2", "sample.source=reference"], 0, 0),
+        ("discriminative", ["train.updates=2"], 1, 0),
+    ],
+)
+def test_a_forward_pass_is_made_where_its_log_probs_are_used(method, more, old, ref, monkeypatch):
+    """A ratio of the loss, or a sampler to compare with; a KL term, or a rule that looks at the reference."""
+    policy, _ = tiny_policy()
+    config = conftest.settings(method, "train.prompts=4", *more)
+    calls = {"old": 0, "ref": 0}
+
+    def counted(name, real):
+        def count(*args):
+            calls[name] += 1
+            return real(*args)
+
+        return count
+
+    monkeypatch.setattr(update, "logprobs", counted("old", logprobs))
+    score = counted("ref", lambda b: logprobs(policy, b)[0])
+    items = [
+        replace(i, members=[Member([5, 1], DEMO, 1.0), Member([6, 1], COMPLETION, 1.0)]) for i in ragged(1)[:1] * 4
+    ]
+    prepare(policy, items, config, score)
+    assert calls == {"old": old, "ref": ref}
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 51])

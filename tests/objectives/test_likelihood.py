@@ -233,6 +233,33 @@ def prepared(policy, items, config, budget=10**6):
     return packs, small
 
 
+@pytest.mark.parametrize("rule", ["importance", "pearson", "hellinger"])
+def test_the_worst_case_under_a_rule_that_looks_at_the_reference(rule):
+    """delta is along the gradient of the very loss: a small one raises it by scale * |g|."""
+    policy, _ = tiny_policy(torch.float64)
+    reference, _ = tiny_policy(torch.float64, seed=1)
+    scale = 1e-4
+    config = settings("sft-adversarial", f"likelihood.rule={rule}", f"inputs.scale={scale}")
+    score = lambda batch: logprobs(reference, batch)[0]  # noqa: E731
+    (packs,) = prepare(policy, demos(1), config, score)
+    clean, worst = packs
+    assert clean.delta_TD is None and worst.delta_TD.norm().item() == pytest.approx(scale)
+    delta = torch.zeros_like(worst.delta_TD, requires_grad=True)
+    parts = objectives.losses(logprobs(policy, replace(clean, delta_TD=delta))[0], None, clean, config)
+    (g,) = torch.autograd.grad(parts["likelihood"], delta)
+    assert torch.allclose(worst.delta_TD, scale * g / g.norm(), atol=1e-9)
+
+
+def test_the_perturbed_copy_weighs_as_it_is_told():
+    """Also its entropy bonus."""
+    policy, _ = tiny_policy()
+    more = ("policy.entropy=0.1", "policy.entropy_tokens=all", "inputs.copy_weight=0.25")
+    config = settings("sft-adversarial", *more)
+    clean, worst = prepared(policy, demos(1), config)[0]
+    for name in ("likelihood_w_S", "entropy_w_S"):
+        assert getattr(clean, name).any() and torch.equal(getattr(worst, name), 0.25 * getattr(clean, name))
+
+
 def gradient_of(policy, packs, config):
     policy.model.zero_grad()
     total = 0.0

@@ -231,7 +231,7 @@ def test_refill_and_buffer_happen(tmp_path):
         folder = tmp_path / f"refill{rounds}"
         train(resolve("dapo", recipe="lock", overrides=parse_overrides([*tiny, f"sample.refill={rounds}"])), folder)
         groups = read_rollouts(folder, 0)[1]
-        silent[rounds] = sum(map(equal_scores, groups))
+        silent[rounds] = sum(equal_scores(g, settings("dapo")) for g in groups)
         assert (sum(g.discarded for g in groups) > 0) == (rounds > 0)
     assert silent[3] < silent[0]
     train(

@@ -11,20 +11,20 @@ import torch
 from conftest import close, make_items, packed_loss, settings, tiny_policy
 
 from unift.config import needs
-from unift.config.sections import Credit, Show
+from unift.config.sections import Credit, Engine, Show
 from unift.config.stages import Moment, Stage
 from unift.credit import returns
 from unift.credit.advantages import group_advantages, overlong, shaped_scores
 from unift.credit.members import items_of
 from unift.hints import schedules
-from unift.model import critic
+from unift.model import critic, packs
 from unift.model.packs import COMPLETION, DEMO, HINT, Item, Member, pack
 from unift.objectives import loss as objectives
 from unift.objectives.likelihood import sequence_mean
 from unift.objectives.weights import weigh
 from unift.rows.dataset import Split, refill_rows
 from unift.sampling.groups import equal_scores, hinted, replaceable
-from unift.training import annealing
+from unift.training import annealing, update
 from unift.training.row_memory import RowMemory
 from unift.types import Group, Sample, Score
 
@@ -171,6 +171,33 @@ def test_golden_gspo():
     assert e == pytest.approx([1.105171 / 6] * 3 + [1 / 4] * 2, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("method", "low", "high"),
+    [("rft", 1, 2), ("gspo", 0, 0), ("cispo", 0, 0), ("relift", 0, 0), ("rloo", 0, 0)],
+)
+def test_tokens_beyond_the_clip(method, low, high):
+    """Ratios (1.5, .5, 1.5) with A = (1, -1, 1), .2 each way: a token's own for clip; cispo lets them be up to 5; the completion's
+    for gspo, whose geometric mean 1.04 is within a clip of .2; none where nothing is clipped."""
+    item = Item([3], [], [Member([5] * 3, COMPLETION, [1.0, -1.0, 1.0], logps=[-1.0] * 3)])
+    more = ("policy.low=0.2", "policy.high=0.2") if method == "gspo" else ()
+    config = settings(method, *more)
+    batch = pack([item], [0], weigh([item], config), config)
+    l = fixed(*np.log([1.5, 0.5, 1.5]))
+    now = update.losses_of(l, fixed(0, 0, 0), None, replace(batch, old_S=fixed(0, 0, 0), ref_S=l), config, Engine())
+    assert (now.get("clipped_low", 0), now.get("clipped_high", 0)) == (low, high)
+
+
+def test_a_whole_completion_beyond_the_clip():
+    item = Item(
+        [3], [], [Member([5] * 2, COMPLETION, 1.0, logps=[-1.0] * 2), Member([5], COMPLETION, -1.0, logps=[-1.0])]
+    )
+    config = settings("gspo")
+    batch = pack([item], [0], weigh([item], config), config)
+    l, old = fixed(0.5, -0.4, -0.1), fixed(0, 0, 0)  # s = exp(.05) and exp(-.1)
+    now = update.losses_of(l, old, None, replace(batch, old_S=old), config, Engine())
+    assert (int(now["clipped_low"]), int(now["clipped_high"])) == (1, 2)
+
+
 def test_overlong_penalty():
     """DAPO: 0 up to max - buffer, -1/2 half way, -1 at the limit; it lowers the score before the baseline."""
     assert [overlong(n, 20, 4) for n in (1, 16, 18, 20)] == [0, 0, -0.5, -1]
@@ -186,7 +213,16 @@ def test_refill_rows_are_pure_and_their_own():
     assert first == refill_rows(0, 3, 1, 4, range(10)) and len(set(first)) == 4
     assert len({tuple(refill_rows(*a, 4, range(10))) for a in ((0, 3, 1), (0, 3, 2), (0, 4, 1), (1, 3, 1))}) == 4
     assert len(refill_rows(0, 0, 1, 7, range(3))) == 7
-    assert equal_scores(group(0, 0)) and not equal_scores(group(0, 1))
+    dapo = settings("dapo")
+    assert equal_scores(group(0, 0), dapo) and not equal_scores(group(0, 1), dapo)
+
+
+def test_a_demonstration_tells_failed_completions_apart():
+    """sample.refill leaves a group alone whose completions all fail beside a right demonstration: it has advantages."""
+    luffy = settings("luffy", "sample.refill=2")
+    assert any(group_advantages(group(0, 0), luffy)) and not equal_scores(group(0, 0), luffy)
+    assert not any(group_advantages(group(1, 1), luffy)) and equal_scores(group(1, 1), luffy)
+    assert equal_scores(replace(group(0, 0), solved=False), luffy)
 
 
 @pytest.mark.parametrize("solved", [True, False])
@@ -234,6 +270,58 @@ def test_kl_in_the_reward():
     assert [m.advantage for m in got] == [pytest.approx([r[0] - r[1]] * 2), pytest.approx([r[1] - r[0]])]
     got = credited("reinforce++", [1.0, 0.0], drift, "reference.kl=0.1", "credit.whiten=false")
     assert [m.advantage for m in got] == [pytest.approx([0.94, 0.99]), pytest.approx([-0.02])]
+
+
+def test_kl_in_the_reward_beside_a_demonstration():
+    """The solution's score of 1 is part of the group's baseline with a KL in the reward as without."""
+    config = settings("luffy", "reference.kl=0.1", "reference.into=reward")
+    members = [
+        Member([5, 1], COMPLETION, logps=[-1.0, -1.0]),
+        Member([6, 1], COMPLETION, logps=[-1.0, -1.0]),
+        Member([9, 1], DEMO, 7.0),
+    ]
+    ref = [[[-1.5, -1.0], [-1.0, -1.0], []]]  # d = (.5, 0) and (0, 0)
+    (item,) = returns.spread([Item([3], [], members)], [[0.0, 1.0]], config, ref)
+    r = np.array([-0.05, 1.0, 1.0])
+    a = r - r.mean()
+    assert [m.advantage for m in item.members] == [
+        pytest.approx([a[0]] * 2),
+        pytest.approx([a[1]] * 2),
+        pytest.approx(a[2]),
+    ]
+
+
+def test_a_likelihood_that_has_come_to_nothing_costs_nothing():
+    """likelihood.schedule=hint after the last hint: solutions and own completions with weight 0 are not forwarded."""
+    for method, roles in (("uft-whole", [DEMO]), ("srft", [DEMO]), ("data-mixing", [DEMO, packs.OWN])):
+        config = settings(method)
+        rules = config.phases[-1] if config.phases else config
+        off = rules.model_copy(update={"likelihood": rules.likelihood.model_copy(update={"weight": 0.0})})
+        g = group(1, 0)
+        on, none = (
+            {m.role for m in items_of([g], [group_advantages(g, r)], [[6, 1]], r)[0].members} for r in (rules, off)
+        )
+        assert on >= set(roles) and none == on - ({*roles} if method != "srft" else set())  # there it is a member, too
+
+
+def test_a_gate_beside_credit_that_spreads():
+    """A failed group under likelihood.gate has no completion left that could get a credit; its solution stays."""
+    config = settings("hpt", "credit.whiten=true")
+    groups = [group(0, 0), group(1, 0)]
+    items = items_of(groups, [group_advantages(g, config) for g in groups], [[9, 1]] * 2, config)
+    failed, mixed = returns.spread(items, [[0.0, 0.0], [1.0, 0.0]], config)
+    assert [m.role for m in failed.members] == [DEMO]
+    assert np.concatenate([m.advantage for m in mixed.members]).mean() == pytest.approx(0)
+
+
+def test_sign_is_of_the_verdict():
+    """SRFT: right is what the verifier calls right, at any value; a right one within the length limit is not a wrong one."""
+    config = settings("srft", "sample.max_tokens=10", "credit.overlong=4")
+    g = group(0.5, 2.0, 1.0, 1.0, lengths={0: 1, 1: 1, 2: 8, 3: 10})
+    for sample, correct in zip(g.samples, (True, False, True, True), strict=True):
+        sample.score = replace(sample.score, correct=correct)
+    assert shaped_scores(g, config) == [1.0, 0.0, 1.0, 0.0]
+    assert group_advantages(g, config) == pytest.approx([0.1, -1, 0.1, -1, 0.1])
 
 
 def test_whitening_is_over_all_tokens_of_the_step():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -14,11 +15,11 @@ from unift.config.resolve import parse_overrides, resolve
 from unift.files import publish_folder
 from unift.model.load import locate
 from unift.model.logprobs import logprobs
-from unift.training import update
+from unift.training import evaluate, update
 from unift.training.loop import train
 from unift.training.run import checkpoint, claim
 from unift.training.run.metrics import read_metrics
-from unift.types import ConfigError, DataError, NonFiniteError, UniftError
+from unift.types import ConfigError, DataError, NonFiniteError, Stopped, UniftError
 
 TINY = [
     "train.steps=4",
@@ -159,11 +160,61 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     assert train(config, tmp_path)["steps"] == 4
 
 
+def test_best_names_the_best_checkpoint_that_there_is(tmp_path, monkeypatch):
+    """An evaluation between two checkpoints may be better than both; the best of those that were saved stays."""
+    accuracies = iter([0.1, 0.2, 0.5, 0.9, 0.4, 0.3, 0.45, 0.45])
+
+    def greedy(judge, split):
+        return evaluate.Accuracy(next(accuracies), 0.0, 1.0, len(split.rows))
+
+    monkeypatch.setattr(evaluate, "greedy", greedy)
+    items = ["train.steps=6", "eval.every=1", "save.every=2", "save.keep=1", "eval.train_rows=0"]
+    train(tiny("sft", *items), tmp_path)
+    checkpoints = tmp_path / "checkpoints"
+    assert (checkpoints / "best").read_text() == "step_000002"
+    assert checkpoint.steps_saved(tmp_path) == [2, 6]
+
+
+def test_a_copy_of_a_checkpoint_is_none_of_the_run(tmp_path):
+    """Whoever keeps one under another name does not stop the run from going on."""
+    config = tiny("sft", "save.every=2")
+    with pytest.raises(Stopped):
+        train(config, tmp_path, report=lambda m, total: m["step"] == 2)
+    kept = tmp_path / "checkpoints" / "step_000002.before"
+    shutil.copytree(tmp_path / "checkpoints" / "step_000002", kept)
+    assert train(config, tmp_path)["steps"] == 4 and kept.is_dir()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_out_of_memory_is_told_and_the_run_goes_on(tmp_path, device):
+    """With less of it: a smaller budget of tokens is no other run. The CPU's error is a real one."""
+
+    def short(*args):
+        if device == "cpu":
+            return torch.empty(2**50)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    config, more = tiny("uft", "save.every=1"), ("train.token_budget=64", "train.gradient_checkpointing=true")
+    with pytest.MonkeyPatch.context() as patch:
+        real, calls = update.apply, []
+
+        def apply(*args):
+            calls.append(1)
+            return short() if len(calls) == 3 else real(*args)
+
+        patch.setattr(update, "apply", apply)
+        with pytest.raises(UniftError, match="memory ran out: .* train.token_budget below 16384"):
+            train(config, tmp_path)
+    assert checkpoint.steps_saved(tmp_path)[-1] == 2
+    assert train(tiny("uft", "save.every=1", *more), tmp_path)["steps"] == 4
+
+
 def test_learning_rate():
     t = tiny("sft", "train.warmup=2", "train.decay=cosine", "train.lr=1.0").train
     assert update.learning_rate(t, 0, 6) == 0.5 and update.learning_rate(t, 1, 6) == 1.0
     assert update.learning_rate(t, 2, 6) == 1.0
     assert update.learning_rate(t, 4, 6) == pytest.approx(0.5)
+    assert update.learning_rate(t, 1.9, 6) == 1.0, "with a budget a step may begin anywhere; train.lr is the highest"
 
 
 def test_gradients_of_both_streams_are_logged_and_change_nothing(tmp_path):

@@ -233,7 +233,7 @@ def evaluate(
             from unift.model.load import keep_model
 
             model = keep_model(model, tokenizer, Path(folder) / layers.BASE)
-        found = settings_of(model, recipe, config, over)
+        found = settings_of_split(model, recipe, config, over)
         layers.quiet_libraries(found)
         return evaluate_split(found, split, samples, given, vote)
 
@@ -364,3 +364,15 @@ def settings_of(model: Any, recipe: str | None, config: Any, over: Mapping[str, 
         )
     own = {"model.path": str(weights), "model.lora": None, "model.gguf": None, "model.quantize": None}
     return resolve(None, file=read_yaml(folder / "config.yaml"), overrides=layers.nested({**over, **own}))
+
+
+def settings_of_split(model: Any, recipe: str | None, config: Any, over: Mapping[str, Any]) -> Config:
+    """As `settings_of`, for rows of the run's own kind: reward.answer=auto is what the run's training rows made of it, which an
+    evaluation of other rows does not read."""
+    from unift.training.run.metrics import read_metrics
+
+    found, folder = settings_of(model, recipe, config, over), model.folder if isinstance(model, RunFolder) else model
+    own = read_metrics(Path(str(folder)) / "metrics.jsonl", 0)
+    if found.reward.answer != "auto" or found.reward.rule != "unift" or not own or "answer" not in own[0]:
+        return found
+    return found.model_copy(update={"reward": found.reward.model_copy(update={"answer": own[0]["answer"]})})

@@ -77,9 +77,13 @@ def train(
     processes.end_with_parent()
     from unift.commands import settings as layers
     from unift.config.resolve import parse_overrides
+    from unift.config.unread import unread
 
     resolved = _resolved(config, recipe, method, settings)
     folder = layers.folder_of(resolved, run)
+    if not quiet and processes.first():
+        by_hand = layers.by_hand(config, settings or [])
+        typer.echo("".join(f"note: {line}\n" for line in unread(resolved, by_hand)), nl=False, err=True)
     if dry_run:
         from unift.commands.doctor.dry_run import describe
 
@@ -177,7 +181,7 @@ def evaluate(
     from unift import processes
 
     processes.end_with_parent()
-    from unift.commands.api import settings_of
+    from unift.commands.api import settings_of_split
     from unift.commands.settings import quiet_libraries
     from unift.config.resolve import dotted
     from unift.training.evaluate import evaluate_split
@@ -205,7 +209,7 @@ def evaluate(
 
         say(f"\n{text_of(result)}\n\nfolder: {result['folder']}")
         return
-    found = settings_of(model, recipe, config, dotted(settings or []))
+    found = settings_of_split(model, recipe, config, dotted(settings or []))
     quiet_libraries(found)
     evaluation = evaluate_split(found, split, samples, vote=vote)
     if processes.first():

@@ -12,7 +12,7 @@ import yaml
 from unift import processes
 from unift.config.identity import config_hash, flat
 from unift.config.packaged import recipe_text
-from unift.config.resolve import beside, nested, read_yaml, resolve
+from unift.config.resolve import beside, dotted, nested, read_yaml, resolve
 from unift.config.sections import Config
 from unift.types import HANDED, Given, Row, Stopped
 
@@ -66,6 +66,12 @@ def of_recipes_task(
         return file
     section = file.get("model")
     return {**file, "model": {**(section if isinstance(section, Mapping) else {}), **packaged["model"]}}
+
+
+def by_hand(config: str | Path | Mapping[str, Any] | None, words: Sequence[str]) -> dict[str, Any]:
+    """What a file and ``key=value`` words set, nested."""
+    file = config if isinstance(config, Mapping) else read_yaml(config) if config else {}
+    return nested(flat(file) | dotted(words))
 
 
 def is_demo(config: Any, recipe: str | None, over: Mapping[str, Any]) -> bool:

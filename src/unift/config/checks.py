@@ -8,7 +8,7 @@ from typing import Any
 from unift.config.budget import parse
 from unift.config.identity import flat
 from unift.config.packaged import nearest, preset_names
-from unift.config.sections import Config, Rules
+from unift.config.sections import Config, Likelihood, Rules
 from unift.config.stages import stages
 from unift.config.surroundings import BESIDE, Engine
 from unift.config.words import ANNEALINGS, BASELINES, INTOS, LOSSES, NORMS, SCHEDULES, SOURCES, TOKENS
@@ -41,7 +41,7 @@ def check(config: Config) -> None:
                 f"sample.completions=1 leaves baseline {phase.credit.baseline!r} nothing to compare with: every "
                 "advantage would be 0. Use 2 or more, or credit.baseline=none"
             )
-        silent = phase.likelihood.tokens == "none" or phase.likelihood.weight == 0
+        silent = phase.likelihood.tokens == "none" or _heaviest(phase.likelihood) == 0
         pairs = (sample.rejected is not None or sample.label is not None) and loss.sequences
         if (sample.completions == 0 or not loss.pushes) and silent and not pairs:
             raise ConfigError(
@@ -124,6 +124,11 @@ def _check_overlap(phase: Rules) -> None:
         )
 
 
+def _heaviest(likelihood: Likelihood) -> float:
+    """The largest weight that the stream has over the steps, at zero entropy."""
+    return max(likelihood.weight, likelihood.final if ANNEALINGS[likelihood.schedule].final else 0.0)
+
+
 def _check_together(phase: Rules) -> None:
     """Settings of different sections that only make sense together."""
     sample, likelihood, g = phase.sample, phase.likelihood, phase.sample.completions
@@ -133,6 +138,8 @@ def _check_together(phase: Rules) -> None:
         BASELINES[phase.credit.baseline],
     )
     tokens, demonstrated = TOKENS[likelihood.tokens], sample.demonstration
+    in_reward = phase.reference.kl != 0 and INTOS[phase.reference.into].reward
+    heaviest = _heaviest(likelihood)
     falling = ", ".join(name for name, word in SCHEDULES.items() if word.falls)
     wants = [
         (tokens.own and g == 0, f"likelihood.tokens={likelihood.tokens} needs sample.completions > 0"),
@@ -160,8 +167,28 @@ def _check_together(phase: Rules) -> None:
             f"Use one of {falling}",
         ),
         (
-            phase.policy.weight == "complement" and likelihood.weight > 1,
-            f"policy.weight=complement is 1 - likelihood.weight, which is negative at {likelihood.weight}",
+            phase.policy.weight == "complement" and heaviest > 1,
+            f"policy.weight=complement is 1 - likelihood.weight, which is negative at {heaviest:g}",
+        ),
+        (
+            phase.policy.weight == "complement" and likelihood.entropy > 0,
+            f"policy.weight=complement is 1 - likelihood.weight, and likelihood.entropy={likelihood.entropy:g} has no bound for "
+            "that weight: use a number for policy.weight",
+        ),
+        (
+            (g == 0 or not loss.pushes) and tokens.alone and not schedule.shows,
+            f"nothing to learn from: likelihood.tokens={likelihood.tokens} supervises the revealed steps, and "
+            f"show.schedule={phase.show.schedule} reveals none. Use another schedule, or likelihood.tokens=demo",
+        ),
+        (
+            in_reward and baseline.verdicts,
+            f"credit.baseline={phase.credit.baseline} looks at right and wrong, from which no KL can be taken off: use "
+            "reference.into=loss, or another baseline",
+        ),
+        (
+            phase.credit.whiten and demonstrated and not baseline.solution and not loss.sequences,
+            "credit.whiten makes the advantages of sampled tokens alike; the solution in a group (sample.demonstration) would "
+            "keep its own: set one of them to false",
         ),
         (
             phase.show.members is not None and not 0 < phase.show.members <= g,
@@ -200,6 +227,11 @@ def _check_together(phase: Rules) -> None:
             sample.rejected is not None and not (loss.sequences and demonstrated),
             "sample.rejected names what the solution is preferred to: it needs a policy.loss of sequences "
             f"({', '.join(name for name, word in LOSSES.items() if word.sequences)}) and sample.demonstration=true",
+        ),
+        (
+            sample.rejected is not None and schedule.shows and phase.show.members is None,
+            f"sample.rejected names an answer that does not begin with the revealed steps (show.schedule="
+            f"{phase.show.schedule}): use show.schedule=none",
         ),
         (
             sample.label is not None and not (loss.labels and demonstrated),

@@ -11,11 +11,12 @@ import yaml
 
 from unift.config.sections import Config
 
-# A continued run may change these: they do not touch the numbers.
+# A continued run may change these, in a phase, too: they do not touch the numbers, but for rounding.
 FREE_KEYS = (
     "run", "save", "log", "baselines", "threads", "model.shard",
     "engine.url", "engine.timeout", "engine.folder", "engine.transfer", "engine.gap_limit",
-    "reward.workers", "reward.timeout", "reward.wall_timeout", "reward.error_rate", "reward.environment",
+    "reward.workers", "reward.timeout", "reward.wall_timeout", "reward.error_rate", "reward.memory_mb", "reward.environment",
+    "train.token_budget", "train.gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -34,9 +35,16 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def numeric_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide the numbers, flat: {"train.lr": 1e-6, ...}."""
-    found = flat(config.model_dump(mode="json"))
-    return {k: v for k, v in found.items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)}
+    """The settings that decide the numbers, flat: {"train.lr": 1e-6, "phases.0.train.lr": 1e-5, ...}."""
+    found = _numeric(config.model_dump(mode="json"))
+    phases: list[Any] = found.pop("phases")
+    for number, phase in enumerate(phases):
+        found |= {f"phases.{number}.{name}": value for name, value in _numeric(phase).items()}
+    return found if phases else found | {"phases": phases}
+
+
+def _numeric(tree: Any) -> dict[str, Any]:
+    return {k: v for k, v in flat(tree).items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)}
 
 
 def config_hash(config: Config) -> str:

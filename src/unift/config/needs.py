@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from unift.config.sections import Rules
-from unift.config.words import BASELINES, KEEPS, LOSSES, RULES, SCHEDULES, SOURCES, TOKENS
+from unift.config.words import BASELINES, INTOS, KEEPS, LOSSES, RULES, SCHEDULES, SOURCES, TOKENS
 
 
 def reference(s: Rules) -> bool:
     """The model that the phase began with: for a KL, a rule that compares with it, or to sample from."""
-    pulls = s.reference.kl != 0 or LOSSES[s.policy.loss].reference
-    return pulls or RULES[s.likelihood.rule].reference or SOURCES[s.sample.source].reference
+    return reference_logps(s) or s.reference.kl != 0 or SOURCES[s.sample.source].reference
+
+
+def reference_logps(s: Rules) -> bool:
+    """The loss itself looks at log-probs under the reference: its KL term, a policy loss, or a likelihood rule."""
+    pulls = s.reference.kl != 0 and not INTOS[s.reference.into].reward
+    return pulls or LOSSES[s.policy.loss].reference or RULES[s.likelihood.rule].reference
 
 
 def old(s: Rules) -> bool:

@@ -105,9 +105,9 @@ BaselineName = Literal["group_mean", "leave_one_out", "none", "sign", "critic", 
 
 @dataclass(frozen=True)
 class Baseline(Word):
-    compares: bool = False  # completions of a group with each other: with equal scores there is no credit
+    compares: bool = False  # completions of a group with each other: equal scores are no credit, and ``scale`` applies
     grouped: bool = False  # one advantage a completion, from the scores of its group
-    scaled: bool = True  # ``scale`` applies
+    verdicts: bool = False  # right or wrong counts, not how much a score is
     critic: bool = False  # a value head says what a token was worth before it was sampled
     scores: bool = True  # the verifier's scores count
     solution: bool = False  # the solution stands against completions of the reference
@@ -119,7 +119,7 @@ BASELINES: Mapping[BaselineName, Baseline] = {
     ),
     "leave_one_out": Baseline("r - mean of the others", "RLOO, arXiv 2402.14740", compares=True, grouped=True),
     "none": Baseline("r", "REINFORCE++, arXiv 2501.03262"),
-    "sign": Baseline("+1 / -1", "SRFT, arXiv 2506.19767", grouped=True, scaled=False),
+    "sign": Baseline("+1 / -1", "SRFT, arXiv 2506.19767", grouped=True, verdicts=True),
     "critic": Baseline("GAE", "arXiv 1506.02438, eq. 16; ReFT, arXiv 2401.08967", critic=True),
     "partition": Baseline(
         "solution against the others, {sequence_logp} of log pi", "arXiv 2502.18679", scores=False, solution=True
@@ -152,17 +152,19 @@ class Loss(Word):
     credit: str = ""
     pushes: bool = True
     ratio: bool = False  # to the policy at the start of the step
+    clips: bool = False  # that ratio
+    whole: bool = False  # which is one of a whole completion
     sequences: bool = False  # of whole sequences, a demonstration among them, as pairs or with scores
     labels: bool = False  # scores of whole sequences, not only pairs
     reference: bool = False
 
 
 LOSSES: Mapping[LossName, Loss] = {
-    "clip": Loss("clip {low:g}/{high:g}", "PPO, arXiv 1707.06347, eq. 7", ratio=True),
+    "clip": Loss("clip {low:g}/{high:g}", "PPO, arXiv 1707.06347, eq. 7", ratio=True, clips=True),
     "ratio": Loss("ratio", "the official code of LUFFY, ReLIFT and HPT", ratio=True),
     "reinforce": Loss("reinforce", "Williams 1992"),
-    "cispo": Loss("cispo {high:g}", "CISPO, arXiv 2506.13585", ratio=True),
-    "gspo": Loss("gspo {low:g}/{high:g}", "GSPO, arXiv 2507.18071, eq. 5", ratio=True),
+    "cispo": Loss("cispo {high:g}", "CISPO, arXiv 2506.13585", ratio=True, clips=True),
+    "gspo": Loss("gspo {low:g}/{high:g}", "GSPO, arXiv 2507.18071, eq. 5", ratio=True, clips=True, whole=True),
     "dpo": Loss("dpo", "DPO, arXiv 2305.18290, eq. 7", "right before wrong", sequences=True, reference=True),
     "una": Loss("una", "UNA, arXiv 2408.15339", "the score", sequences=True, labels=True, reference=True),
     "orpo": Loss("orpo", "ORPO, arXiv 2403.07691, eqs. 6 and 7", "right before wrong", sequences=True),
@@ -285,11 +287,12 @@ AnnealingName = Literal["constant", "cosine", "hint"]
 @dataclass(frozen=True)
 class Annealing(Word):
     hint: bool = False  # follows the hint's own schedule, which must fall
+    final: bool = False  # goes to ``final``
 
 
 ANNEALINGS: Mapping[AnnealingName, Annealing] = {
     "constant": Annealing(""),
-    "cosine": Annealing(", cosine to {final:g}", "CHORD, arXiv 2508.11408"),
+    "cosine": Annealing(", cosine to {final:g}", "CHORD, arXiv 2508.11408", final=True),
     "hint": Annealing(", hint", hint=True),
 }
 

@@ -28,8 +28,9 @@ def advantages(scores_G: list[float], credit: Credit) -> list[float]:
 
     group_mean:    A_i = r_i - mean(r)                      (Dr.GRPO, arXiv 2503.20783; GRPO before scaling)
     leave_one_out: A_i = r_i - mean_{j != i}(r_j)           (RLOO, arXiv 2402.14740)
-    sign:          A_i = 1 for a right completion, -1 for a wrong one (SRFT, arXiv 2506.19767)
-    scale: divided by (std(r) + epsilon), sample (n-1) or population std (GRPO, arXiv 2402.03300); none with sign.
+    sign:          A_i = 1 for a right completion (1 in ``scores_G``), -1 for a wrong one (SRFT, arXiv 2506.19767)
+    scale: of these differences: divided by (std(r) + epsilon), sample (n-1) or population std (GRPO, arXiv 2402.03300). The
+    other baselines take no difference, and a std that may be 0 where r is not.
     positive: factor of the positive ones, last.
 
     With group_mean and leave_one_out, a group whose scores are all equal has exactly zero advantage: decided by
@@ -42,7 +43,7 @@ def advantages(scores_G: list[float], credit: Credit) -> list[float]:
     if word.compares and (r == r[0]).all():
         return [0.0] * r.size
     a = RULES[credit.baseline](r)
-    if credit.scale != "none" and word.scaled and r.size > 1:
+    if credit.scale != "none" and word.compares and r.size > 1:
         a /= r.std(ddof=1 if credit.scale == "sample_std" else 0) + credit.epsilon
     if credit.positive != 1:
         a = np.where(a > 0, credit.positive * a, a)
@@ -55,12 +56,14 @@ def overlong(length: int, max_tokens: int, buffer: int) -> float:
 
 
 def shaped_scores(group: Group, rules: Rules) -> list[float]:
-    """What the samples are worth before any baseline: the verifier's score and the penalty on length."""
-    return [
-        s.score.value + overlong(s.sampled, rules.sample.max_tokens, rules.credit.overlong)
-        for s in group.samples
-        if s.score is not None
-    ]
+    """What the samples are worth before any baseline: the verifier's score and the penalty on length. Where verdicts count:
+    1 or 0, and a right one is worth nothing once the penalty is all that it can be."""
+    verdicts, out = BASELINES[rules.credit.baseline].verdicts, list[float]()
+    for s in group.samples:
+        if s.score is not None:
+            penalty = overlong(s.sampled, rules.sample.max_tokens, rules.credit.overlong)
+            out.append(float(s.score.right and penalty > -1) if verdicts else s.score.value + penalty)
+    return out
 
 
 def group_advantages(group: Group, rules: Rules) -> list[float]:

@@ -54,15 +54,16 @@ def credited(
     def logps(batch: PackedBatch) -> Tensor:
         return logprobs(policy, batch.to(policy.device), rules.sample.temperature)[0]
 
+    together = policy.root is not None
     if BASELINES[rules.credit.baseline].solution:
-        return discriminative.spread(made, rules, returns.measured(logps, made, rules), models.partition)
+        return discriminative.spread(made, rules, returns.measured(logps, made, rules, together), models.partition)
     ref = None
     if returns.kl_in_reward(rules):
         reference = models.reference
         if reference is None:
             raise ValueError(f"method {rules.method} compares with the reference, and none was given")
-        ref = returns.measured(lambda b: reference(b.to(policy.device)), made, rules)
+        ref = returns.measured(lambda b: reference(b.to(policy.device)), made, rules, together)
     values = None
     if policy.critic is not None:
-        values = returns.measured(lambda b: critic.values(policy, b.to(policy.device)), made, rules)
+        values = returns.measured(lambda b: critic.values(policy, b.to(policy.device)), made, rules, together)
     return returns.spread(made, [shaped_scores(g, rules) for g in groups], rules, ref, values)

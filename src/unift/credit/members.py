@@ -32,8 +32,9 @@ def items_of(
         own_a = advantages[i][: len(group.samples)]
         samples = [(s, a) for s, a in zip(group.samples, own_a, strict=True) if s.tokens and s.score is not None]
         gate, own, push, as_member = None, None, True, False
-        waits = False
+        waits, weighed = False, True
         if rules is not None:
+            weighed = rules.likelihood.weight > 0  # which a schedule may bring to 0
             gate, waits = rules.likelihood.gate if group.solved else None, rules.likelihood.buffer > 0
             own = rules.likelihood.keep if words.TOKENS[rules.likelihood.tokens].own else None
             push, as_member = words.LOSSES[rules.policy.loss].pushes, rules.sample.demonstration
@@ -44,9 +45,9 @@ def items_of(
             members = [Member(s.tokens, COMPLETION, a, s.logps, s.given) for s, a in samples]
         elif supervised and rules is not None and needs.own_hints(rules):
             members = [hint_of(s.tokens, s.given) for s, _ in samples if s.given]
-        if own is not None:
+        if own is not None and weighed:
             members += [Member(tokens, OWN) for tokens in chosen(group, own)]
-        if demos is not None and group.solved and (supervised or as_member):
+        if demos is not None and group.solved and ((supervised and weighed) or as_member):
             a = advantages[i][len(group.samples)] if as_member else 0.0
             members.append(Member(demos[i][len(group.hint) :], DEMO, a))
         items.append(Item(group.prompt, group.hint, members, supervised, (*address, group.row_id)))

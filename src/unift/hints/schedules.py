@@ -53,10 +53,10 @@ class Schedule:
 
 
 def cosine(show: Show, at: At, span: Span) -> float:
-    """p(t) = low + (high - low)/2 (1 + cos(pi t / T_hint)), t <= T_hint (UFT, eq. B.1)."""
-    return show.low + (show.high - show.low) / 2 * (
-        1 + math.cos(math.pi * (at.step + 1) / hinted_steps(show, at.total))
-    )
+    """p(t) = low + (high - low)/2 (1 + cos(pi t / T_hint)), t <= T_hint (UFT, eq. B.1); a last step that is no whole one
+    (train.budget) has t = T_hint."""
+    angle = min(math.pi * (at.step + 1) / hinted_steps(show, at.total), math.pi)
+    return show.low + (show.high - show.low) / 2 * (1 + math.cos(angle))
 
 
 def window(show: Show, at: At, span: Span) -> Span:

@@ -35,7 +35,11 @@ def perturbed(policy: Policy, batch: PackedBatch, items: Sequence[Item], rules: 
         return [
             batch,
             replace(
-                batch, delta_TD=delta_TD, policy_w_S=copy * batch.policy_w_S, likelihood_w_S=copy * batch.likelihood_w_S
+                batch,
+                delta_TD=delta_TD,
+                policy_w_S=copy * batch.policy_w_S,
+                likelihood_w_S=copy * batch.likelihood_w_S,
+                entropy_w_S=copy * batch.entropy_w_S,
             ),
         ]
     return [replace(batch, delta_TD=noise(policy, batch, items, rules.inputs))]

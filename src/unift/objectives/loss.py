@@ -69,10 +69,13 @@ def clipped_importance(l_S: Tensor, old_S: Tensor, a_S: Tensor, low: float, high
 def sequence_ratio(t: Pushed, low: float, high: float, dual: float | None) -> Tensor:
     """GSPO (arXiv 2507.18071, eq. 5 and the token variant): s = exp(mean_t(l - old)) over the completion's own tokens,
     clipped as a whole; each token has the value of s and its own share of the gradient. e = s A where not clipped."""
-    d_S = torch.where(t.own, t.l - t.old, 0.0)
+    return _clip(_whole_ratio(t) * torch.exp(t.l - t.l.detach()), t.a, low, high, dual)
+
+
+def _whole_ratio(t: Pushed) -> Tensor:
+    d_S = torch.where(t.own, t.l.detach() - t.old, 0.0)
     count = sequence_sum(t.own.to(d_S.dtype), t.sequence).clamp(min=1)
-    s_S = (sequence_sum(d_S.detach(), t.sequence) / count)[t.sequence].exp()
-    return _clip(s_S * torch.exp(t.l - t.l.detach()), t.a, low, high, dual)
+    return (sequence_sum(d_S, t.sequence) / count)[t.sequence].exp()
 
 
 def kl_penalty(l_S: Tensor, ref_S: Tensor, estimator: words.EstimatorName, clamp: float | None = None) -> Tensor:
@@ -136,12 +139,11 @@ OFF_POLICY: Mapping[words.OffPolicyName, Function] = {
 
 def surrogate(l_S: Tensor, old_S: Tensor, entropy_S: Tensor | None, batch: PackedBatch, policy: PolicyStream) -> Tensor:
     """What every token's policy weight multiplies."""
-    own_S = batch.role_S == COMPLETION
-    tokens = Pushed(l_S, old_S, batch.advantage_S, own_S, batch.sequence_S)
+    tokens = _pushed(l_S, old_S, batch)
     out_S = LOSSES[policy.loss](tokens, policy)
     if policy.off_policy == "none":
         return out_S
-    off_S = ~own_S & (batch.policy_w_S != 0)
+    off_S = ~tokens.own & (batch.policy_w_S != 0)
     other_S = OFF_POLICY[policy.off_policy](tokens, policy)
     if policy.off_policy_top < 1:
         if entropy_S is None:
@@ -150,6 +152,18 @@ def surrogate(l_S: Tensor, old_S: Tensor, entropy_S: Tensor | None, batch: Packe
         keep_S[off_S] = most_uncertain(entropy_S.detach()[off_S], batch.sequence_S[off_S], policy.off_policy_top)
         other_S = torch.where(keep_S, other_S, 0.0)
     return torch.where(off_S, other_S, out_S)
+
+
+def _pushed(l_S: Tensor, old_S: Tensor, batch: PackedBatch) -> Pushed:
+    return Pushed(l_S, old_S, batch.advantage_S, batch.role_S == COMPLETION, batch.sequence_S)
+
+
+def ratios(l_S: Tensor, batch: PackedBatch, policy: PolicyStream) -> Tensor:
+    """pi / pi_old of every token as the policy's loss clips it: the token's own, or that of its completion (gspo)."""
+    old_S = l_S.detach() if batch.old_S is None else batch.old_S
+    if words.LOSSES[policy.loss].whole:
+        return _whole_ratio(_pushed(l_S, old_S, batch))
+    return torch.exp(l_S - old_S)
 
 
 def losses(l_S: Tensor, entropy_S: Tensor | None, batch: PackedBatch, rules: Rules) -> dict[str, Tensor]:

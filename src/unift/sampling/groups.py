@@ -132,17 +132,15 @@ def judge(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: R
 
 
 def replaceable(group: Group, rules: Rules) -> bool:
-    """Whether ``sample.refill`` replaces the group: its scores are all equal, with the solution's 1 where that is a member, and no
-    ``likelihood.gate`` supervises it, which takes up what completions fail at."""
+    """Whether ``sample.refill`` replaces the group: its scores are all equal, and no ``likelihood.gate`` supervises it, which takes
+    up what completions fail at."""
     gate = rules.likelihood.gate
     if gate is not None and group.solved and fails(group, gate):
         return False
-    member = rules.sample.demonstration and group.solved
-    return equal_scores(group) and not (
-        member and any(s.score is not None and s.score.value != 1 for s in group.samples)
-    )
+    return equal_scores(group, rules)
 
 
-def equal_scores(group: Group) -> bool:
-    """All scores equal: nothing to tell its completions apart."""
-    return len({s.score.value for s in group.samples if s.score is not None}) <= 1
+def equal_scores(group: Group, rules: Rules) -> bool:
+    """All scores equal: nothing to tell its members apart. A demonstration among them has the score 1."""
+    demonstrated = {1.0} if rules.sample.demonstration and group.solved else set[float]()
+    return len({s.score.value for s in group.samples if s.score is not None} | demonstrated) <= 1

@@ -33,7 +33,8 @@ def _cosine(rules: Rules, step: float, total: int) -> float:
 
 
 def _hint(rules: Rules, step: float, total: int) -> float:
-    return rules.likelihood.weight * schedules.probability(rules.show, step, total) / rules.show.high
+    high = rules.show.high
+    return rules.likelihood.weight * schedules.probability(rules.show, step, total) / high if high else 0.0
 
 
 ANNEALINGS: Mapping[words.AnnealingName, Callable[[Rules, float, int], float]] = {

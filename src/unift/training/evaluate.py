@@ -174,9 +174,10 @@ def _evaluate(config: Config, split: str, samples: int, given: Given, vote: bool
     asked = data.test if split == "test" else data.train
     if not asked.rows:
         raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")
-    with open_scorer(config.reward, data.train.rows, given.reward) as scorer:
+    solved = data.train.rows or asked.rows  # those whose solutions show where an answer stands
+    with open_scorer(config.reward, solved, given.reward) as scorer:
         policy = load_policy(config.model, tokenizer, longest(config))
-        place = answer_rule(data.train.rows, config.reward.answer, config.reward.rule) if vote else None
+        place = answer_rule(solved, config.reward.answer, config.reward.rule) if vote else None
         with open_engine(config.engine, policy, Path(config.run or "runs"), longest_context(config, data)) as engine:
             judge = Judge(policy, engine, scorer, evaluation_tokens(config))
             accuracy = greedy(judge, asked)

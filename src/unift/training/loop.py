@@ -23,7 +23,7 @@ from unift.config import launcher, needs
 from unift.config.identity import config_hash
 from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest, stages
-from unift.files import write_atomic, writing
+from unift.files import writing
 from unift.model import checkpointing, critic, quantize
 from unift.model.limits import check_positions, longest_context, use_threads
 from unift.model.load import load_policy, load_tokenizer, pick_device, save_adapter, save_pretrained
@@ -42,7 +42,7 @@ from unift.training.row_memory import RowMemory
 from unift.training.run import check_trackers, checkpoint, claim, open_run, rollouts, trackers, write_result
 from unift.training.run.metrics import append_metrics, rewind_metrics
 from unift.training.step import one_step
-from unift.types import ConfigError, Given, Stopped
+from unift.types import ConfigError, Given, Stopped, UniftError
 
 T = TypeVar("T")
 
@@ -77,7 +77,10 @@ def train(
                 scorer.check(data.train.rows[0])
                 policy = load(config, tokenizer)
                 with open_engine(config.engine, policy, folder, longest_context(config, data)) as engine:
-                    return run_to_end(Run(config, folder, policy, engine, scorer, data, report, track, watch), asked)
+                    with memory_told(config):
+                        return run_to_end(
+                            Run(config, folder, policy, engine, scorer, data, report, track, watch), asked
+                        )
 
 
 def load(config: Config, tokenizer: Any, frozen: bool = False) -> Policy:
@@ -108,12 +111,12 @@ def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
             if over or due(run.config.eval.every, before, run.position):
                 if state.ahead is not None:
                     state.ahead.wait()  # the evaluation brings newer weights
-                metrics |= evaluated(run, step + 1)
+                metrics |= evaluated(run)
             wanted = log_step(run, step + 1, metrics, time.perf_counter() - began)
             stop = any(processes.gather("whether to stop", bool(wanted or asked.is_set())))
             saving = time.perf_counter()
             if stop or over or due(run.config.save.every, step, step + 1):
-                save(run, step + 1, state)
+                save(run, step + 1, state, metrics.get("eval/test/accuracy"))
             run.saving = time.perf_counter() - saving
             if stop:
                 raise Stopped(f"stopped after step {step + 1} of {run.expected()}, which is saved in {run.folder}")
@@ -155,6 +158,22 @@ def asked_to_stop() -> Iterator[threading.Event]:
     finally:
         for n, old in before.items():
             signal.signal(n, old)
+
+
+@contextmanager
+def memory_told(config: Config) -> Iterator[None]:
+    """Memory that ran out is one clear error: what takes less of it, with which the run goes on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        largest = max(stage.rules.train.token_budget for stage in stages(config))
+        raise UniftError(
+            f"memory ran out: {str(error).splitlines()[0]:.200}. Run the same command with less of it, which continues from the "
+            f"last complete checkpoint: train.token_budget below {largest}, train.gradient_checkpointing=true (unift train "
+            "--dry-run estimates both), or fewer other processes on the device"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------- beginnings and ends
@@ -245,6 +264,7 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
     result["scorer"] = {"train": progress.scored, "eval": progress.judged}
 
     def write() -> None:
+        checkpoint.name_best(run.folder, progress.best_step)  # a kill may have come before it
         with writing("the final model", run.folder):
             save_pretrained(run.policy, run.folder / "model")
             save_adapter(run.policy, config.model, run.folder / "adapter")
@@ -274,14 +294,11 @@ def check_path(policy: Policy, rules: Rules) -> None:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluated(run: Run, finished: int) -> Metrics:
-    """Accuracy on the test rows, as a metric; remembers the best. Nothing without test rows."""
+def evaluated(run: Run) -> Metrics:
+    """Accuracy on the test rows, as a metric. Nothing without test rows."""
     if not run.data.test.rows:
         return {}
-    accuracy = greedy(run, "held-out rows", run.data.test).accuracy
-    if accuracy > run.progress.best:
-        run.progress.best, run.progress.best_step = accuracy, finished
-    return {"eval/test/accuracy": accuracy}
+    return {"eval/test/accuracy": greedy(run, "held-out rows", run.data.test).accuracy}
 
 
 def announced(run: Run, what: str, split: dataset.Split) -> evaluate.Accuracy:
@@ -324,12 +341,15 @@ def log(run: Run, step: int, metrics: Metrics) -> Any:
     return run.report(record, run.expected())
 
 
-def save(run: Run, finished: int, state: State) -> None:
-    """A checkpoint, by the first process, or by all of them where the weights are sharded."""
+def save(run: Run, finished: int, state: State, accuracy: float | None) -> None:
+    """A checkpoint, by the first process, or by all of them where the weights are sharded. ``accuracy``: of its evaluation,
+    where there was one; checkpoints/best names the best of those."""
     if processes.size() > 1 and run.policy.root is None:
         processes.agree(f"weights after step {finished} (checksum)", checkpoint.fingerprint(run.policy))
     recent = processes.interleave(processes.gather("a checkpoint", run.scorer.recent))
     progress = run.progress
+    if accuracy is not None and accuracy > progress.best:
+        progress.best, progress.best_step = accuracy, finished
     stored = {
         "counters": progress.counters(),
         "scorer": {"train": progress.scored, "eval": progress.judged, "recent": recent},
@@ -340,8 +360,7 @@ def save(run: Run, finished: int, state: State) -> None:
     }
 
     def tidy() -> None:
-        if progress.best_step == finished:
-            write_atomic(run.folder / "checkpoints" / "best", checkpoint.step_name(finished))
+        checkpoint.name_best(run.folder, progress.best_step)
         starts = [run.start_of(stage) for stage in run.stages]
         checkpoint.prune(run.folder, run.config.save.keep, [*starts, progress.best_step])
 

@@ -43,7 +43,7 @@ class Progress:
     tokens_trained: int = 0
     seconds: float = 0.0  # evaluations included
     training: float = 0.0
-    best: float = -1.0  # accuracy of the best evaluation
+    best: float = -1.0  # accuracy of the best evaluation whose step has a checkpoint
     best_step: int = 0
     position: float = 0.0  # where the schedules are, in steps (train.budget alone)
     starts: list[int] = field(default_factory=list[int])  # steps done before each stage that has begun

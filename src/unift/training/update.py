@@ -28,9 +28,10 @@ from unift.types import NonFiniteError
 
 
 def learning_rate(train: Train, step: float, steps: int) -> float:
-    """Linear warm-up, then constant, cosine or linear decay to 0 over the phase. ``step`` counts from 0."""
+    """Linear warm-up, then constant, cosine or linear decay to 0 over the phase. ``step`` counts from 0, and not by whole
+    ones with train.budget."""
     if step < train.warmup:
-        return train.lr * (step + 1) / train.warmup
+        return min(train.lr * (step + 1) / train.warmup, train.lr)
     done = (step - train.warmup) / max(steps - train.warmup, 1)
     return train.lr * DECAYS[train.decay](done)
 
@@ -52,7 +53,9 @@ def prepare(
 ) -> list[list[PackedBatch]]:
     """Packs of every update of a step: this process's share of the items, weighed over all of them. Log-probs under
     the reference and, from the second update on, under the policy at the start of the step are attached here, without
-    gradient and only where they are used."""
+    gradient and only where they are used: the latter by ratios, and to compare with the sampler."""
+    reference = reference if needs.reference_logps(rules) else None
+    old = needs.old(rules) or (needs.completions(rules) and words.LOSSES[rules.policy.loss].pushes)
     size = len(items) // rules.train.updates
     updates: list[list[tuple[PackedBatch, list[Item]]]] = []
     for first in range(0, len(items), size):
@@ -65,22 +68,30 @@ def prepare(
         updates.append([(p, of) for p, of in packed if p is not None])
     for packs, n in zip(updates, gradients.missing(policy, [len(packs) for packs in updates]), strict=True):
         packs += [gradients.filler(policy, items[0], rules)] * n
-    ready = [_with_inputs(policy, packs, rules) for packs in updates]
+    ready = [_with_inputs(policy, packs, rules, reference) for packs in updates]
     for number, packs in enumerate(ready):
         with torch.no_grad():
-            if number > 0 or rules.train.epochs > 1:
+            if old and (number > 0 or rules.train.epochs > 1):
                 packs[:] = [replace(p, old_S=logprobs(policy, p, rules.sample.temperature)[0].double()) for p in packs]
             if reference is not None:
                 packs[:] = reference_logprobs(reference, packs)
     return ready * rules.train.epochs
 
 
-def _with_inputs(policy: Policy, packs: Sequence[tuple[PackedBatch, list[Item]]], rules: Rules) -> list[PackedBatch]:
+def _with_inputs(
+    policy: Policy,
+    packs: Sequence[tuple[PackedBatch, list[Item]]],
+    rules: Rules,
+    reference: Callable[[PackedBatch], Tensor] | None,
+) -> list[PackedBatch]:
     """The packs on the policy's device, with what is done to their input embeddings."""
-    moved = [(p.to(policy.device), items) for p, items in packs]
+    moved = [p.to(policy.device) for p, _ in packs]
     if not needs.changed_inputs(rules):
-        return [p for p, _ in moved]
-    return [made for p, items in moved for made in input_noise.perturbed(policy, p, items, rules)]
+        return moved
+    if reference is not None and not words.NOISES[rules.inputs.noise].drawn:  # the loss whose gradient is the noise
+        moved = reference_logprobs(reference, moved)
+    pairs = zip(moved, packs, strict=True)
+    return [made for p, (_, items) in pairs for made in input_noise.perturbed(policy, p, items, rules)]
 
 
 @dataclass(frozen=True)
@@ -195,11 +206,11 @@ def losses_of(
 
 @torch.no_grad()
 def _clipped(l_S: Tensor, batch: PackedBatch, rules: Rules) -> dict[str, Tensor]:
-    """Numbers of sampled tokens whose ratio is beyond the clip, where there is a ratio."""
-    if batch.old_S is None:
+    """Numbers of sampled tokens whose ratio, or whose completion's (gspo), is beyond the clip, where there is one."""
+    if batch.old_S is None or not words.LOSSES[rules.policy.loss].clips:
         return {}
     own_S = batch.role_S == COMPLETION
-    ratio, a = torch.exp(l_S[own_S] - batch.old_S[own_S]), batch.advantage_S[own_S]
+    ratio, a = objectives.ratios(l_S, batch, rules.policy)[own_S], batch.advantage_S[own_S]
     low, high = (ratio < 1 - rules.policy.low) & (a < 0), (ratio > 1 + rules.policy.high) & (a > 0)
     return {"clipped_low": low.sum(), "clipped_high": high.sum()}
 

@@ -49,7 +49,7 @@ def _learning(run: RunData) -> list[tuple[str, str] | None]:
     if best is not None and len(series(run.metrics, "eval/test/accuracy")[0]) > 2:
         found.append(
             (WATCH, f"The best evaluation, {percent(best[0])} at step {best[1]:,}, is beyond the interval of the last one. "
-             "checkpoints/best names that checkpoint, if it was saved.")
+             "checkpoints/best names the best of the checkpoints that were saved.")
         )  # fmt: skip
     flat, wrong, right = (at_end(run, n) for n in ("frac_reward_zero_std", "groups/all_wrong", "groups/all_right"))
     if flat is not None and wrong is not None and right is not None and flat > MOST:

@@ -103,7 +103,15 @@ def _completed(
 
 def steps_saved(folder: Path) -> list[int]:
     root = folder / "checkpoints"
-    return sorted(int(p.name[5:]) for p in root.glob("step_*") if (p / "trainer.json").is_file())
+    named = (p for p in root.glob("step_*") if p.name[5:].isdecimal())  # a copy under another name is not the run's
+    return sorted(int(p.name[5:]) for p in named if (p / "trainer.json").is_file())
+
+
+def name_best(folder: Path, step: int) -> None:
+    """Let checkpoints/best name the checkpoint of this step, if there is one."""
+    root = folder / "checkpoints"
+    if step and (root / step_name(step)).is_dir():
+        write_atomic(root / "best", step_name(step))
 
 
 def counters(folder: Path, step: int) -> dict[str, Any]:
