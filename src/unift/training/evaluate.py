@@ -22,7 +22,6 @@ from unift.rewards import open_scorer
 from unift.rewards.pool import Scorer
 from unift.rows import dataset
 from unift.rows.dataset import Split
-from unift.rows.tasks.format import answer_rule
 from unift.sampling.engines.base import Draws, Engine, Request
 from unift.sampling.engines.choose import open_engine
 from unift.sampling.groups import completed
@@ -156,6 +155,8 @@ def evaluate_split(
 ) -> Evaluation:
     """Greedy accuracy, and pass@k from ``samples`` completions a row; ``vote``: one answer chosen of them, too. Nothing is
     written."""
+    if samples < 0:
+        raise ConfigError(f"samples={samples}: expected completions a row for pass@k, or 0 for greedy answers alone")
     if vote and samples < 2:
         raise ConfigError(
             f"a vote needs several samples a row: found samples={samples}; use --samples K with K of 2 or more"
@@ -174,9 +175,12 @@ def _evaluate(config: Config, split: str, samples: int, given: Given, vote: bool
     asked = data.test if split == "test" else data.train
     if not asked.rows:
         raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")
-    with open_scorer(config.reward, data.train.rows, given.reward) as scorer:
+    told = (
+        data.train.rows or asked.rows
+    )  # of files nothing but the split is read: its own solutions say where answers stand
+    with open_scorer(config.reward, told, given.reward) as scorer:
         policy = load_policy(config.model, tokenizer, longest(config))
-        place = answer_rule(data.train.rows, config.reward.answer, config.reward.rule) if vote else None
+        place = scorer.answer if vote else None
         with open_engine(config.engine, policy, Path(config.run or "runs"), longest_context(config, data)) as engine:
             judge = Judge(policy, engine, scorer, evaluation_tokens(config))
             accuracy = greedy(judge, asked)
