@@ -182,7 +182,15 @@ def evaluate(
 
     if vote and (retention or suite):
         raise ConfigError("--vote is of a split: leave out --retention and --suite")
+    if suite and split != "test":
+        raise ConfigError("--split is of a run's own rows: leave it out, or leave out --suite")
     if retention:
+        given = {"--suite": suite, "--samples": samples, "--split": split != "test", "--config": config, "--recipe": recipe,
+                 "--data": data, "--rows": rows, "--out": out, "--export": export}  # fmt: skip
+        if unused := [name for name, value in given.items() if value]:
+            raise ConfigError(
+                f"--retention measures greedy answers of a run and its base: leave out {', '.join(unused)}"
+            )
         from unift.commands.retention import describe, measure, settings_of_run
 
         of_run = settings_of_run(model, settings or [])
