@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from unift.commands import report
-from unift.commands.report import cards, charts, comparison
+from unift.commands.report import cards, charts, comparison, words
 from unift.commands.report.findings import findings
 from unift.commands.report.gather import read_run, run_folders, settings_of
 from unift.config.identity import to_yaml
@@ -224,6 +224,18 @@ def test_values_of_a_setting_are_not_read_as_one_method(tmp_path):
     said = "UFT: 50.0 % on held-out rows without hints; level with uft-show.cuts=5 (the best of the others)."
     assert said in page.text
     assert len({comparison._colour(arm, list(arms)) for arm in arms}) == len(arms)
+
+
+def test_the_sentence_says_how_many_rows_are_solved(tmp_path):
+    for solved, said in (
+        ("all", "80 solved rows of the built-in task lock:"),
+        ("20", "80 rows of the built-in task lock, of which 20 are"),
+    ):
+        run = make_run(tmp_path / solved, rollouts=False)
+        text = (run / "config.yaml").read_text()
+        assert "  solved: all\n" in text
+        (run / "config.yaml").write_text(text.replace("  solved: all\n", f"  solved: {solved}\n"))
+        assert said in words.sentence(read_run(run))
 
 
 def test_runs_are_ordered_by_seed_and_comparison(tmp_path):

@@ -338,7 +338,7 @@ def theory(
     from unift.commands.theory_study import HEIGHTS, run
 
     words = branching.split(",")
-    if not all(w.strip().isdigit() and int(w) >= 2 for w in words):
+    if not all(w.strip().isdecimal() and int(w) >= 2 for w in words):
         raise ConfigError(f"--branching {branching!r}: expected whole numbers of at least 2, e.g. 2,3,4")
     if seeds < 2 or max_height < HEIGHTS[0]:
         raise ConfigError(
