@@ -12,7 +12,6 @@ import threading
 import time
 
 import pytest
-from conftest import char_tokenizer, saved_llama
 
 import unift
 from unift.commands import api
@@ -256,52 +255,3 @@ def test_compare(tmp_path):
     assert found.run("rft").result["steps"] == 2 and found.report().is_file()
     with pytest.raises(ConfigError, match="name the reward"):
         unift.compare("sft", reward=lambda completion, row: 1.0)
-
-
-def _boxed(folder, name, numbers):
-    rows = [
-        {
-            "prompt": f"{n} + 1 =",
-            "steps": [f"{n} and\n", "1\n", f"\\boxed{{{n + 1}}}"],
-            "answer": str(n + 1),
-            "task": "math",
-        }
-        for n in numbers
-    ]
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder / name)
-
-
-def test_an_evaluation_looks_for_answers_where_the_run_did(tmp_path):
-    """reward.answer=auto is decided by solutions: those of the run's training rows, which an evaluation does not read, or of the
-    rows that are evaluated. The reward here says which place it was given."""
-    model = saved_llama(tmp_path / "model", char_tokenizer())
-    (tmp_path / "place.py").write_text("def score(completion, row, answer):\n    return float(answer == 'boxed')\n")
-    train, test = _boxed(tmp_path, "train.jsonl", range(6)), _boxed(tmp_path, "test.jsonl", range(10, 14))
-    bare = [{"prompt": "7 + 7 =", "answer": "14", "task": "math"}]
-    reward = f"{tmp_path / 'place.py'}:score"
-    run = small(tmp_path / "run", steps=1, model=model, train=train, test=test, reward=reward)
-    assert run.result["test"]["accuracy"] == 1
-    for found in (
-        unift.evaluate(run),
-        unift.evaluate(run, bare),
-        unift.evaluate(run.folder, split="train"),
-        unift.evaluate(model, test, reward=reward, **{"eval.max_tokens": 8}),
-    ):
-        assert found.greedy.accuracy == 1
-    command = [sys.executable, "-m", "unift", "eval", str(run.folder)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    assert shown.startswith("test, greedy, no hint: 100.00 %"), shown
-    elsewhere = unift.evaluate(run, **{"reward.answer": "tags"})
-    assert elsewhere.greedy.accuracy == 0
-
-
-def test_rows_of_ones_own_take_the_place_of_generated_ones(tmp_path):
-    """Also by name, of a run on a built-in task: `unift eval RUN data.test=FILE`."""
-    run = small(tmp_path / "run", steps=1, model=None, train=None, test=None, recipe="lock", **{"data.train_rows": 4})
-    write_rows(make_rows("lock", 3, 7, "test", length=5), tmp_path / "own.jsonl")
-    assert unift.evaluate(run, **{"data.test": str(tmp_path / "own.jsonl")}).greedy.n == 3
-    with pytest.raises(ConfigError, match="found rows and split='train'"):
-        unift.evaluate(run, mappings(2), split="train")
-    with pytest.raises(ConfigError, match="samples=-1"):
-        unift.evaluate(run, samples=-1)

@@ -237,7 +237,7 @@ def evaluate(
             from unift.model.load import keep_model
 
             model = keep_model(model, tokenizer, Path(folder) / layers.BASE)
-        found = as_in_the_run(settings_of(model, recipe, config, over), model)
+        found = settings_of_split(model, recipe, config, over)
         layers.quiet_libraries(found)
         return evaluate_split(found, split, samples, given, vote)
 
@@ -353,18 +353,6 @@ def _folder_of(model: Any) -> Path:
     return model.folder if isinstance(model, RunFolder) else Path(str(model))
 
 
-def as_in_the_run(config: Config, model: Any) -> Config:
-    """Where ``model`` is a run folder whose rows decided where an answer stands (reward.answer=auto), with that place: the model
-    learned to answer there, and the rows of an evaluation need no solution that would say so."""
-    from unift.training.run.metrics import read_metrics
-
-    metrics = _folder_of(model) / "metrics.jsonl"
-    told = next((m["answer"] for m in read_metrics(metrics) if "answer" in m), None)
-    if told is None or config.reward.answer != "auto" or config.reward.rule == "paper":
-        return config
-    return config.model_copy(update={"reward": config.reward.model_copy(update={"answer": told})})
-
-
 def settings_of(model: Any, recipe: str | None, config: Any, over: Mapping[str, Any]) -> Config:
     """Settings of an evaluation: the run's own where ``model`` is a run folder, else those that were named, else the demo's."""
     folder, over = _folder_of(model), dict(over)
@@ -383,3 +371,15 @@ def settings_of(model: Any, recipe: str | None, config: Any, over: Mapping[str, 
         )
     own = {f"model.{name}": value for name, value in layers.trained(folder).items()}
     return resolve(None, file=read_yaml(folder / "config.yaml"), overrides=layers.nested({**over, **own}))
+
+
+def settings_of_split(model: Any, recipe: str | None, config: Any, over: Mapping[str, Any]) -> Config:
+    """As `settings_of`, for rows of the run's own kind: reward.answer=auto is what the run's training rows made of it, which an
+    evaluation of other rows does not read."""
+    from unift.training.run.metrics import read_metrics
+
+    found, folder = settings_of(model, recipe, config, over), model.folder if isinstance(model, RunFolder) else model
+    own = read_metrics(Path(str(folder)) / "metrics.jsonl", 0)
+    if found.reward.answer != "auto" or found.reward.rule != "unift" or not own or "answer" not in own[0]:
+        return found
+    return found.model_copy(update={"reward": found.reward.model_copy(update={"answer": own[0]["answer"]})})

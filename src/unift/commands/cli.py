@@ -175,7 +175,7 @@ def evaluate(
     from unift import processes
 
     processes.end_with_parent()
-    from unift.commands.api import as_in_the_run, settings_of
+    from unift.commands.api import settings_of_split
     from unift.commands.settings import quiet_libraries
     from unift.config.resolve import dotted
     from unift.training.evaluate import evaluate_split
@@ -211,7 +211,7 @@ def evaluate(
 
         say(f"\n{text_of(result)}\n\nfolder: {result['folder']}")
         return
-    found = as_in_the_run(settings_of(model, recipe, config, dotted(settings or [])), model)
+    found = settings_of_split(model, recipe, config, dotted(settings or []))
     quiet_libraries(found)
     evaluation = evaluate_split(found, split, samples, vote=vote)
     if processes.first():

@@ -22,6 +22,7 @@ from unift.rewards import open_scorer
 from unift.rewards.pool import Scorer
 from unift.rows import dataset
 from unift.rows.dataset import Split
+from unift.rows.tasks.format import answer_rule
 from unift.sampling.engines.base import Draws, Engine, Request
 from unift.sampling.engines.choose import open_engine
 from unift.sampling.groups import completed
@@ -175,12 +176,10 @@ def _evaluate(config: Config, split: str, samples: int, given: Given, vote: bool
     asked = data.test if split == "test" else data.train
     if not asked.rows:
         raise ConfigError("there are no test rows: set data.test=FILE, or use --split train")
-    told = (
-        data.train.rows or asked.rows
-    )  # of files nothing but the split is read: its own solutions say where answers stand
-    with open_scorer(config.reward, told, given.reward) as scorer:
+    solved = data.train.rows or asked.rows  # those whose solutions show where an answer stands
+    with open_scorer(config.reward, solved, given.reward) as scorer:
         policy = load_policy(config.model, tokenizer, longest(config))
-        place = scorer.answer if vote else None
+        place = answer_rule(solved, config.reward.answer, config.reward.rule) if vote else None
         with open_engine(config.engine, policy, Path(config.run or "runs"), longest_context(config, data)) as engine:
             judge = Judge(policy, engine, scorer, evaluation_tokens(config))
             accuracy = greedy(judge, asked)
