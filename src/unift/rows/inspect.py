@@ -52,16 +52,16 @@ def _parquet(rows: Sequence[Row], path: Path) -> bytes:
     import io
 
     import pyarrow  # pyright: ignore[reportMissingTypeStubs]
-    import pyarrow.parquet  # pyright: ignore[reportMissingTypeStubs]
+    import pyarrow.parquet as parquet  # pyright: ignore[reportMissingTypeStubs]
 
-    pa, buffer, column = cast(Any, pyarrow), io.BytesIO(), ""
+    pa, pq, buffer, column = cast(Any, pyarrow), cast(Any, parquet), io.BytesIO(), ""
     records = [_record(row, pictures.as_value) for row in rows]
     made: dict[str, Any] = {}
     try:
         for column in dict.fromkeys(name for record in records for name in record):
             made[column] = pa.array([record.get(column) for record in records])
-            pa.parquet.write_table(pa.table({column: made[column][:1]}), io.BytesIO())  # an empty mapping has no type
-        pa.parquet.write_table(pa.table(made), buffer)
+            pq.write_table(pa.table({column: made[column][:1]}), io.BytesIO())  # an empty mapping has no type
+        pq.write_table(pa.table(made), buffer)
     except (pa.ArrowException, OverflowError) as error:
         said = str(error).partition("\n")[0]
         raise DataError(
