@@ -135,3 +135,23 @@ def test_a_frame_of_a_parquet_file_is_its_rows(tmp_path):
     assert rows_of(pandas.read_parquet(file), need_steps=False) == expected
     assert rows_of(pandas.read_parquet(file).convert_dtypes(), need_steps=False) == expected
     write_rows(rows_of(pandas.read_parquet(file), need_steps=False), tmp_path / "again.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize(
+    ("layout", "record"),
+    [
+        (
+            "trl",
+            {"prompt": "p", "solution": "42"},
+        ),  # TRL's data for a reward alone: the solution is what it compares with
+        ("trl", {"prompt": "p", "completion": "one. two.", "solution": "42", "hint": ["x"]}),
+        ("unift", {"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "3"}, "answer": "4"}),
+        ("reasoning-gym", {"question": "q", "answer": "3", "solution": "one. two.", "metadata": {"k": 1}}),
+    ],
+)
+def test_what_was_written_is_read_as_it_was(tmp_path, name, layout, record):
+    """Whatever columns of another layout came along."""
+    rows = rows_of([record, record | {"answer": "5"}], format=layout, need_steps=False)
+    write_rows(rows, tmp_path / name)
+    assert read_rows(str(tmp_path / name), need_steps=False) == rows

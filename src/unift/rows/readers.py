@@ -27,6 +27,14 @@ from unift.types import DataError, Row
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
 _MATH = ("math", "aime", "amc", "openai/gsm8k", "gsm8k", "minerva", "olympiad_bench", "cais/hle", "hiyouga/geometry3k")
 _PUZZLES = {"kk_logic": "knights"} | {name: name for name in ("chain", "countdown", "jigsaw", "knights", "lock")}
+WRITTEN = {
+    "id",
+    "prompt",
+    "steps",
+    "ending",
+    "answer",
+    "task",
+}  # every row that `rows.inspect.write_rows` wrote has them
 TASK_OF = _PUZZLES | dict.fromkeys(_MATH, "math")
 
 
@@ -157,6 +165,8 @@ def detect(record: Any, path: str) -> str:
     if not is_mapping(record):
         raise DataError(f"{path}, row 1: expected a mapping of columns, found {type(record).__name__} {record!r:.80}")
     columns = set(record)
+    if columns >= WRITTEN:
+        return "unift"
     if {"prompt", "hint"} <= columns or {"prompt", "reward_model"} <= columns:
         return "verl"
     if "prompt" in columns and columns & {"steps", "ending"}:
@@ -297,6 +307,8 @@ def _unift(record: Mapping[str, Any], where: str) -> Row:
     """``ending`` is what follows the steps; without one it is written from the answer in answer tags (but see
     `tasks.format.all_marked`)."""
     answer, column = record.get("answer"), "steps" if record.get("steps") is not None else "solution"
+    if column == "solution" and record.keys() >= WRITTEN:  # which has none; another layout's column stays one
+        column = "steps"
     steps = _steps(record.get(column) or (record.get("completion") if column == "solution" else None), where, column)
     if column == "steps" and record.get("steps") is not None and not record["steps"]:
         raise DataError(f"{where}, column 'steps': the solution is empty")
