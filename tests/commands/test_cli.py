@@ -70,6 +70,7 @@ def test_train_eval_and_data(tmp_path):
     done = unift("train", "--recipe", "lock", "--run", str(run), *TINY)
     assert done.returncode == 0, done.stderr
     assert "run folder" in done.stdout and json.loads((run / "result.json").read_text())["steps"] == 3
+    assert "note: No completion has earned the reward in 3 steps" in done.stdout, "what the report says, too"
     done = unift("eval", str(run), "--samples", "4")
     assert done.returncode == 0 and "pass@4" in done.stdout, done.stderr
     done = unift("data", "make", "lock", str(tmp_path / "rows.jsonl"), "--n", "12")

@@ -49,6 +49,15 @@ def names(found):
         ("no reward seen", {"change": {"reward": 0.0, "groups/all_wrong": 1.0}, "result": {"reward_seen": 0}},
          {"change": {"reward": 0.001}, "result": {"reward_seen": 1}}),
         ("no answer", {"change": {"completions/no_answer": 0.11}}, {"change": {"completions/no_answer": 0.1}}),
+        ("shrunk completions",
+         {"change": {"completions/mean_length": 7.0, "groups/all_wrong": 0.9, "reward": 0.1, "completions/no_answer": 0.9},
+          "hinted": {"completions/mean_length": 30.0, "hint/fraction": 0.0, "groups/all_wrong": 0.5, "reward": 0.5}},
+         {"change": {"completions/mean_length": 7.0, "groups/all_wrong": 0.9, "reward": 0.5},
+          "hinted": {"completions/mean_length": 30.0, "hint/fraction": 0.0, "groups/all_wrong": 0.5}}),
+        ("shrunk completions", {"change": {"completions/mean_length": 7.0, "groups/all_wrong": 0.9, "reward": 0.1},
+          "hinted": {"completions/mean_length": 30.0, "hint/fraction": 0.0, "groups/all_wrong": 0.5, "reward": 0.5}},
+         {"change": {"completions/mean_length": 8.0, "groups/all_wrong": 0.9, "reward": 0.1},
+          "hinted": {"completions/mean_length": 30.0, "hint/fraction": 0.0, "groups/all_wrong": 0.5, "reward": 0.5}}),
         ("cut", {"change": {"completions/clipped_ratio": 0.11}}, {"change": {"completions/clipped_ratio": 0.1}}),
         ("hints too short", {"hinted": {"groups/all_wrong": 0.9}}, {"hinted": {"groups/all_wrong": 0.7}}),
         ("hints too short", {"hinted": {"groups/all_wrong": 0.9}}, {"change": {"groups/all_wrong": 0.9}}),
@@ -97,6 +106,14 @@ def test_equal_completions_are_not_said_where_the_reason_is_known():
     for known in ({"groups/all_right": 0.9}, {"reward": 0.0, "groups/all_wrong": 1.0}):
         result = {"reward_seen": 0} if "reward" in known else None
         assert "equal completions" not in names(run(change={"frac_reward_zero_std": 0.95} | known, result=result))
+
+
+def test_advice_on_shrunk_completions_names_the_penalty_where_there_is_one():
+    long = {"completions/mean_length": 30.0, "hint/fraction": 0.0, "groups/all_wrong": 0.5, "reward": 0.5}
+    found = run(change={"completions/mean_length": 1.0, "groups/all_wrong": 1.0, "reward": 0.0}, hinted=long)
+    assert "credit.overlong" not in causes(found)[0].advice
+    with_penalty = RunData(**(vars(found) | {"settings": found.settings | {"credit": {"overlong": 8}}}))
+    assert "credit.overlong=0" in causes(with_penalty)[0].advice
 
 
 def test_the_first_screen_says_it():

@@ -97,7 +97,9 @@ def train(
     if result is None:
         raise typer.Exit(130)
     if not quiet and processes.first():
-        typer.echo(_summary(result))
+        from unift.commands.report import brief
+
+        typer.echo("\n".join([_summary(result), *(f"note: {text}" for text in brief(folder))]))
         typer.echo(f"run folder: {folder}  (as a page: unift report {folder})")
 
 

@@ -35,6 +35,16 @@ def write(source: Path, out: Path | None = None) -> Path:
     return out
 
 
+def brief(folder: Path) -> list[str]:
+    """What holds a run back and what to try, for a terminal: a line a cause, none where its numbers show nothing. Failed scores
+    are left to the summary, which counts them."""
+    from unift.commands.report.diagnosis import causes
+    from unift.commands.report.gather import read_run
+
+    found = causes(read_run(folder, steps=0))
+    return [f"{cause.text} {cause.advice}" for cause in found if cause.name != "reward errors"]
+
+
 def run_page(run: RunData) -> str:
     parts: list[tuple[str, str, list[Html | None]]] = [
         ("short", "In short", [sections.diagnosis(run)]),

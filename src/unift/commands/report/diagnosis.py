@@ -19,6 +19,7 @@ MANY = 0.1  # share of completions that are cut, or without an answer, above whi
 MOST = 0.8  # share of groups without a signal above which it is said
 HINTED = 0.02  # share of the solution above which a step has hints
 GAP = 0.02  # mean difference of log-probs between sampler and trainer
+SHORT = 0.25  # of their length at its longest, below which completions have shrunk
 LOST = 0.1  # of the reward under hints: what is left without them, below which it is lost
 
 
@@ -102,9 +103,10 @@ def verdict(run: RunData) -> tuple[str, str]:
 
 def causes(run: RunData) -> list[Cause]:
     """What holds the run back, the gravest first; empty where these numbers show nothing."""
-    unseen, known = _no_reward(run), [*_hints(run), _easy(run)]
-    equal = None if unseen or any(known) else _equal(run)  # else it is said why groups have no signal
-    found = [_not_finite(run), _errors(run), unseen, _no_answer(run), _cut(run), *known, _unsolved(run), equal]
+    unseen, shrunk, known = _no_reward(run), _shrunk(run), [*_hints(run), _easy(run)]
+    equal = None if unseen or shrunk or any(known) else _equal(run)  # else it is said why groups have no signal
+    answers = None if shrunk else _no_answer(run)
+    found = [_not_finite(run), _errors(run), unseen, shrunk, answers, _cut(run), *known, _unsolved(run), equal]
     return [cause for cause in [*found, _fallen(run), _gap(run), _overfit(run)] if cause is not None]
 
 
@@ -172,6 +174,28 @@ def _no_answer(run: RunData) -> Cause | None:
     )
     return Cause(
         "no answer", text, "Ask for the answer's place in the prompt, or set reward.answer to where the model puts it."
+    )
+
+
+def _shrunk(run: RunData) -> Cause | None:
+    """Completions end at once and earn nothing: a policy that has learnt to stop, which no later step undoes."""
+    (_, lengths), (_, rewards) = series(run.metrics, "completions/mean_length"), series(run.metrics, "reward")
+    length, wrong, reward = (at_end(run, n) for n in ("completions/mean_length", "groups/all_wrong", "reward"))
+    if length is None or wrong is None or reward is None or length >= SHORT * lengths.max():
+        return None
+    if wrong <= MOST or reward > rewards.max() / 2:
+        return None
+    text = (
+        f"Completions have shrunk from {lengths.max():.0f} tokens to {length:.0f}, and {percent(wrong)} of the groups at the end "
+        f"were all wrong."
+    )
+    penalty = (run.settings.get("credit") or {}).get("overlong", 0)
+    escape = " the penalty on length, which a short completion escapes (credit.overlong=0);" if penalty else ""
+    return Cause(
+        "shrunk completions",
+        text,
+        f"Begin again:{escape} a lower train.lr, a KL to the reference (reference.kl), or a likelihood beside the reward (method "
+        "uft or uft-whole).",
     )
 
 
