@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import char_tokenizer, saved_llama
+from typer.testing import CliRunner
 
 import unift
 from unift.rows.inspect import write_rows
@@ -68,3 +69,19 @@ def test_rows_of_ones_own_take_the_place_of_generated_ones(tmp_path):
         unift.evaluate(run, make_rows("lock", 2, 0, "test"), split="train")
     with pytest.raises(ConfigError, match="samples=-1"):
         unift.evaluate(run, samples=-1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--retention", "x.jsonl", "--samples", "4", "--suite", "uft"], "leave out --suite, --samples"),
+        (["--retention", "x.jsonl", "--split", "train"], "leave out --split"),
+        (["--suite", "uft", "--data", "x", "--split", "train"], "--vote and --split are of a run's own rows"),
+        (["--suite", "uft", "--data", "x", "--vote"], "--vote and --split are of a run's own rows"),
+    ],
+)
+def test_options_without_effect_are_refused(words, said):
+    from unift.commands.cli import app
+
+    done = CliRunner().invoke(app, ["eval", "embedded:lock", *words])
+    assert isinstance(done.exception, ConfigError) and said in str(done.exception)

@@ -182,10 +182,8 @@ def evaluate(
     from unift.config.resolve import dotted
     from unift.training.evaluate import evaluate_split
 
-    if vote and (retention or suite):
-        raise ConfigError("--vote is of a split: leave out --retention and --suite")
-    if suite and split != "test":
-        raise ConfigError("--split is of a run's own rows: leave it out, or leave out --suite")
+    if (vote or (split != "test" and not retention)) and (retention or suite):
+        raise ConfigError("--vote and --split are of a run's own rows: leave them out, or --retention and --suite")
     if retention:
         given = {"--suite": suite, "--samples": samples, "--split": split != "test", "--config": config, "--recipe": recipe,
                  "--data": data, "--rows": rows, "--out": out, "--export": export}  # fmt: skip
@@ -370,7 +368,6 @@ def merge_models(
     from unift.commands.settings import quiet_libraries
 
     quiet_libraries()
-
     how = Mixing(cast(Rule, rule), read_weights(weights, len(models), rule), density, seed)
     done = merge(base, models, out, how)
     typer.echo(f"{rule} merge of {len(models)} models, {done['parameters']:,} parameters -> {out}")
