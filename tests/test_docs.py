@@ -1,11 +1,18 @@
-"""The documents name tests as their proof: those exist."""
+"""The documents name tests as their proof, and commands: those exist."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer.core
+import typer.main
+
+from unift.commands.cli import app
+from unift.config.identity import flat
+from unift.config.sections import Config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -60,3 +67,52 @@ def test_every_promise_names_a_test():
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Promises")[2].partition("\n## ")[0]
     rows = [line for line in text.splitlines() if line.startswith("| ") and "promise" not in line and "---" not in line]
     assert len(rows) >= 9 and all(references(row) for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of every `unift ...` in blocks and in lines, without comments; "\\" at the end of a line goes on."""
+    found, block = [], False
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        if line.strip().startswith("```"):
+            block = not block
+            continue
+        parts = [line.strip()] if block else re.findall(r"`([^`]+)`", line)
+        for part in parts:
+            if re.match(r"unift [a-z]+( |$)", part):
+                found.append(shlex.split(part, comments=True)[1:])
+    return found
+
+
+def fault_of(words: list[str]) -> str:
+    """An unknown verb, option or setting of a command; "" where it has none. Values are not looked at."""
+    command, settings = typer.main.get_command(app), flat(Config().model_dump(mode="json"))
+    while words and isinstance(command, typer.core.TyperGroup) and not words[0].startswith("-"):
+        if words[0] not in command.commands:
+            return f"verb {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
+    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {
+        "--help"
+    }
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("-") and name != "-" and name not in options:
+            return f"option {name}"
+        named = "=" in word and re.fullmatch(r"[a-z_]+\.[a-z0-9_.]+", name)
+        if named and name not in settings and not name.startswith(("data.options.", "phases.")):
+            return f"setting {name}"
+    return ""
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_commands_of_the_documents_exist(document):
+    for words in commands(document.read_text(encoding="utf-8")):
+        assert not fault_of(words), f"{document.name}: unift {' '.join(words)}: {fault_of(words)}"
+
+
+def test_faults_of_commands_are_found():
+    text = "`unift train --method uft train.lr=1`, `unift trian`\n```\nunift data make lock x --nn 3 \\\n  # no\nunift eval m train.lrr=1\n```"
+    assert [fault_of(words) for words in commands(text)] == ["", "verb trian", "option --nn", "setting train.lrr"]
+    assert sum(len(commands(p.read_text(encoding="utf-8"))) for p in DOCUMENTS) > 150

@@ -53,8 +53,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         ) from error
 
 
-def publish_folder(temporary: Path, final: Path) -> None:
-    """fsync every file of ``temporary``, then give it its name."""
+def publish_folder(temporary: Path, final: Path, over: bool = True) -> None:
+    """fsync every file of ``temporary``, then give it its name. over: what has that name is replaced; else OSError."""
     for path in sorted(temporary.rglob("*")):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)
@@ -62,9 +62,9 @@ def publish_folder(temporary: Path, final: Path) -> None:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-    if final.exists():
+    if over and final.exists():
         shutil.rmtree(final)
-    os.replace(temporary, final)
+    os.replace(temporary, final)  # of a folder onto one that is not empty: an error
     _sync_folder(final.parent)
 
 

@@ -19,7 +19,7 @@ import pytest
 from scipy import stats
 
 from unift.commands import compare
-from unift.commands.compare import Job, jobs, plots, run_many, vary, write_report
+from unift.commands.compare import Job, jobs, plots, run_many, train_job, vary, write_report
 from unift.commands.compare import budget as budgets
 from unift.commands.compare.table import accuracy_of, reading, table
 from unift.config.budget import Budget, parse
@@ -195,6 +195,36 @@ def test_a_result_of_another_command_is_not_taken(tmp_path):
     for _ in range(2):  # the result that lies there is not its own, the second time neither
         with pytest.raises(UniftError, match="exit code 2"):
             run_many([refused], 1)
+
+
+def test_a_result_on_other_rows_is_not_taken(tmp_path):
+    """The very same command, but a file that it names has changed: in place, with its size and time, or a folder's."""
+    file, other = tmp_path / "rows.jsonl", tmp_path / "more"
+    other.mkdir()
+    file.write_text('{"prompt": "1"}')
+    job = replace(fake(tmp_path, "sft", 0), inputs=[str(file), str(other)])
+    started = job.folder / "started"
+    for times, change in enumerate(
+        (lambda: None, lambda: file.write_text('{"prompt": "2"}'), (other / "x").touch), start=1
+    ):
+        change()
+        for _ in range(2):
+            run_many([job], 1)
+            assert started.read_text() == "x" * times
+
+
+def test_a_run_names_the_files_that_decide_it(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "r.py"):
+        (tmp_path / name).touch()
+    words = [
+        f'data.train="{tmp_path}/a.jsonl"',
+        f"data.test={tmp_path}/b.jsonl",
+        f"reward.function={tmp_path}/r.py:score",
+    ]
+    assert train_job("uft", 0, None, tmp_path, words).inputs == [
+        f"{tmp_path}/{n}" for n in ("a.jsonl", "b.jsonl", "r.py")
+    ]
+    assert train_job("uft", 0, "lock", tmp_path, ["train.steps=3", "data.train=hf:owner/name"]).inputs == []
 
 
 def test_no_result_is_a_failure_and_so_is_no_program(tmp_path):

@@ -207,3 +207,9 @@ def test_command(folders, tmp_path):
     assert 0.1 < np.mean(moved) < 0.45  # the union of two sets of 20 %
     done = unift(*words, "--weights", "0.5,x", "--out", str(tmp_path / "b"))
     assert done.returncode == 2 and "expected numbers" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["0.5,nan", "inf,1", "a", ""])
+def test_weights_are_finite_numbers(words):
+    with pytest.raises(ConfigError, match="expected numbers that are finite"):
+        merge.read_weights(words, 2, "linear")

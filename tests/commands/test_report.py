@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from unift.commands import report
-from unift.commands.report import cards, charts
+from unift.commands.report import cards, charts, comparison, words
 from unift.commands.report.findings import findings
 from unift.commands.report.gather import read_run, run_folders, settings_of
 from unift.config.identity import to_yaml
@@ -210,6 +210,32 @@ def test_a_comparison(tmp_path):
     )
     assert "UFT: 50.0 % on held-out rows without hints; level with RFT." in page.text
     assert "script" not in page.tags and "Mean over seeds; shaded: their range." in page.text
+
+
+def test_values_of_a_setting_are_not_read_as_one_method(tmp_path):
+    """Of `unift compare --vary`: results call every run by its method, folders by what was changed. Each has a hue of its own."""
+    arms = {"uft": 0.5, **{f"uft-show.cuts={n}": 0.1 * n for n in range(1, 6)}}
+    for arm, share in arms.items():
+        run = make_run(tmp_path / f"{arm}-seed0", rollouts=False)
+        found = json.loads((run / "result.json").read_text())
+        found["test"] = {"accuracy": share, "low": share - 0.01, "high": share + 0.01, "n": 10_000}
+        (run / "result.json").write_text(json.dumps({k: v for k, v in found.items() if k != "train"}))
+    page = Page(report.write(tmp_path).read_text())
+    said = "UFT: 50.0 % on held-out rows without hints; level with uft-show.cuts=5 (the best of the others)."
+    assert said in page.text
+    assert len({comparison._colour(arm, list(arms)) for arm in arms}) == len(arms)
+
+
+def test_the_sentence_says_how_many_rows_are_solved(tmp_path):
+    for solved, said in (
+        ("all", "80 solved rows of the built-in task lock:"),
+        ("20", "80 rows of the built-in task lock, of which 20 are"),
+    ):
+        run = make_run(tmp_path / solved, rollouts=False)
+        text = (run / "config.yaml").read_text()
+        assert "  solved: all\n" in text
+        (run / "config.yaml").write_text(text.replace("  solved: all\n", f"  solved: {solved}\n"))
+        assert said in words.sentence(read_run(run))
 
 
 def test_runs_are_ordered_by_seed_and_comparison(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from conftest import tiny_policy
 from plain import token_logprobs
 
 from unift.commands import retention
+from unift.commands.settings import trained
 from unift.config.resolve import parse_overrides, resolve
+from unift.model import quantize
+from unift.rows.dataset import Split
 from unift.rows.inspect import write_rows
 from unift.rows.tasks import make_rows
 from unift.training.loop import train
@@ -55,12 +59,38 @@ def test_run_is_measured_against_its_base(tmp_path):
     assert "before" in retention.describe(result)
 
 
+def test_rows_without_a_solution_have_no_likelihood(tmp_path):
+    """Of a retention set, and of the run's own rows (data.solved): only solutions are measured, an ending or an EOS alone is none."""
+    solved, bare = make_rows("lock", 6, 5, "test", length=5), make_rows("lock", 6, 6, "test", length=5)
+    sets = {"solved": solved, "some": [*solved, *(replace(row, steps=()) for row in bare)]}
+    sets["none"] = [replace(row, steps=()) for row in bare]
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in sets}
+    for name, rows in sets.items():
+        write_rows(rows, files[name])
+    config = resolve("sft", recipe="lock", overrides=parse_overrides([*TINY, "data.solved=3"]))
+    train(config, tmp_path / "run")
+    result = retention.measure(tmp_path / "run", list(files.values()), config)
+    whole, some, none = result["sets"]
+    assert some["logp_before"] == pytest.approx(whole["logp_before"], abs=1e-6) and none["logp_before"] is None
+    assert [s["before"]["n"] for s in result["sets"]] == [6, 12, 6] and result["targets_measured"] == 3
+    text = retention.describe(result)
+    assert text.count("log-prob of its solutions") == 2 and "after; it has no solutions" in text
+
+
+def test_what_a_run_over_4_bits_saved_is_read_as_it_is(tmp_path):
+    """Whole and dense: 4 bits without adapters are refused, and would be another model than the one that was trained."""
+    config = resolve("uft", recipe="lock", overrides=parse_overrides([*TINY, "model.lora=4", "model.quantize=nf4"]))
+    after = config.model.model_copy(update=trained(tmp_path))
+    quantize.check(after, torch.device("cpu"))
+    assert (after.path, after.lora, after.quantize) == (str(tmp_path / "model"), None, None)
+
+
 def test_targets_of_a_sampled_method_are_its_right_completions(tmp_path):
     config = resolve(
         "uft", recipe="lock", overrides=parse_overrides([*TINY, "show.schedule=all", "save.rollouts=true"])
     )
     train(config, tmp_path)
-    kind, pairs = retention.training_targets(tmp_path, config, [])
+    kind, pairs = retention.training_targets(tmp_path, config, Split([], []))
     from unift.training.run.rollouts import read_rollouts
 
     expected = [

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import pytest
 import reward_zoo
+import torch
 
 from unift.rewards.adapters import BadValue, adapt, load_reward
 from unift.types import RewardError, Row, Score
@@ -27,6 +29,24 @@ def test_options_reach_only_those_who_name_them() -> None:
 
     assert adapt(score, format_score=0.1, rule="paper")("", ROW) == Score(0.1)
     assert adapt(reward_zoo.always_one, format_score=0.1)("", ROW) == Score(1.0)
+
+
+def test_verls_dict_may_hold_scalars_of_arrays() -> None:
+    """A comparison in numpy or torch is no bool; it says as much."""
+
+    def compute_score(data_source: str, solution_str: str, ground_truth: str) -> dict[str, Any]:
+        right = np.array(["4"]) == solution_str
+        return {
+            "score": 0.5,
+            "acc": right[0],
+            "share": np.float32(0.25),
+            "tensor": torch.tensor(2),
+            "shape": np.zeros(3),
+        }
+
+    reward = adapt(compute_score)
+    assert reward("4", ROW) == Score(0.5, True, {"acc": 1.0, "share": 0.25, "tensor": 2.0})
+    assert reward("5", ROW).correct is False
 
 
 def test_trl_signature() -> None:

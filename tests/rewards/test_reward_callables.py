@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -86,6 +87,10 @@ def test_a_description_follows_code_and_values_not_layout() -> None:
     assert describe(defined("\n\n# a comment\n" + base, A=1)) == one
     assert describe(defined(base, A=2)) != one
     assert describe(defined(base.replace("0.0", "0.5"), A=1)) != one
+    logged = "logger = logging.getLogger('mine')\n" + base.replace("    ", "    logger.debug('x')\n    ", 1)
+    two = describe(defined(logged, A=1, logging=logging))
+    logging.getLogger("born.meanwhile")  # a logger leads to all others
+    assert describe(defined(logged, A=1, logging=logging)) == two != one
     assert describe("math") == "math"
 
 

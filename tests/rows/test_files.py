@@ -6,12 +6,14 @@ import csv
 import gzip
 import io
 import json
+from datetime import date
 
 import pytest
 
 from unift.rows.inspect import write_rows
-from unift.rows.readers import read_rows
+from unift.rows.readers import read_rows, rows_of
 from unift.rows.tasks import make_rows
+from unift.types import DataError
 
 ROWS = [
     {"prompt": 'Say "a, b"\u2028\n', "steps": ["one\n", "two, 2\n"], "ending": "[1] end", "answer": "4", "id": "1"},
@@ -81,3 +83,75 @@ def test_parquet_and_json_lines_of_a_task(tmp_path):
     for name in ("rows.parquet", "rows.jsonl"):
         write_rows(rows, tmp_path / name)
         assert read_rows(str(tmp_path / name)) == rows
+
+
+def test_of_a_few_first_rows_no_more_is_read(tmp_path):
+    """A file may be larger than the memory."""
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"p{n}", "steps": ["s"], "answer": n}) for n in range(5)]
+    file.write_text("\n".join([*lines[:3], '{"torn', *lines[3:]]))
+    assert [row.prompt for row in read_rows(str(file), limit=3)] == ["p0", "p1", "p2"]
+    with pytest.raises(DataError, match="line 4: not valid JSON"):
+        read_rows(str(file), limit=4)
+
+
+def test_a_column_of_any_row_is_written(tmp_path):
+    """Also where the first row lacks it."""
+    records = [
+        {"prompt": "p", "steps": ["s"], "answer": "1"},
+        {"prompt": "q", "steps": ["s"], "answer": "1", "worse": "no"},
+    ]
+    for name in ("rows.jsonl", "rows.parquet"):
+        write_rows(rows_of(records), tmp_path / name)
+        assert [row.extra.get("worse") for row in read_rows(str(tmp_path / name))] == [None, "no"], name
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("rows.parquet", [{"answer": "4"}, {"answer": 4}], "column 'answer': a Parquet column cannot hold its values .*Write .jsonl"),
+        ("rows.parquet", [{"about": {}}, {}], "column 'about': a Parquet column cannot hold its values .*Write .jsonl"),
+        ("rows.jsonl", [{}, {"day": date(2026, 1, 1)}], "row 2: JSON cannot hold it .*Write .parquet"),
+        ("rows.jsonl", [{"blob": b"x"}, {}], "row 1: JSON cannot hold it .*Write .parquet"),
+    ],
+)  # fmt: skip
+def test_what_a_kind_of_file_cannot_hold_is_said(tmp_path, name, more, said):
+    rows = rows_of([{"prompt": f"p{n}", "steps": ["s"]} | own for n, own in enumerate(more)])
+    with pytest.raises(DataError, match=said):
+        write_rows(rows, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_frame_of_a_parquet_file_is_its_rows(tmp_path):
+    """pandas gives arrays where the file has lists, also inside mappings, and NA where a row has nothing."""
+    pandas = pytest.importorskip("pandas")
+    records = [
+        {"prompt": [{"role": "user", "content": "a"}], "steps": ["x", "y"], "answer": {"numbers": [1, 2]}, "n": 1},
+        {"prompt": [{"role": "user", "content": "b"}], "steps": None, "answer": {"numbers": [3]}, "n": None},
+    ]
+    file = tmp_path / "rows.parquet"
+    pandas.DataFrame(records).to_parquet(file)
+    expected = rows_of(records, need_steps=False)
+    assert rows_of(pandas.read_parquet(file), need_steps=False) == expected
+    assert rows_of(pandas.read_parquet(file).convert_dtypes(), need_steps=False) == expected
+    write_rows(rows_of(pandas.read_parquet(file), need_steps=False), tmp_path / "again.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize(
+    ("layout", "record"),
+    [
+        (
+            "trl",
+            {"prompt": "p", "solution": "42"},
+        ),  # TRL's data for a reward alone: the solution is what it compares with
+        ("trl", {"prompt": "p", "completion": "one. two.", "solution": "42", "hint": ["x"]}),
+        ("unift", {"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "3"}, "answer": "4"}),
+        ("reasoning-gym", {"question": "q", "answer": "3", "solution": "one. two.", "metadata": {"k": 1}}),
+    ],
+)
+def test_what_was_written_is_read_as_it_was(tmp_path, name, layout, record):
+    """Whatever columns of another layout came along."""
+    rows = rows_of([record, record | {"answer": "5"}], format=layout, need_steps=False)
+    write_rows(rows, tmp_path / name)
+    assert read_rows(str(tmp_path / name), need_steps=False) == rows

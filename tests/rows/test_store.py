@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,68 @@ def test_a_file_read_by_helpers_is_stored_as_by_one_process(tmp_path: Path, monk
     by_helpers = open_rows(str(file))
     assert isinstance(alone, store.StoredRows) and isinstance(by_helpers, store.StoredRows)
     assert by_helpers.facts == alone.facts and list(by_helpers) == list(alone) and len(started) == 3
+
+
+# ---------------------------------------------------------------------------------------------- what may go wrong
+
+
+@pytest.mark.parametrize("name", ["rows.arrow", "facts.json", "problems.npy", "solved.npy"])
+@pytest.mark.parametrize("torn", [False, True], ids=["gone", "torn"])
+def test_a_damaged_cache_is_made_anew(tmp_path: Path, name: str, torn: bool) -> None:
+    file = write(tmp_path / "rows.jsonl", [*PLAIN, {"prompt": "x", "answer": 1}])
+    rows = list(open_rows(str(file), need_steps=False))
+    (folder,) = store.cache().iterdir()
+    whole = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if torn:
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+    again = open_rows(str(file), need_steps=False)
+    assert isinstance(again, store.StoredRows) and list(again) == rows and list(again.solved) == list(range(300))
+    assert (folder / name).read_bytes() == whole
+
+
+def test_a_folder_that_another_process_made_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be open there."""
+    file, build, other = write(tmp_path / "rows.jsonl", PLAIN), store._build, []
+
+    def slow(*a: object) -> bool:
+        done = build(*a)
+        if not other:
+            other.append(1)
+            open_rows(str(file))
+            (folder,) = (f for f in store.cache().iterdir() if not f.name.startswith("."))
+            other.append(folder.stat().st_ino)
+        return done
+
+    monkeypatch.setattr(store, "_build", slow)
+    rows = open_rows(str(file))
+    (folder,) = store.cache().iterdir()
+    assert folder.stat().st_ino == other[1] and list(rows) == read_rows(str(file))
+
+
+def test_copies_are_told_apart_in_linear_time(tmp_path: Path) -> None:
+    """The time of the rows, of which half are copies, and not of the square of their number: it was 12 s for 16,000."""
+    file = write(
+        tmp_path / "rows.jsonl", [{"prompt": f"p{n % 4000}", "steps": ["s"], "answer": 1} for n in range(8000)]
+    )
+    began = time.process_time()
+    rows = open_rows(str(file))
+    assert isinstance(rows, store.StoredRows) and len(rows.facts.renamed) == 4000
+    with_copies = time.process_time() - began
+    write(file, [{"prompt": f"p{n}", "steps": ["s"], "answer": 1} for n in range(8000)])
+    began = time.process_time()
+    open_rows(str(file))
+    assert with_copies < 5 * (time.process_time() - began)
+
+
+def test_pictures_of_a_later_row_are_those_of_their_own_folder(tmp_path: Path) -> None:
+    """Two equal files beside different pictures of one name, where the first row has none."""
+    image = pytest.importorskip("PIL.Image")
+    records = [*PLAIN[:3], {"prompt": "<image>?", "steps": ["a"], "answer": 1, "image": "x.png"}]
+    found = []
+    for colour in ("red", "blue"):
+        folder = tmp_path / colour
+        folder.mkdir()
+        image.new("RGB", (2, 2), colour).save(folder / "x.png")
+        found.append(open_rows(str(write(folder / "rows.jsonl", records)))[3].images[0])
+    assert found[0].digest != found[1].digest and [Path(p.path).parent.name for p in found] == ["red", "blue"]

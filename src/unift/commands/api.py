@@ -226,6 +226,10 @@ def evaluate(
     """
     from unift.training.evaluate import evaluate_split
 
+    if rows is not None and split != "test":
+        raise ConfigError(
+            f"found rows and split={split!r}: rows that are handed over are the ones evaluated, leave split out"
+        )
     given, over = _handed_over(settings, train=None, test=rows, reward=reward)
     over |= {"data.task": None} if rows is not None else {}
     with tempfile.TemporaryDirectory(prefix="unift-eval-") as folder:
@@ -264,7 +268,7 @@ def evaluate_suite(
     from unift.config.stages import evaluation_tokens
 
     places = [data] if isinstance(data, (str, Path)) else list(data)
-    folder = model.folder if isinstance(model, RunFolder) else Path(str(model))
+    folder = _folder_of(model)
     of_run, over = (folder / "config.yaml").is_file(), dict(settings)
     if not of_run and places:  # settings name rows; a suite reads its own
         over |= {"data.test": str(places[0])}
@@ -345,24 +349,27 @@ def _handed_over(settings: Mapping[str, Any], *, train: Rows, test: Rows, reward
     return Given(rows, None if isinstance(reward, str) else reward), over
 
 
+def _folder_of(model: Any) -> Path:
+    return model.folder if isinstance(model, RunFolder) else Path(str(model))
+
+
 def settings_of(model: Any, recipe: str | None, config: Any, over: Mapping[str, Any]) -> Config:
     """Settings of an evaluation: the run's own where ``model`` is a run folder, else those that were named, else the demo's."""
-    folder = model.folder if isinstance(model, RunFolder) else Path(str(model))
-    over = dict(over)
+    folder, over = _folder_of(model), dict(over)
     if over.get("data.test") and not over.get("data.train"):
         over["data.train"] = over["data.test"]  # settings name training rows; an evaluation reads its own split alone
+        over.setdefault("data.task", None)  # which takes the place of generated ones
     if not (folder / "config.yaml").is_file():
         own = config is not None or "data.test" in over or "data.task" in over
         default = None if own else DEMO
         return layers.resolved(
             None, recipe=recipe or default, config=config, settings=over | {"model.path": str(model)}
         )
-    weights = folder / "model"
-    if not weights.is_dir():
+    if not (folder / "model").is_dir():
         raise ConfigError(
             f"{folder} holds an unfinished run (no model/). Continue it first, or name a checkpoint's model/"
         )
-    own = {"model.path": str(weights), "model.lora": None, "model.gguf": None, "model.quantize": None}
+    own = {f"model.{name}": value for name, value in layers.trained(folder).items()}
     return resolve(None, file=read_yaml(folder / "config.yaml"), overrides=layers.nested({**over, **own}))
 
 

@@ -186,9 +186,15 @@ def evaluate(
     from unift.config.resolve import dotted
     from unift.training.evaluate import evaluate_split
 
-    if vote and (retention or suite):
-        raise ConfigError("--vote is of a split: leave out --retention and --suite")
+    if (vote or (split != "test" and not retention)) and (retention or suite):
+        raise ConfigError("--vote and --split are of a run's own rows: leave them out, or --retention and --suite")
     if retention:
+        given = {"--suite": suite, "--samples": samples, "--split": split != "test", "--config": config, "--recipe": recipe,
+                 "--data": data, "--rows": rows, "--out": out, "--export": export}  # fmt: skip
+        if unused := [name for name, value in given.items() if value]:
+            raise ConfigError(
+                f"--retention measures greedy answers of a run and its base: leave out {', '.join(unused)}"
+            )
         from unift.commands.retention import describe, measure, settings_of_run
 
         of_run = settings_of_run(model, settings or [])
@@ -336,7 +342,7 @@ def theory(
     from unift.commands.theory_study import HEIGHTS, run
 
     words = branching.split(",")
-    if not all(w.strip().isdigit() and int(w) >= 2 for w in words):
+    if not all(w.strip().isdecimal() and int(w) >= 2 for w in words):
         raise ConfigError(f"--branching {branching!r}: expected whole numbers of at least 2, e.g. 2,3,4")
     if seeds < 2 or max_height < HEIGHTS[0]:
         raise ConfigError(
@@ -366,7 +372,6 @@ def merge_models(
     from unift.commands.settings import quiet_libraries
 
     quiet_libraries()
-
     how = Mixing(cast(Rule, rule), read_weights(weights, len(models), rule), density, seed)
     done = merge(base, models, out, how)
     typer.echo(f"{rule} merge of {len(models)} models, {done['parameters']:,} parameters -> {out}")

@@ -10,6 +10,7 @@ All arithmetic is float64, a tensor at a time; the result has the widest dtype o
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -62,9 +63,12 @@ def read_weights(words: str | None, models: int, rule: str) -> list[float]:
     if words is None:
         return [1.0 if rule == "ties" else 1 / models] * models
     try:
-        return [float(w) for w in words.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--weights {words!r}: expected numbers, e.g. 0.5,0.5") from error
+        found = [float(w) for w in words.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        raise ConfigError(f"--weights {words!r}: expected numbers that are finite, e.g. 0.5,0.5")
+    return found
 
 
 WEIGHTS = ("model.safetensors", "model-")  # a single file, or the beginning of the names of shards

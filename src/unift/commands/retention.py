@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from unift.commands.settings import trained
 from unift.config.resolve import parse_overrides, read_yaml, resolve, validate
 from unift.config.sections import Config, Model
 from unift.config.stages import evaluation_tokens, stages
@@ -32,7 +33,7 @@ from unift.rows import dataset
 from unift.rows.dataset import Split
 from unift.rows.readers import read_rows
 from unift.rows.tasks.format import check_answers
-from unift.rows.tokens import Encoded, encode_rows
+from unift.rows.tokens import encode_rows
 from unift.sampling.engines.choose import in_process
 from unift.training import evaluate
 from unift.training.evaluate import Judge
@@ -44,13 +45,14 @@ MAX_TARGETS = 2000  # training targets whose likelihood under the base is measur
 
 @dataclass(frozen=True)
 class Retained:
-    """One retention set. Accuracies are greedy and without hints; log-probs are means over the solutions' tokens (nats)."""
+    """One retention set. Accuracies are greedy and without hints; log-probs are means over the tokens of the solutions (nats), None
+    where no row has one."""
 
     name: str
     before: evaluate.Accuracy
     after: evaluate.Accuracy
-    logp_before: float
-    logp_after: float
+    logp_before: float | None
+    logp_after: float | None
 
     @property
     def forgotten(self) -> float:
@@ -81,12 +83,21 @@ def mean_logprob(policy: Policy, pairs: Sequence[Pair], budget: int) -> float:
     return total / n
 
 
-def training_targets(folder: Path, config: Config, encoded: Sequence[Encoded]) -> tuple[str, list[Pair]]:
+def solutions(split: Split) -> list[Pair]:
+    """Those of the rows that have one: what follows the prompt of any other row is no solution."""
+    return _pairs(split, split.solved)
+
+
+def _pairs(split: Split, indices: Sequence[int]) -> list[Pair]:
+    return [Pair(e.prompt, e.solution, e.shown) for e in (split.encoded[i] for i in indices)]
+
+
+def training_targets(folder: Path, config: Config, train: Split) -> tuple[str, list[Pair]]:
     """(what they are, (context, target) pairs) of a run: its solutions where they are supervised as a whole, otherwise
     the right completions among the stored rollouts, after the prompt and hint that they were sampled from."""
-    found = stages(config)
+    found, encoded = stages(config), train.encoded
     if any(TOKENS[stage.rules.likelihood.tokens].demo for stage in found):
-        return "solutions", [Pair(e.prompt, e.solution, e.shown) for e in encoded][:MAX_TARGETS]
+        return "solutions", _pairs(train, train.solved[:MAX_TARGETS])
     pairs: list[Pair] = []
     for step in range(found[-1].stop):
         stored = read_rollouts(folder, step)
@@ -119,10 +130,11 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
     for file in files:
         rows = read_rows(file, need_steps=False)
         check_answers(rows, "auto", f"{file}, row")
-        sets.append(Split(rows, encode_rows(tokenizer, rows, config.data.max_prompt)))
+        encoded = encode_rows(tokenizer, rows, config.data.max_prompt)
+        sets.append(Split(rows, encoded, solved=dataset.solved_rows(rows)))
     data = dataset.encode(tokenizer, dataset.load(config), config)
     check_positions(config, data)
-    kind, targets = training_targets(folder, config, data.train.encoded)
+    kind, targets = training_targets(folder, config, data.train)
     length = max_tokens or evaluation_tokens(config)
 
     def under(model: Model) -> tuple[Policy, Judge]:
@@ -130,7 +142,7 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
         return policy, Judge(policy, in_process(policy), scorer, length)
 
     with open_scorer(config.reward.model_copy(update={"function": "auto"}), data.train.rows) as scorer:
-        after_model = config.model.model_copy(update={"path": str(folder / "model"), "gguf": None, "lora": None})
+        after_model = config.model.model_copy(update=trained(folder))
         policy, judge = under(config.model)
         before = _measured(judge, sets, config.train.token_budget)
         nll = -mean_logprob(policy, targets, config.train.token_budget) if targets else None
@@ -149,13 +161,12 @@ def measure(folder: Path, files: Sequence[str], config: Config, max_tokens: int 
     return result
 
 
-def _measured(judge: Judge, sets: Sequence[Split], budget: int) -> list[tuple[evaluate.Accuracy, float]]:
+def _measured(judge: Judge, sets: Sequence[Split], budget: int) -> list[tuple[evaluate.Accuracy, float | None]]:
     """Accuracy and mean log-prob of the solutions of every set."""
-    found: list[tuple[evaluate.Accuracy, float]] = []
+    found: list[tuple[evaluate.Accuracy, float | None]] = []
     for split in sets:
-        accuracy = evaluate.greedy(judge, split)
-        pairs = [Pair(e.prompt, e.solution, e.shown) for e in split.encoded]
-        found.append((accuracy, mean_logprob(judge.policy, pairs, budget)))
+        accuracy, pairs = evaluate.greedy(judge, split), solutions(split)
+        found.append((accuracy, mean_logprob(judge.policy, pairs, budget) if pairs else None))
     return found
 
 
@@ -164,9 +175,11 @@ def describe(result: dict[str, Any]) -> str:
     percent = lambda a: f"{100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"  # noqa: E731
     lines = []
     for k in result["sets"]:
+        logps = "it has no solutions"
+        if k["logp_before"] is not None:
+            logps = f"log-prob of its solutions {k['logp_before']:.3f} -> {k['logp_after']:.3f} nats a token"
         lines.append(
-            f"{k['name']} ({k['before']['n']} rows): {percent(k['before'])} before, {percent(k['after'])} after; "
-            f"log-prob of its solutions {k['logp_before']:.3f} -> {k['logp_after']:.3f} nats a token"
+            f"{k['name']} ({k['before']['n']} rows): {percent(k['before'])} before, {percent(k['after'])} after; {logps}"
         )
     lines.append(f"forgotten, mean over sets: {100 * result['forgotten']:.1f} points")
     nll = result["nll_of_targets_under_base"]

@@ -85,6 +85,11 @@ def folder_of(config: Config, run: str | Path | None) -> Path:
     return Path("runs") / f"{config.method}-{config_hash(config)}"
 
 
+def trained(folder: Path) -> dict[str, Any]:
+    """Settings of ``model`` that read what a finished run has saved: whole weights in their own dtype, whatever it began from."""
+    return {"path": str(folder / "model"), "lora": None, "gguf": None, "quantize": None}
+
+
 def quiet_libraries(config: Config | None = None) -> None:
     """Models are local, so nothing asks the hub, unless rows (``data.train``, ``data.test``) come from it."""
     if config is None or not any(str(name).startswith("hf:") for name in (config.data.train, config.data.test)):

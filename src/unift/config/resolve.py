@@ -72,10 +72,27 @@ def dotted(items: Iterable[str]) -> dict[str, Any]:
         if not sign or not name.strip():
             raise ConfigError(f"cannot read the setting {item!r}: expected key=value, as in train.lr=1e-6")
         try:
-            found[name.strip()] = yaml.safe_load(value)
+            found[name.strip()] = _loaded(value)
         except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise ConfigError(f"cannot read the value of {name.strip()!r} as YAML: {value!r}") from error
+            why = f" ({error.context})" if isinstance(error, yaml.MarkedYAMLError) and error.context else ""
+            raise ConfigError(f"cannot read the value of {name.strip()!r} as YAML: {value!r}{why}") from error
     return found
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of settings. A name that stands twice in a mapping is an error: the later one would replace the earlier, a whole section
+    maybe, without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.MarkedYAMLError(f"{twice[0]!r} stands there twice", node.start_mark)
+        return node
+
+
+def _loaded(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
@@ -85,7 +102,7 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
 
 def _yaml_mapping(text: str, source: str) -> dict[str, Any]:
     try:
-        tree: Any = yaml.safe_load(text) or {}
+        tree: Any = _loaded(text) or {}
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2026-99-99
         raise ConfigError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):

@@ -317,9 +317,15 @@ def _score_of_dict(value: Mapping[str, Any]) -> Score:
     """verl's dict: "score" trains, "acc" (where there is one) says whether it is correct, other numbers are parts."""
     if "score" not in value:
         raise BadValue(f"returned a dict with keys {sorted(map(str, value))}; expected a key 'score'")
-    rest = {str(name): v for name, v in value.items() if name != "score" and isinstance(v, (bool, int, float))}
+    plain = {str(name): _of_array(v) for name, v in value.items() if name != "score"}
+    rest = {name: v for name, v in plain.items() if isinstance(v, (bool, int, float))}
     correct = bool(rest["acc"]) if rest.get("acc") in (0, 1) else None
     return as_score(Score(_number(value["score"], "returned a dict whose score is"), correct, rest))
+
+
+def _of_array(value: Any) -> Any:
+    """The number that a scalar of numpy or torch is: ``answer == truth`` may be one."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 
 def _number(value: Any, what: str) -> float:

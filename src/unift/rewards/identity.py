@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
+from logging import Logger
 from types import CodeType, ModuleType
 from typing import Any, TypeGuard
 
@@ -77,6 +78,8 @@ def _pieces(thing: Any, home: str, seen: dict[int, Any]) -> Iterator[str]:
     elif is_mapping(thing):
         yield f"mapping {len(thing)}"
         inside = [x for item in sorted(thing.items(), key=_by_name) for x in item]
+    elif isinstance(thing, Logger):  # its attributes lead to all loggers of the process
+        yield f"logger {thing.name}"
     elif _is_set(thing):
         yield f"set {len(thing)}"
         inside = sorted(thing, key=repr)

@@ -65,7 +65,7 @@ class Check:
     reward: str
     kind: str  # "task", "unift", "TRL" or "verl"; joined by "+" where several are added up
     seconds: float  # until both were scored, the start of a worker and the import included
-    demonstration: Score | None
+    demonstration: Score | None  # None: the reward does not apply to it, or the row has none
     empty: Score | None
     warnings: tuple[str, ...]
 
@@ -161,12 +161,14 @@ class Scorer:
         return self._run(list(zip(completions, rows, hints)), count=True)
 
     def check(self, row: Row) -> Check:
-        """Load the reward in a worker; score the row's own solution and an empty text. Not counted.
+        """Load the reward in a worker; score the row's own solution, where it has one, and an empty text. Not counted.
 
         Raises RewardError when it cannot be loaded, or raises, hangs, dies or returns a bad value on either.
         """
         begin = time.monotonic()
-        texts = {"the row's own solution": row.solution, "an empty completion": ""}
+        demonstrated = bool(row.solution.strip())
+        texts = {"the row's own solution": row.solution} if demonstrated else {}
+        texts["an empty completion"] = ""
         outcomes = self._run([(text, row, "") for text in texts.values()], count=False)
         for name, outcome in zip(texts, outcomes):
             if isinstance(outcome, ScoreError):
@@ -174,15 +176,17 @@ class Scorer:
                     f"reward {self.spec!r} failed on {name} of row {row.id!r}: {outcome.kind}: {outcome.message}. "
                     "Any text can turn up in training; mend the function so that it returns a number for it"
                 )
-        full, empty = (outcome if isinstance(outcome, Score) else None for outcome in outcomes)
+        scores = [outcome if isinstance(outcome, Score) else None for outcome in outcomes]
+        full, empty = scores[0] if demonstrated else None, scores[-1]
         warnings: list[str] = []
-        if full is None:
+        if demonstrated and full is None:
             warnings.append(f"the reward does not apply to the demonstration of row {row.id!r} (it returned None)")
-        elif not full.right:
+        elif full is not None and not full.right:
             note = f" ({full.note})" if full.note else ""
             warnings.append(f"the demonstration of row {row.id!r} does not earn full reward: {full.value:g}{note}")
         if empty is not None and (empty.right or (full is not None and empty.value >= full.value)):
-            warnings.append(f"an empty completion earns {empty.value:g}, no less than the demonstration")
+            compared = ", no less than the demonstration" if full is not None else ""
+            warnings.append(f"an empty completion earns {empty.value:g}{compared}")
         return Check(self.spec, self._kind, time.monotonic() - begin, full, empty, tuple(warnings))
 
     def close(self) -> None:

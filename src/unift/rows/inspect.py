@@ -15,7 +15,7 @@ from unift.rows import pictures
 from unift.rows.store import StoredRows, problem_hash
 from unift.rows.tasks import canonical
 from unift.rows.tasks.format import contradictions
-from unift.types import Picture, Row, UniftError
+from unift.types import DataError, Picture, Row, UniftError
 
 
 def _record(row: Row, written: Callable[[Picture], Any] = pictures.as_json) -> dict[str, Any]:
@@ -32,18 +32,42 @@ def write_rows(rows: Sequence[Row], path: str | Path) -> None:
 
     path = Path(path)
     check_writable(path)
-    if path.suffix == ".jsonl":
-        write_atomic(path, "".join(json.dumps(_record(r), ensure_ascii=False) + "\n" for r in rows))
-    else:
-        import io
+    write_atomic(path, _json_lines(rows, path) if path.suffix == ".jsonl" else _parquet(rows, path))
 
-        import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
-        import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
 
-        buffer = io.BytesIO()
-        table = cast(Any, pa).Table.from_pylist([_record(r, pictures.as_value) for r in rows])
-        cast(Any, pq).write_table(table, buffer)
-        write_atomic(path, buffer.getvalue())
+def _json_lines(rows: Sequence[Row], path: Path) -> str:
+    lines: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            lines.append(json.dumps(_record(row), ensure_ascii=False) + "\n")
+        except (TypeError, ValueError) as error:  # dates, bytes
+            raise DataError(
+                f"{path}, row {number}: JSON cannot hold it ({error}). Write .parquet, or drop the column"
+            ) from None
+    return "".join(lines)
+
+
+def _parquet(rows: Sequence[Row], path: Path) -> bytes:
+    """With every column that any of the rows has."""
+    import io
+
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+    import pyarrow.parquet as parquet  # pyright: ignore[reportMissingTypeStubs]
+
+    pa, pq, buffer, column = cast(Any, pyarrow), cast(Any, parquet), io.BytesIO(), ""
+    records = [_record(row, pictures.as_value) for row in rows]
+    made: dict[str, Any] = {}
+    try:
+        for column in dict.fromkeys(name for record in records for name in record):
+            made[column] = pa.array([record.get(column) for record in records])
+            pq.write_table(pa.table({column: made[column][:1]}), io.BytesIO())  # an empty mapping has no type
+        pq.write_table(pa.table(made), buffer)
+    except (pa.ArrowException, OverflowError) as error:
+        said = str(error).partition("\n")[0]
+        raise DataError(
+            f"{path}, column {column!r}: a Parquet column cannot hold its values ({said}). Write .jsonl"
+        ) from None
+    return buffer.getvalue()
 
 
 def check_writable(path: Path) -> None:

@@ -43,6 +43,8 @@ def open_rows(
     if pictures.stand_in(next(records(), None)):  # whose paths are relative to the folder
         settings.append(str(source.parent.absolute()))
     kept = store.stored(source, settings, parts, path)
+    if kept is not None and kept.facts.pictures and len(settings) == 4:  # the first row had none
+        kept = store.stored(source, [*settings, str(source.parent.absolute())], parts, path)
     if kept is None or not len(kept):
         return read_rows(path, format=format, split=split, limit=limit, need_steps=need_steps)
     if need_steps and kept.facts.without_steps is not None:

@@ -74,10 +74,10 @@ def normalised(record: Mapping[str, Any], where: str, source: str) -> Mapping[st
 
 
 def stand_in(record: Any) -> bool:
-    """Has a record, as it stands in a file, a column of pictures or messages of parts?"""
+    """Has a record, as it stands in a file, a column for pictures or messages of parts?"""
     if not is_mapping(record):
         return False
-    return any(record.get(name) for name in COLUMNS) or _has_parts(record.get("prompt"))
+    return any(name in record for name in COLUMNS) or _has_parts(record.get("prompt"))
 
 
 def of_record(record: Mapping[str, Any]) -> tuple[Picture, ...]:
@@ -274,7 +274,10 @@ def content(found: Picture, where: str = "") -> bytes:
         return found.data
     data = _read(Path(found.path), where or "pictures")
     if hashlib.sha256(data).hexdigest() != found.digest:
-        raise DataError(f"{where or 'pictures'}: {found.path} has changed since the rows were read; restore it")
+        raise DataError(
+            f"{where or 'pictures'}: {found.path} has changed since the rows were read. Restore it, or read the "
+            "rows anew: those of a large file are in a cache (UNIFT_CACHE=FOLDER names another one)"
+        )
     return data
 
 

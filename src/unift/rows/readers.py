@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeGuard, cast
 
 from unift.rows import pictures
-from unift.rows.files import records
+from unift.rows.files import records, streamed, streams
 from unift.rows.ids import told_apart
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
 from unift.rows.tasks.format import all_marked, with_own_ending
@@ -26,6 +27,14 @@ from unift.types import DataError, Row
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
 _MATH = ("math", "aime", "amc", "openai/gsm8k", "gsm8k", "minerva", "olympiad_bench", "cais/hle", "hiyouga/geometry3k")
 _PUZZLES = {"kk_logic": "knights"} | {name: name for name in ("chain", "countdown", "jigsaw", "knights", "lock")}
+WRITTEN = {
+    "id",
+    "prompt",
+    "steps",
+    "ending",
+    "answer",
+    "task",
+}  # every row that `rows.inspect.write_rows` wrote has them
 TASK_OF = _PUZZLES | dict.fromkeys(_MATH, "math")
 
 
@@ -39,8 +48,16 @@ def read_rows(
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: expected 1 row or more")
-    found = _hub(path[3:], split or "train") if path.startswith("hf:") else records(path)
+    found = _hub(path[3:], split or "train") if path.startswith("hf:") else _first(path, limit)
     return rows_of(found, path, format=format, limit=limit, need_steps=need_steps)
+
+
+def _first(path: str, limit: int | None) -> list[Any]:
+    """Records of a file. Of one that can be read row by row no more than are wanted, however large it is."""
+    file = Path(path).expanduser()
+    if limit is None or not file.is_file() or not file.stat().st_size or not streams(file):
+        return records(path)
+    return list(islice(streamed(path), limit))
 
 
 def rows_of(
@@ -51,8 +68,7 @@ def rows_of(
     if hasattr(source, "to_list"):  # datasets
         source = pictures.packed_columns(source).to_list()
     elif hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
-        frame: list[dict[str, Any]] = source.to_dict("records")  # a frame holds NaN where a row has nothing
-        source = [{k: None if isinstance(v, float) and v != v else v for k, v in record.items()} for record in frame]
+        source = [{name: _of_frame(value) for name, value in record.items()} for record in source.to_dict("records")]
     if isinstance(source, (str, bytes)) or is_mapping(source) or not isinstance(source, Iterable):
         splits = f" of {', '.join(map(repr, source))}: hand over one of them" if is_mapping(source) else ""
         raise DataError(f"{name}: expected a list of mappings, found {type(source).__name__}{splits}")
@@ -69,6 +85,20 @@ def rows_of(
         for number, (row, written) in enumerate(read_records(records, name, format), start=1)
     ]
     return told_apart(list(ended(found, all_marked(with_written_ending(found), name))), name)
+
+
+def _of_frame(value: Any) -> Any:
+    """A cell as plain data: NaN (or NA, NaT) where a row has nothing, arrays where a Parquet file has lists."""
+    if isinstance(value, float) and value != value or type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if is_mapping(value):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if is_list_or_tuple(value) else value
 
 
 def read_records(records: Iterable[Any], name: str, format: str) -> Iterator[tuple[Row, bool]]:
@@ -121,6 +151,7 @@ def _hub(name: str, split: str) -> list[Any]:
     try:
         import datasets  # pyright: ignore[reportMissingTypeStubs]
 
+        name = str(Path(name).expanduser()) if name.startswith("~") else name
         saved = [f for f in ("dataset_dict.json", "state.json") if (Path(name) / f).is_file()]
         hub = cast(Any, datasets)
         found = hub.load_from_disk(name) if saved else hub.load_dataset(name, split=split)
@@ -134,6 +165,8 @@ def detect(record: Any, path: str) -> str:
     if not is_mapping(record):
         raise DataError(f"{path}, row 1: expected a mapping of columns, found {type(record).__name__} {record!r:.80}")
     columns = set(record)
+    if columns >= WRITTEN:
+        return "unift"
     if {"prompt", "hint"} <= columns or {"prompt", "reward_model"} <= columns:
         return "verl"
     if "prompt" in columns and columns & {"steps", "ending"}:
@@ -274,6 +307,8 @@ def _unift(record: Mapping[str, Any], where: str) -> Row:
     """``ending`` is what follows the steps; without one it is written from the answer in answer tags (but see
     `tasks.format.all_marked`)."""
     answer, column = record.get("answer"), "steps" if record.get("steps") is not None else "solution"
+    if column == "solution" and record.keys() >= WRITTEN:  # which has none; another layout's column stays one
+        column = "steps"
     steps = _steps(record.get(column) or (record.get("completion") if column == "solution" else None), where, column)
     if column == "steps" and record.get("steps") is not None and not record["steps"]:
         raise DataError(f"{where}, column 'steps': the solution is empty")

@@ -15,6 +15,7 @@ import hashlib
 import heapq
 import json
 import os
+import secrets
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,6 +89,13 @@ class StoredRows(Lazy[Row]):
         # Read, not mapped: pages of a mapped file count as memory of the process once they were touched.
         reader = cast(Any, pa).ipc.open_file(cast(Any, pa).OSFile(str(folder / "rows.arrow")))
         self._problems, self._solved = folder / "problems.npy", folder / "solved.npy"
+        n = self.facts.rows
+        if n and (reader.num_record_batches, len(self.problems_N), len(np.load(self._solved))) != (
+            -(-n // BATCH),
+            n,
+            n,
+        ):
+            raise ValueError(f"{folder} is not whole")
         renamed = {int(index): name for index, name in self.facts.renamed.items()}
 
         @lru_cache(maxsize=8)
@@ -135,25 +143,38 @@ def stored(source: Path, settings: Sequence[Any], parts: Callable[[], Iterable[P
     """The rows of ``source``, from the cache, or in ``parts`` that are put there. None where JSON cannot hold them as they are
     (times, bytes, tuples in a column), so that they must be read into memory.
 
-    settings: whatever else decides what is read. name: of the source, for messages. Raises DataError as reading does.
+    settings: whatever else decides what is read. name: of the source, for messages. Raises DataError as reading does. A folder of
+    the cache that is damaged is made anew.
     """
     folder = cache() / _key(source, settings)
-    if not (folder / "facts.json").is_file():
-        with writing("the cache of rows (UNIFT_CACHE=FOLDER moves it)", cache()):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
+    kept = _opened(folder)
+    if kept is not None:
+        return kept
+    with writing("the cache of rows (UNIFT_CACHE=FOLDER moves it)", cache()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(
+            f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        )  # machines may share it
+        try:
+            if not _build(temporary, parts(), name):
+                return None
             try:
-                if not _build(temporary, parts(), name):
-                    return None
-                try:
-                    publish_folder(temporary, folder)
-                except OSError:  # another process was faster, and its folder holds the same
-                    if not (folder / "facts.json").is_file():
-                        raise
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-    return StoredRows(folder)
+                publish_folder(temporary, folder, over=False)
+            except OSError:  # another process was faster: its folder holds the same, and may be in use
+                if _opened(folder) is None:
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return StoredRows(folder)
+
+
+def _opened(folder: Path) -> StoredRows | None:
+    """The rows of a folder of the cache; None where it is not there, or not whole."""
+    try:
+        return StoredRows(folder)
+    except (OSError, ValueError, TypeError):  # of files, of JSON, Arrow and numpy, of Facts
+        return None
 
 
 def cache() -> Path:
@@ -336,6 +357,11 @@ def _characters(row: Row) -> int:
     return len(row.prompt) if isinstance(row.prompt, str) else sum(len(m["content"]) for m in row.prompt)
 
 
+def _among(value: int, ascending: np.ndarray) -> bool:
+    at = int(np.searchsorted(ascending, np.uint64(value)))
+    return at < len(ascending) and int(ascending[at]) == value
+
+
 def told_apart_on_disk(rows: Sequence[Row], hashes_N: np.ndarray, name: str) -> dict[str, str]:
     """The rule of `ids.told_apart` for rows on disk: index -> new id of every further copy. Only rows whose ids have the
     same hash are read."""
@@ -348,7 +374,7 @@ def told_apart_on_disk(rows: Sequence[Row], hashes_N: np.ndarray, name: str) -> 
         row = rows[index]
         own = names.own(row, index + 1, lambda number: rows[number - 1])
         if own != row.id:
-            if np.isin(np.uint64(problem_hash(own)), hashes_N):
+            if _among(problem_hash(own), values):
                 raise DataError(f"{name}, row {index + 1}, column 'id': {own!r} names a copy and another row, too")
             renamed[str(index)] = own
     return renamed

@@ -156,6 +156,8 @@ def evaluate_split(
 ) -> Evaluation:
     """Greedy accuracy, and pass@k from ``samples`` completions a row; ``vote``: one answer chosen of them, too. Nothing is
     written."""
+    if samples < 0:
+        raise ConfigError(f"samples={samples}: expected completions a row for pass@k, or 0 for greedy answers alone")
     if vote and samples < 2:
         raise ConfigError(
             f"a vote needs several samples a row: found samples={samples}; use --samples K with K of 2 or more"

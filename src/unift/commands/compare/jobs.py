@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,13 @@ class RunsFailed(UniftError):
 @dataclass(frozen=True)
 class Job:
     """One run. ``method``: its name in messages and results. ``command`` leaves ``result.json`` in ``folder`` and exits with 0;
-    on a begun folder it continues."""
+    on a begun folder it continues. ``inputs``: files and folders that it names, whose content decides the result, too."""
 
     method: str
     seed: int
     folder: Path
     command: list[str]
+    inputs: Sequence[str] = ()
 
 
 def train_job(method: str, seed: int, recipe: str | None, folder: Path, settings: Sequence[str], name: str = "") -> Job:
@@ -57,7 +60,17 @@ def train_job(method: str, seed: int, recipe: str | None, folder: Path, settings
         "--run",
         str(own),
     ]
-    return Job(name or method, seed, own, [*start, *settings, f"seed={seed}", "threads=1"])
+    return Job(name or method, seed, own, [*start, *settings, f"seed={seed}", "threads=1"], _named_files(settings))
+
+
+def _named_files(settings: Sequence[str]) -> list[str]:
+    """Rows, and the reward where it is a file's function."""
+    from unift.config.identity import flat
+    from unift.config.resolve import parse_overrides
+
+    found = flat(parse_overrides(settings))
+    names = [found.get("data.train"), found.get("data.test"), str(found.get("reward.function")).rpartition(":")[0]]
+    return [name for name in names if isinstance(name, str) and Path(name).expanduser().is_file()]
 
 
 # ---------------------------------------------------------------------------------------------- running
@@ -99,13 +112,14 @@ def run_many(
 ) -> list[Result]:
     """Results in the order of the jobs, ``workers`` processes side by side; each writes ``log.txt`` in its folder.
 
-    A run that this very command finished before is read from its folder. A failure does not stop the others; when all
-    are through, RunsFailed names the failed ones with the last lines of their logs.
+    A run that this very command finished before, on the same inputs, is read from its folder. A failure does not stop the
+    others; when all are through, RunsFailed names the failed ones with the last lines of their logs.
     Interrupted, or once ``stop`` is set, it ends the processes and raises KeyboardInterrupt.
     """
     results: dict[int, Result] = {}
     failed: list[str] = []
     running: dict[int, tuple[subprocess.Popen[bytes], int]] = {}
+    asked: dict[int, Any] = {}
     waiting = list(range(len(jobs)))
 
     def ended(number: int, text: str) -> None:
@@ -117,6 +131,7 @@ def run_many(
                 raise KeyboardInterrupt
             while waiting and len(running) < max(workers, 1):
                 number = waiting.pop(0)
+                asked[number] = _asked(jobs[number])  # as the inputs are now
                 finished = _finished(jobs[number])
                 if finished is None:
                     running[number] = _start(jobs[number])
@@ -132,7 +147,7 @@ def run_many(
                 if process.returncode == 0 and result is not None:
                     results[number] = result
                     # Only now: a command that `train` refused must not pass for the one that brought the result.
-                    (jobs[number].folder / COMMAND).write_text(json.dumps(jobs[number].command))
+                    (jobs[number].folder / COMMAND).write_text(json.dumps(asked[number]))
                     ended(number, _outcome(result))
                 else:
                     failed.append(_failure(jobs[number], process.returncode, offset))
@@ -179,10 +194,32 @@ def _read(folder: Path) -> Result | None:
     return result
 
 
+def _asked(job: Job) -> Any:
+    """What brings the result: the command, and the content of its inputs."""
+    if not job.inputs:
+        return job.command
+    return {"command": job.command, "inputs": {name: _content(Path(name).expanduser()) for name in job.inputs}}
+
+
+def _content(place: Path) -> str:
+    files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+    facts = [(path, status.st_size, status.st_mtime_ns) for path in files if path.is_file() and (status := path.stat())]
+    return " ".join(f"{path.name}:{_digest(path, size, at)}" for path, size, at in facts)
+
+
+@lru_cache(maxsize=256)  # every run of a comparison names the same files
+def _digest(path: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()[:16]
+
+
 def _finished(job: Job) -> Result | None:
     """The result, if this very command brought it. Otherwise ``train`` itself must judge whether the folder fits."""
     try:
-        same = json.loads((job.folder / COMMAND).read_text()) == job.command
+        same = json.loads((job.folder / COMMAND).read_text()) == _asked(job)
     except (OSError, json.JSONDecodeError):
         return None
     return _named(job, _read(job.folder)) if same else None

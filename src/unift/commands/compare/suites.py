@@ -80,7 +80,7 @@ def _job(plan: SuitePlan, method: str, seed: int, run: Path, words: Sequence[str
     command = [sys.executable, "-m", "unift", "eval", *words, "--suite", plan.suite, "--out", str(out)]
     command += [word for place in plan.data for word in ("--data", place)]
     command += ["--samples", str(plan.samples), *(["--rows", str(plan.rows)] if plan.rows else []), *settings]
-    return Job(method, seed, out, command)
+    return Job(method, seed, out, command, plan.data)
 
 
 def compared(results: Mapping[str, Sequence[Mapping[str, Any]]], suite: str) -> str:

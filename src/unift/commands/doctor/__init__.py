@@ -8,8 +8,9 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -302,9 +303,13 @@ def try_reward(config: Config, rows: Sequence[Row]) -> tuple[Check, Any]:
 
     r = config.reward
     with open_scorer(r, rows) as scorer:
-        found = scorer.check(rows[0])
         meant = meant_right(rows, config.sample.label)
-        some = [row for row in meant[:DEMONSTRATIONS] if row.solution.strip()]
+        taken = isinstance(
+            config.data.solved, int
+        )  # rows that keep the ending of a solution whose steps were taken from them
+        whole = (row for row in meant if (row.steps or not taken) and row.solution.strip())
+        some = list(islice(whole, DEMONSTRATIONS))
+        found = scorer.check(some[0] if some else replace(rows[0], steps=(), ending=""))
         outcomes = scorer.score(some, [row.solution for row in some])
     right = sum(isinstance(o, Score) and o.right for o in outcomes)
     faults = list(found.warnings)

@@ -19,6 +19,7 @@ from unift.commands.report.markup import Content, Html, document, fold, footer, 
 
 RUNS = 24  # with curves of their own; later ones are in the table and the shared curves only
 NAMED = ("uft", "sft", "sft-rft", "r3", "uft-paper", "stage", "rft")  # c1 ... c7, the hues of plots.COLOURS
+SPARE = 2  # more hues, c8 and c9; others take those of methods that are not there
 assert set(NAMED) == set(COLOURS)
 
 
@@ -61,8 +62,9 @@ def _lead(runs: Sequence[RunData], methods: Sequence[str]) -> str:
 def _colour(method: str, methods: Sequence[str]) -> str:
     if method in NAMED:
         return f"c{NAMED.index(method) + 1}"
+    free = [*range(8, 8 + SPARE), *(i for i, name in enumerate(NAMED, 1) if name not in methods)]
     others = [m for m in methods if m not in NAMED]
-    return f"c{8 + others.index(method) % 2}"
+    return f"c{free[others.index(method) % len(free)]}"
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -110,7 +112,7 @@ def _table(runs: Sequence[RunData], methods: Sequence[str]) -> Html | None:
 
 
 def _readings(runs: Sequence[RunData]) -> Html | None:
-    results = [dict(r.result) for r in runs if r.result and r.result.get("test") and r.result.get("train")]
+    results = [dict(r.result) | {"method": r.arm} for r in runs if r.result and r.result.get("test")]
     return tag("ul", [tag("li", line) for line in reading(results)], cls="findings") if results else None
 
 

@@ -47,9 +47,15 @@ def subject(settings: Mapping[str, Any]) -> str:
 def _rows(settings: Mapping[str, Any]) -> str:
     data = settings.get("data") or {}
     count = f"{data['train_rows']:,} " if isinstance(data.get("train_rows"), int) else ""
+    solved = data.get("solved")
+    some = (
+        f", of which {f'{solved:,}' if isinstance(solved, int) else 'some'} are solved"
+        if solved not in (None, "all")
+        else ""
+    )
     if data.get("task"):
-        return f"{count}solved rows of the built-in task {data['task']}"
-    return f"{count}rows of {data.get('train')}"
+        return f"{count}{'' if some else 'solved '}rows of the built-in task {data['task']}{some}"
+    return f"{count}rows of {data.get('train')}{some}"
 
 
 def _stretch(s: Rules) -> str:
