@@ -156,7 +156,7 @@ def chat_tokenizer(template=None, bos=True, special=True):
     return tokenizer
 
 
-def saved_llama(folder, tokenizer, vocab=None, eos=None):
+def saved_llama(folder, tokenizer, vocab=None, eos=None, positions=256):
     """Folder of a random Llama with this tokenizer; ``vocab``: rows of its embedding."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -165,7 +165,7 @@ def saved_llama(folder, tokenizer, vocab=None, eos=None):
     ids = {"eos_token_id": tokenizer.eos_token_id if eos is None else eos, "bos_token_id": 1, "pad_token_id": 0}
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocab or len(tokenizer), initializer_range=0.3, max_position_embeddings=256, **size, **ids
+            vocab_size=vocab or len(tokenizer), initializer_range=0.3, max_position_embeddings=positions, **size, **ids
         )
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

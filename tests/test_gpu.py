@@ -13,8 +13,10 @@ from conftest import FakeTokenizer, close, gradients, packed_loss, random_tokens
 from plain import uft_loss
 
 from unift.config.resolve import parse_overrides, resolve
-from unift.model import attention, paths
+from unift.config.sections import Model
+from unift.model import attention, matmul, paths
 from unift.model.attention import flex
+from unift.model.load import load_policy
 from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, Member, pack
 from unift.model.policy import Policy
@@ -147,3 +149,13 @@ def test_a_run_that_is_stopped_and_goes_on(tmp_path, monkeypatch, more):
     assert len(steps) == 4 and all(np.isfinite(m["loss"]) for m in steps)
     worst = max(m["sampling/sampling_logp_difference/max"] for m in steps)
     assert worst < (1 if "all" in more or "bfloat16" in more else 1e-4)
+
+
+def test_a_model_on_the_cpu_before_it_costs_no_precision():
+    """oneDNN on the CPU is chosen by a setting that CUDA reads as a leave to multiply in TF32."""
+    try:
+        matmul.route(True)
+        load_policy(Model(path="embedded:lock", device="cuda"))
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        matmul.route(False)

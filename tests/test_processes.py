@@ -26,6 +26,7 @@ from unift.training.loop import train
 from unift.training.run import checkpoint
 from unift.training.run.metrics import read_metrics
 from unift.training.run.rollouts import read_rollouts, rollouts_path
+from unift.types import ConfigError
 
 REWARD = '''
 import os
@@ -53,6 +54,29 @@ def reward(tmp_path_factory):
     file = tmp_path_factory.mktemp("reward") / "reward.py"
     file.write_text(REWARD)
     return str(file)
+
+
+@pytest.mark.parametrize("text", ["30m", "", "0", "-5", "nan", "inf", "1e12"])
+def test_a_deadline_that_is_none_is_one_line(text, monkeypatch):
+    monkeypatch.setenv("UNIFT_WAIT_SECONDS", text)
+    with pytest.raises(ConfigError, match=f"UNIFT_WAIT_SECONDS={text!r}: expected a number of seconds above 0"):
+        processes.wait_seconds()
+    monkeypatch.setenv("UNIFT_WAIT_SECONDS", "12.5")
+    assert processes.wait_seconds() == 12.5
+    monkeypatch.delenv("UNIFT_WAIT_SECONDS")
+    assert processes.wait_seconds() == 1800
+
+
+def test_a_deadline_is_read_where_several_meet(tmp_path):
+    """The package is imported and works without it; a launched process says what is wrong before it meets the others."""
+    code = "from unift import processes\nprocesses.gather('x', 1)\nwith processes.joined():\n    print('alone')"
+    alone = {**os.environ, "UNIFT_WAIT_SECONDS": "30m"}
+    done = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True)
+    assert done.stdout.strip() == "alone", done.stderr
+    launched = alone | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run([sys.executable, "-c", code.split("\n", 2)[0] + "\nprocesses.joined().__enter__()"],
+                          env=launched, capture_output=True, text=True)  # fmt: skip
+    assert "ConfigError: UNIFT_WAIT_SECONDS='30m'" in done.stderr
 
 
 def single(folder, method, items):

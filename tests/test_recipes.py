@@ -42,7 +42,7 @@ def place(tmp_path):
         rows = make_rows("countdown", 12, 0, split, numbers=3, style="short")
         for kind in ("jsonl", "parquet"):
             write_rows(rows, folder / f"{split}.{kind}")
-    saved_llama(tmp_path / "model", char_tokenizer())
+    saved_llama(tmp_path / "model", char_tokenizer(), positions=32768)  # as many as the named ones have, or nearly
     return folder
 
 

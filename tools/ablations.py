@@ -84,15 +84,13 @@ SMOLLM2 = (
         LOCK[1].titles,
         (
             "show.until=0.3,0.9",
-            "likelihood.weight=0.0,0.5",
-            "show.schedule=uniform,staircase",
-            "likelihood.weight=0.001",
+            "likelihood.weight=0.0,0.001,0.5",
+            "show.schedule=uniform",  # the staircase is the method stage
             "show.cuts=1",
             "show.draw=two_point",
         ),
         recipe="smollm2",
     ),
-    Study("sft-rft", "sft-rft", LOCK[3].titles, LOCK[3].varied, recipe="smollm2"),
 )
 RECIPES = {
     "lock": (LOCK, "ablations"),

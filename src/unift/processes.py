@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -25,7 +25,6 @@ from unift.types import ConfigError, UniftError
 if TYPE_CHECKING:
     from torch import Tensor
 T = TypeVar("T")
-WAIT_SECONDS = float(os.environ.get("UNIFT_WAIT_SECONDS", "1800"))  # for the slowest of the others
 BUCKET_BYTES = 64 << 20  # gradients are summed in flat buffers of about this size
 PARENT = "UNIFT_PARENT"  # process id, in the environment of a run that ends with the process that started it
 END_SECONDS = 10.0  # for a process to end, or to answer, when asked
@@ -60,6 +59,15 @@ def first() -> bool:
 def label() -> str:
     """``process 1: `` for messages; empty in a single process."""
     return f"process {rank()}: " if size() > 1 else ""
+
+
+def wait_seconds() -> float:
+    """For the slowest of the others, from UNIFT_WAIT_SECONDS. Raises ConfigError."""
+    found = os.environ.get("UNIFT_WAIT_SECONDS", "1800")
+    with suppress(ValueError):
+        if 0 < float(found) < 1e9:
+            return float(found)
+    raise ConfigError(f"UNIFT_WAIT_SECONDS={found!r}: expected a number of seconds above 0, such as 1800")
 
 
 def alone(what: str) -> None:
@@ -103,7 +111,6 @@ def joined(cuda: bool = False) -> Generator[None, None, None]:
 
     An error in here is told to the others: their next exchange raises it, too.
     """
-    global _store
     if size() == 1:
         yield
         return
@@ -138,7 +145,7 @@ def _meet(cuda: bool) -> None:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
-    deadline = timedelta(seconds=WAIT_SECONDS)
+    deadline = timedelta(seconds=wait_seconds())
     try:
         store, number, total = next(iter(rendezvous("env://", timeout=deadline)))
         # A launcher that starts all anew after a failure may keep its store, with the addresses of those that are gone.
@@ -147,7 +154,7 @@ def _meet(cuda: bool) -> None:
         dist.init_process_group(backend, store=_store, rank=number, world_size=total, timeout=deadline)
     except (RuntimeError, ValueError) as error:
         raise UniftError(
-            f"process {rank()} did not meet the other {size() - 1} in {WAIT_SECONDS:g} s: {error}"
+            f"process {rank()} did not meet the other {size() - 1} in {wait_seconds():g} s: {error}"
         ) from error
 
 
@@ -188,8 +195,7 @@ def _signs_of_life() -> Generator[None, None, None]:
 def _beats(store: Any) -> dict[int, tuple[str, str, str]]:
     """Of every other process that is known: number of its last sign of life, process id and machine, what it does."""
     known = [n for n in range(size()) if n != rank() and store.check([f"{BEAT}/{n}"])]
-    signs = {n: store.get(f"{BEAT}/{n}").decode().split("|", 2) for n in known}
-    return {n: (number, where, doing) for n, (number, where, doing) in signs.items()}
+    return {n: tuple(store.get(f"{BEAT}/{n}").decode().split("|", 2)) for n in known}
 
 
 def _roll_call() -> tuple[list[str], list[str]]:
@@ -243,8 +249,7 @@ def _waiting(what: str, ours: Callable[[RuntimeError], bool] = lambda error: Tru
     except RuntimeError as error:
         if not ours(error):
             raise
-        waited = time.monotonic() - began
-        raise UniftError(_why(what, waited, str(error).splitlines()[0])) from error
+        raise UniftError(_why(what, time.monotonic() - began, str(error).splitlines()[0])) from error
     _doing = f"works on what follows {what}"
 
 
@@ -259,7 +264,7 @@ def _why(what: str, waited: float, said: str) -> str:
     cause = cause or _told()  # meanwhile
     if cause:
         return f"another process ended the run. {cause}"
-    if waited > 0.9 * WAIT_SECONDS:
+    if waited > 0.9 * wait_seconds():
         return (
             f"waited {waited:.0f} s for the other processes at {what}, and one of them hangs, or is that much slower: "
             f"{'; '.join(there)}. UNIFT_WAIT_SECONDS sets the deadline. {again}"
@@ -271,10 +276,7 @@ def _why(what: str, waited: float, said: str) -> str:
 def exchanging(what: str) -> Generator[None, None, None]:
     """Work in which a library exchanges tensors with the other processes: its failure gets the same words as one of ours,
     everything else that goes wrong in the block stays what it is."""
-    if size() == 1:
-        yield
-        return
-    with _waiting(what, _of_the_network):
+    with _waiting(what, _of_the_network) if size() > 1 else nullcontext():
         yield
 
 
@@ -321,8 +323,7 @@ def lead(what: str, do: Callable[[], T]) -> T:
 
 def agree(what: str, value: Any) -> None:
     """Raise UniftError unless all processes hold the same value."""
-    values = gather(what, value)
-    for number, other in enumerate(values):
+    for number, other in enumerate(values := gather(what, value)):
         if other != values[0]:
             raise UniftError(
                 f"{what}: process {number} has {other!r}, process 0 has {values[0]!r}; they must be the same"
@@ -377,8 +378,7 @@ def share(n: int) -> range:
 
 def interleave(parts: Sequence[Sequence[T]]) -> list[T]:
     """The things that `share` dealt out, in their first order. ``parts``: one list a process, their lengths may differ."""
-    longest = max(len(part) for part in parts)
-    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[list[int]]:

@@ -265,8 +265,11 @@ def test_completions_beyond_the_models_positions(refused):
     said = refused("train", "--recipe", "lock", "sample.max_tokens=250", *TINY)
     assert "data.train, row 1: the prompt (6 tokens), its longest hint (11) and a completion (250)" in said
     assert "more than the 256 positions of the model. Lower sample.max_tokens to 239 or less" in said
-    said = refused("train", "--recipe", "lock", "eval.max_tokens=251", *TINY)
+    said = refused("train", "--recipe", "lock", "eval.max_tokens=251", *TINY)  # training rows are evaluated at the end
+    assert "data.train, row 1: the prompt (6 tokens), its longest hint (0) and a completion (251)" in said
+    said = refused("train", "--recipe", "lock", "eval.max_tokens=251", "eval.train_rows=0", *TINY)
     assert "data.test, row 1: the prompt (6 tokens), its longest hint (0) and a completion (251)" in said
+    assert "Lower sample.max_tokens to 250 or less (of evaluations eval.max_tokens, where it is set)" in said
 
 
 def test_line_separators_inside_texts_are_text(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from conftest import settings
 
 from unift.config.identity import config_hash, differences, flat, to_yaml
 from unift.config.packaged import preset_names, recipe_names, recipe_text
@@ -124,3 +125,14 @@ def test_phases():
     assert second.sample.completions == 8 and second.likelihood.weight == 0
     with pytest.raises(ConfigError, match="add up to"):
         stages(config.model_copy(update={"phases": config.phases[:1]}))
+
+
+@pytest.mark.parametrize("word", ["url=http://10.0.0.1:8000", "folder=/dev/shm/unift", "transfer=nccl"])
+def test_a_server_that_nobody_asks_is_an_error(word):
+    """engine.kind=auto samples in this process; native and plain are said outright, and vllm is meant."""
+    with pytest.raises(
+        ConfigError, match=r"is of a server, and engine.kind=auto samples in this process. Set engine.kind=vllm"
+    ):
+        settings("uft", f"engine.{word}")
+    for kind in ("vllm", "native"):
+        settings("uft", f"engine.{word}", f"engine.kind={kind}")

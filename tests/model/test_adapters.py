@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import char_tokenizer
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from unift.config.resolve import HUB_NAME, parse_overrides, resolve
@@ -21,6 +22,8 @@ from unift.config.sections import Lora, Model
 from unift.model import lora
 from unift.model.folder import base_name, locate
 from unift.model.load import load_policy, load_tokenizer, save_adapter, save_pretrained
+from unift.sampling.engines.base import Request
+from unift.sampling.engines.choose import generate
 from unift.training.loop import train
 from unift.training.reference import Reference
 from unift.types import ConfigError
@@ -100,6 +103,60 @@ def test_the_reference_of_a_continued_adapter_is_the_policy_that_began(base: Pat
         assert all(
             layer.active_adapters and not layer.disable_adapters for layer in lora.adapted(reference.base).values()
         )
+
+
+def changed(adapter: Path, **settings: object) -> Path:
+    """The adapter with other settings in its adapter_config.json."""
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return adapter
+
+
+def test_an_adapter_that_was_trained_with_dropout_goes_on_without(base: Path, tmp_path: Path) -> None:
+    adapter = changed(trained(base, tmp_path), lora_dropout=0.5)
+    policy = load_policy(model(adapter))
+    assert not any(m.training for m in policy.model.modules())
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    request = Request(list(range(3, 23)), None)
+    greedy = [generate(policy, [request], 6)[0][0] for _ in range(2)]
+    assert greedy[0] == greedy[1]
+    assert greedy[0].logps[0] == pytest.approx(float(merged[0, -1].max()), abs=1e-5)
+
+
+def test_an_adapter_whose_file_lacks_layers_is_refused(base: Path, tmp_path: Path) -> None:
+    """peft starts those anew: what was learnt in them would be gone."""
+    adapter = trained(base, tmp_path)
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({n: w for n, w in weights.items() if "layers.1.mlp" not in n}, path)
+    with pytest.raises(
+        ConfigError, match=r"does not fit LlamaForCausalLM: Found missing adapter keys .*layers\.1\.mlp"
+    ):
+        load_policy(model(adapter))
+    save_file({n.replace("model.layers", "model.text.layers"): w for n, w in weights.items()}, path)
+    with pytest.raises(ConfigError, match="does not fit LlamaForCausalLM"):
+        load_policy(model(adapter))
+
+
+def test_an_adapter_of_another_kind_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    adapter = trained(base, tmp_path)
+    plain = json.loads((adapter / "adapter_config.json").read_text())
+    for key in lora.ODD:
+        changed(adapter, **(plain | {key: ["q_proj"]}))
+        with pytest.raises(ConfigError, match=f"has {key}: only plain LoRA is continued"):
+            load_policy(model(adapter))
+
+
+def test_an_adapters_own_tokenizer_goes_on(base: Path, tmp_path: Path) -> None:
+    """Saved beside an adapter by whoever trained it, often with a chat template that the base does not have."""
+    adapter = trained(base, tmp_path)
+    assert load_tokenizer(model(adapter)).chat_template is None
+    template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    char_tokenizer(template=template).save_pretrained(adapter)
+    assert load_tokenizer(model(adapter)).chat_template == template
+    for path in adapter.glob("*token*"):
+        path.unlink()
+    assert load_tokenizer(model(adapter)).get_vocab() == char_tokenizer().get_vocab()
 
 
 def test_an_adapter_without_its_base_is_one_clear_line(base: Path, tmp_path: Path) -> None:

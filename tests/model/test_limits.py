@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import vision_zoo as zoo
@@ -110,6 +111,80 @@ def test_the_edge_of_the_room():
             limits.check_positions(config, data)
         else:
             with pytest.raises(DataError, match="more than the 256 positions"):
+                limits.check_positions(config, data)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "mpt", "llama"])
+def test_positions_have_several_names(kind, tmp_path):
+    """As the model's own class says: GPT-2's config.json has no max_position_embeddings, and its table ends all the same."""
+    import transformers as t
+
+    own = {
+        "gpt2": t.GPT2Config(n_positions=77),
+        "gptj": t.GPTJConfig(n_positions=77),
+        "mpt": t.MptConfig(max_seq_len=77),
+    }
+    own.get(kind, t.LlamaConfig(max_position_embeddings=77)).save_pretrained(tmp_path)
+    assert limits.positions(limits.text_settings(str(tmp_path))) == 77
+    assert limits.positions({}) is None
+
+
+def shortened(tmp_path, most):
+    """The lock with fewer positions."""
+    shutil.copytree(locate("embedded:lock"), tmp_path / "model", dirs_exist_ok=True)
+    found = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(found | {"max_position_embeddings": most}))
+    return f"model.path={tmp_path / 'model'}"
+
+
+@pytest.mark.parametrize("method", ["sft", "luffy"])
+def test_a_solution_that_is_trained_on_needs_positions_too(method, tmp_path):
+    """Whole solutions count where they have a loss, not where hints alone are shown."""
+    few = ["sample.max_tokens=1", "eval.max_tokens=1", "train.prompts=2"]
+    config = settings(method, "data.train_rows=6", "data.test_rows=4", *few)
+    data = dataset.encode(load_tokenizer(config.model), dataset.load(config), config)
+    most = max(len(e.prompt) + len(e.solution) for e in data.train.encoded)
+    for there in (most, most - 1):
+        config = settings(method, "data.train_rows=6", "data.test_rows=4", *few, shortened(tmp_path, there))
+        if there == most:
+            limits.check_positions(config, data)
+        else:
+            with pytest.raises(DataError, match=r"data.train, row \d+: the prompt .* and its solution .* trained on"):
+                limits.check_positions(config, data)
+    limits.check_positions(settings("rft", *few, shortened(tmp_path, most - 1)), data)
+
+
+def test_a_rejected_answer_needs_positions_too(tmp_path):
+    config, data = lock("sample.max_tokens=1", "eval.max_tokens=1", shortened(tmp_path, 40))
+    limits.check_positions(config, data)
+    longer = replace(data.train, rejected=[None, [5] * 36, *[None] * 4])
+    with pytest.raises(DataError, match="data.train, row 2: the prompt .* and its rejected answer .36., which"):
+        limits.check_positions(config, replace(data, train=longer))
+
+
+def test_the_hint_of_one_phase_and_the_completion_of_another_are_no_sequence(tmp_path):
+    """SFT shows whole solutions, RFT samples behind bare prompts: the longest of either, not the sum."""
+    phases = "phases=[{method: sft, share: 0.5}, {method: rft, share: 0.5}]"
+    few = ["sample.max_tokens=30", "eval.max_tokens=1", phases]
+    config, data = lock(*few)
+    most = max(len(e.prompt) for e in data.train.encoded) + config.phases[1].sample.max_tokens
+    assert limits.longest_context(config, data) == most
+    limits.check_positions(lock(*few, shortened(tmp_path, most))[0], data)
+    with pytest.raises(DataError, match="its longest hint .0. and a completion"):
+        limits.check_positions(lock(*few, shortened(tmp_path, most - 1))[0], data)
+
+
+def test_answers_to_training_rows_need_positions_too():
+    """They are evaluated last: a run would fail after all its steps."""
+    for rows, fits in ((0, True), (1, False), (None, False)):
+        config, data = lock(
+            "sample.max_tokens=1", "eval.max_tokens=300", f"eval.train_rows={'null' if rows is None else rows}"
+        )
+        data = replace(data, test=data.test.first(0))
+        if fits:
+            limits.check_positions(config, data)
+        else:
+            with pytest.raises(DataError, match="data.train, row 1: .*a completion .300. take more than the 256"):
                 limits.check_positions(config, data)
 
 

@@ -48,6 +48,17 @@ def test_products_stay_float32():
     assert matmul.route(False) == "default"
 
 
+def test_what_was_set_for_a_model_on_the_cpu_is_taken_back():
+    """A GPU reads the same global setting, and multiplies in fewer bits for it. A person's own setting stays."""
+    if matmul.route(True) == "oneDNN":
+        assert torch.get_float32_matmul_precision() == "medium"
+    matmul.unroute()
+    assert torch.get_float32_matmul_precision() == "highest"
+    torch.set_float32_matmul_precision("high")
+    matmul.unroute()
+    assert torch.get_float32_matmul_precision() == "high"
+
+
 @pytest.mark.parametrize("shape", [(1, 24), (7, 24), (1, 1, 24), (2, 5, 24), (1, 300, 24), (1, 0, 24)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_products(one_dnn, shape, bias):

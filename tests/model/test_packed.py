@@ -276,3 +276,34 @@ def test_reference_policy_is_not_touched():
     items = ragged(2)
     batch = pack(items, range(3), weigh(items, settings()), settings())
     assert torch.equal(logprobs(policy, batch)[0], logprobs(frozen, batch)[0])
+
+
+def test_a_temperature_is_as_exact_as_the_model():
+    """1/T has no exact float32: in float64 the trainer's log-probs are softmax(logits / T) to float64's rounding."""
+    policy, plain = tiny_policy(torch.float64, kind="gpt2")  # whose norms are in float64, too
+    items, config = ragged(2, hints=(0,)), settings("likelihood.tokens=none")
+    batch = pack(items, [0], weigh(items, config), config)
+    with torch.no_grad():
+        l_S, entropy_S = logprobs(policy, batch, 0.7)
+        sequences = [items[0].prompt + m.tokens for m in items[0].members]
+        logps, entropies = token_logprobs(plain, sequences, 0.7)
+    first = len(items[0].prompt) - 1
+    assert torch.allclose(l_S, torch.cat([l[first:] for l in logps]), rtol=0, atol=1e-12)
+    assert torch.allclose(entropy_S, torch.cat([h[first:] for h in entropies]), rtol=0, atol=1e-12)
+
+
+def test_packs_stay_within_the_budget():
+    """Also where so few items are left for a pack that what they begin with is not worth a stem of theirs."""
+    config, several = settings("train.token_budget=100"), 0
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        stem = rng.integers(2, 37, int(rng.integers(8, 40))).tolist()
+        ends = [(rng.integers(1, 12), rng.integers(1, 30)) for _ in range(int(rng.integers(2, 14)))]
+        items = [Item(stem + tokens(p), [], [Member(tokens(n), COMPLETION, 1.0)]) for p, n in ends]
+        packs = cut(items, 100, config)
+        assert sorted(i for which in packs for i in which) == list(range(len(items)))
+        for which in packs:
+            batch = pack(items, which, None, config)
+            several += len(which) > 1
+            assert len(which) == 1 or len(batch.tokens_T) <= 100, (len(stem), which)
+    assert several > 60

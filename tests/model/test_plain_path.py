@@ -150,6 +150,21 @@ def test_window_is_watched_while_training():
         generate(policy, [Request([5] * LONGEST, None)], 3)
 
 
+@pytest.mark.parametrize("setting", ["auto", "shared", "plain"])
+def test_a_weight_that_is_not_finite_is_named(setting):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **IDS, **SIZE)).eval()
+    attention.register()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    said = (
+        "weights of LlamaForCausalLM are damaged: model.layers.1.mlp.up_proj.weight holds numbers that are not finite"
+    )
+    with pytest.raises(ConfigError, match=said):
+        paths.choose(Policy(model, FakeTokenizer(), CPU), setting, LONGEST)
+
+
 def test_not_causal():
     with pytest.raises(ConfigError, match="BertLMHeadModel is no causal language model"):
         chosen("bert")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from unift.commands.doctor import engine as doctor
 from unift.config.resolve import resolve
 from unift.config.surroundings import Engine as Settings
 from unift.config.surroundings import Model
-from unift.model.load import load_policy
+from unift.model.load import load_policy, save_pretrained
 from unift.model.logprobs import logprobs
 from unift.model.packs import COMPLETION, Item, Member, pack
 from unift.objectives.weights import weigh
@@ -93,6 +94,22 @@ def test_a_served_model_completes_as_the_policy_does(policy, tmp_path):
         again = [completed(engine, policy.tokenizer, asked(policy), 16, 0.7) for _ in range(2)]
     assert again[0] == again[1]
     assert not list((tmp_path / "engine").glob("**/*")), "weights are left behind"
+
+
+def test_a_folder_for_weights_keeps_what_is_not_the_engines(policy, tmp_path):
+    """engine.folder may be a place that others use, /dev/shm say."""
+    place = tmp_path / "shm"
+    place.mkdir()
+    (place / "precious").write_text("of someone else")
+    (place / "weights-0a0a0a0a-1").mkdir()  # of another run that is just sending
+    with Fake(tmp_path / "served") as fake:
+        with open_engine(settings(fake, folder=str(place)), policy, tmp_path, 64) as engine:
+            engine.sync(policy, lambda: fingerprint(policy))
+            (place / f".weights-{engine.own}-2.tmp").mkdir()  # of a write that failed
+        assert sorted(p.name for p in place.iterdir()) == ["precious", "weights-0a0a0a0a-1"]
+        with open_engine(settings(fake, folder=str(tmp_path / "new")), policy, tmp_path, 64) as engine:
+            engine.sync(policy, lambda: fingerprint(policy))
+        assert not (tmp_path / "new").exists()
 
 
 # ---------------------------------------------------------------------------------------------- faults
@@ -304,6 +321,26 @@ def test_the_line_of_serve(tmp_path, capsys):
         serve.make_folder(serve.Order("embedded:lock", folder, "python", 96, 8, 8000, "float32", True, False))
     with pytest.raises(ConfigError, match="is no interpreter"):
         serve.start(serve.Order("embedded:lock", folder, "/nowhere/python", 96, 8, 8000, "float32", False, False))
+
+
+def test_serve_replaces_a_served_model_and_nothing_else(policy, tmp_path):
+    """--folder with the model itself, or any folder of one's own, would be removed."""
+    model = tmp_path / "model"
+    save_pretrained(policy, model)
+    kept = {p.name: p.read_bytes() for p in model.iterdir()}
+    for folder in (model, tmp_path, model / "config.json"):
+        order = serve.Order(str(model), folder, "python", 96, 8, 8000, "float32", False, False)
+        with pytest.raises(ConfigError, match="holds files that are no served model"):
+            serve.make_folder(order)
+    assert {p.name: p.read_bytes() for p in model.iterdir()} == kept
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        serve.make_folder(replace(order, folder=tmp_path / "empty"))
+        served = load_policy(Model(path=str(tmp_path / "empty"), device="cpu"))
+        assert not served.base.config.tie_word_embeddings
+        for name, w in policy.base.state_dict().items():
+            assert torch.equal(served.base.state_dict()[name], w)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_copies_and_parts_of_a_server(tmp_path):

@@ -23,7 +23,7 @@ from unift.objectives import loss as objectives
 from unift.objectives.likelihood import sequence_mean
 from unift.objectives.weights import weigh
 from unift.rows.dataset import Split, refill_rows
-from unift.sampling.groups import equal_scores, hinted
+from unift.sampling.groups import equal_scores, hinted, replaceable
 from unift.training import annealing
 from unift.training.row_memory import RowMemory
 from unift.types import Group, Sample, Score
@@ -187,6 +187,24 @@ def test_refill_rows_are_pure_and_their_own():
     assert len({tuple(refill_rows(*a, 4, range(10))) for a in ((0, 3, 1), (0, 3, 2), (0, 4, 1), (1, 3, 1))}) == 4
     assert len(refill_rows(0, 0, 1, 7, range(3))) == 7
     assert equal_scores(group(0, 0)) and not equal_scores(group(0, 1))
+
+
+@pytest.mark.parametrize("solved", [True, False])
+def test_refill_leaves_what_teaches(solved):
+    """A group with nothing right has a signal where the solution is a member with score 1, and where a gate supervises it."""
+    for name, *scores in (("wrong", 0, 0), ("right", 1, 1), ("mixed", 0, 1), ("unscored",)):
+        g = replace(group(*scores), solved=solved)
+        kept = {
+            "dapo": name == "mixed",
+            "luffy": name == "mixed" or (name == "wrong" and solved),
+            "relift": name == "mixed" or (name == "wrong" and solved),
+        }
+        for method, expected in kept.items():
+            rules = settings(method, "sample.refill=1")
+            assert replaceable(g, rules) is not expected, (method, name)
+            moved = np.any(group_advantages(g, rules)) if scores else False
+            gated = rules.likelihood.gate is not None and name == "wrong" and solved
+            assert expected == bool(moved or gated), (method, name)
 
 
 # ---------------------------------------------------------------------------------------------- token credit

@@ -72,8 +72,9 @@ def make_folder(order: Order) -> None:
     """The model as a server can take new weights for it: adapters merged, embeddings and head apart."""
     from unift.config.surroundings import Model
     from unift.model.load import load_policy
-    from unift.sampling.engines.served import write_model
+    from unift.sampling.engines.served import check_place, write_model
 
+    check_place(order.folder)
     policy = load_policy(Model(path=order.model, dtype="float32" if order.dtype == "float32" else "bfloat16"))
     shape = policy.base.config.get_text_config()
     size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads

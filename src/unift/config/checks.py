@@ -10,7 +10,7 @@ from unift.config.identity import flat
 from unift.config.packaged import nearest, preset_names
 from unift.config.sections import Config, Rules
 from unift.config.stages import stages
-from unift.config.surroundings import BESIDE
+from unift.config.surroundings import BESIDE, Engine
 from unift.config.words import ANNEALINGS, BASELINES, INTOS, LOSSES, NORMS, SCHEDULES, SOURCES, TOKENS
 from unift.types import HANDED, ConfigError
 
@@ -62,6 +62,12 @@ def check(config: Config) -> None:
         _check_together(phase)
         if phase.show.low > phase.show.high:
             raise ConfigError(f"show.low={phase.show.low} is above show.high={phase.show.high}")
+    served = [key for key in ("url", "folder", "transfer") if getattr(config.engine, key) != getattr(Engine(), key)]
+    if served and config.engine.kind == "auto":
+        raise ConfigError(
+            f"engine.{served[0]} is of a server, and engine.kind=auto samples in this process. Set engine.kind=vllm (unift serve), "
+            "or leave it out"
+        )
     if config.engine.overlap and config.engine.kind not in BESIDE:
         raise ConfigError(
             f"engine.overlap=true draws completions while this process trains; engine.kind={config.engine.kind} draws them with "

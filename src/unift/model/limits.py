@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from unift.config.sections import Config
 from unift.config.stages import evaluation_tokens, stages
 from unift.model.folder import locate, model_settings
 from unift.rows.crew import cores
-from unift.rows.dataset import Data, Encodings
+from unift.rows.dataset import Data, Encodings, Split
 from unift.rows.tokens import Encoded
 from unift.types import ConfigError, DataError
 
@@ -36,10 +37,16 @@ def use_threads(wanted: int | None) -> None:
 # ---------------------------------------------------------------------------------------------- config.json
 
 
+POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+)  # its names in config.json (GPT-2 and its kin, MPT)
+
+
 def positions(settings: Mapping[str, Any]) -> int | None:
     """Tokens that a sequence may have; None where the model does not say."""
-    found = settings.get("max_position_embeddings")
-    return found if isinstance(found, int) else None
+    return next((found for name in POSITIONS if isinstance(found := settings.get(name), int)), None)
 
 
 def text_settings(path: str) -> dict[str, Any]:
@@ -60,52 +67,82 @@ def packs() -> bool:
 # ---------------------------------------------------------------------------------------------- lengths
 
 
-def _context(config: Config, train: bool) -> Callable[[Encoded], tuple[int, int, int]]:
-    """Of a row of the split: tokens of its prompt, of its longest hint, of a completion, as a run forwards it."""
-    found = [stage.rules for stage in stages(config)]
-    hinted = train and any(needs.hints(s) for s in found)
-    sampled = max([s.sample.max_tokens for s in found if s.sample.completions], default=0)
-    most = sampled if train else evaluation_tokens(config)
-    return lambda e: (max(len(e.prompt), len(e.instructed or [])), e.step_ends[-1] if hinted else 0, most)
+Lengths = tuple[int, int, int]  # tokens of a prompt, of its hint, of a completion
 
 
-def longest_contexts(config: Config, data: Data) -> list[tuple[str, int, int, int, int]]:
+def _context(config: Config, train: bool) -> Callable[[int, Encoded], Lengths]:
+    """Of a row of the split, by its index and tokens: the longest sequence that a stage or an evaluation samples, with the longest
+    hint."""
+    found = [stage.rules for stage in stages(config)] if train else []
+    pairs = {(needs.hints(s), s.sample.max_tokens if needs.completions(s) else 0) for s in found}
+    answer, evaluated = evaluation_tokens(config), _evaluated(config) if train else math.inf
+
+    def context(i: int, e: Encoded) -> Lengths:
+        prompt = max(len(e.prompt), len(e.instructed or []))
+        sampled = [(prompt, e.step_ends[-1] if hinted else 0, most) for hinted, most in pairs]
+        return max([*sampled, *([(len(e.prompt), 0, answer)] if i < evaluated else [])], key=sum)
+
+    return context
+
+
+def _evaluated(config: Config) -> float:
+    """How many of the training rows, the first, are evaluated at the end."""
+    return math.inf if config.eval.train_rows is None else config.eval.train_rows
+
+
+def longest_contexts(config: Config, data: Data) -> list[tuple[str, int, Lengths]]:
     """(split, row from 1, tokens of its prompt, of its longest hint, of a completion) of every row that is looked at before
     a run starts (`Split.looked_at`)."""
     splits = (("data.train", data.train, _context(config, True)), ("data.test", data.test, _context(config, False)))
-    return [(name, i + 1, *context(split.encoded[i])) for name, split, context in splits for i in split.looked_at]
+    return [(name, i + 1, context(i, split.encoded[i])) for name, split, context in splits for i in split.looked_at]
 
 
 def longest_context(config: Config, data: Data) -> int:
     """Tokens of the longest prompt with its hint and completion that a run samples."""
-    return max((sum(parts) for _, _, *parts in longest_contexts(config, data)), default=0)
+    return max((sum(parts) for _, _, parts in longest_contexts(config, data)), default=0)
 
 
 def check_positions(config: Config, data: Data) -> None:
-    """DataError where prompt, hint and completion can take more tokens than the model has positions (its config.json;
-    a GGUF file has none). Beyond them a model with learned positions fails, and one with rotary ones turns to noise.
+    """DataError where a sequence that is sampled (prompt, hint and completion) or trained on (a prompt with its solution or its
+    rejected answer) can take more tokens than the model has positions (its config.json; a GGUF file has none). Beyond them a
+    model with learned positions fails, and one with rotary ones turns to noise.
 
     Rows on disk that are not looked at now are checked at their first use.
     """
     most = positions(text_settings(config.model.path))
     if most is None:
         return
-    for name, number, prompt, hint, completion in longest_contexts(config, data):
-        _check_context(f"{name}, row {number}", prompt, hint, completion, most)
-    for name, split, context in (
-        ("data.train", data.train, _context(config, True)),
-        ("data.test", data.test, _context(config, False)),
-    ):
+    whole = any(needs.demonstrations(stage.rules) for stage in stages(config))
+    for name, split, train in (("data.train", data.train, True), ("data.test", data.test, False)):
+        context = _context(config, train)
+
+        def check(i: int, e: Encoded, name: str = name, split: Split = split, context: Any = context) -> None:
+            where, rejected = f"{name}, row {i + 1}", split.rejected[i] if split.rejected else None
+            _check_context(where, context(i, e), most)
+            if whole and split is data.train:
+                _check_solution(where, "solution", len(e.prompt), len(e.solution), most)
+            if rejected is not None:
+                _check_solution(where, "rejected answer", len(e.prompt), len(rejected), most)
+
+        for i in split.looked_at:
+            check(i, split.encoded[i])
         if isinstance(split.encoded, Encodings):
-            split.encoded.checks.append(
-                lambda i, e, name=name, context=context: _check_context(f"{name}, row {i + 1}", *context(e), most)
-            )
+            split.encoded.checks.append(check)
 
 
-def _check_context(where: str, prompt: int, hint: int, completion: int, most: int) -> None:
+def _check_context(where: str, parts: Lengths, most: int) -> None:
+    prompt, hint, completion = parts
     if prompt + hint + completion > most:
         raise DataError(
             f"{where}: the prompt ({prompt} tokens), its longest hint ({hint}) and a completion "
             f"({completion}) take more than the {most} positions of the model. Lower sample.max_tokens to "
-            f"{max(most - prompt - hint, 0)} or less, or drop the row"
+            f"{max(most - prompt - hint, 0)} or less (of evaluations eval.max_tokens, where it is set), or drop the row"
+        )
+
+
+def _check_solution(where: str, what: str, prompt: int, solution: int, most: int) -> None:
+    if prompt + solution > most:
+        raise DataError(
+            f"{where}: the prompt ({prompt} tokens) and its {what} ({solution}), which are trained on, take more than the {most} "
+            "positions of the model. Drop the row, or use a model with more"
         )

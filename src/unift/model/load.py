@@ -27,16 +27,20 @@ def _gguf(config: ModelConfig) -> str | None:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer, with its processor of pictures. An adapter's is the one beside it, where there is one: with that chat
+    template and those ends it was trained."""
     from transformers import AutoTokenizer
 
-    folder, gguf = locate(config.path), _gguf(config)
-    with reading("tokenizer", folder):
-        extra = {"gguf_file": gguf} if gguf else {}
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
+    folder, adapter, gguf = locate(config.path), adapter_folder(config.path), _gguf(config)
+    beside = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    source = adapter if adapter is not None and beside else folder
+    with reading("tokenizer", source):
+        extra = {"gguf_file": gguf} if gguf and not beside else {}
+        tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True, **extra)
     known = {} if gguf else model_settings(folder)
     if known.get(vision.TOWER):
         with reading("processor", folder):
-            tokenizer = vision.load_reader(tokenizer, folder, known)
+            tokenizer = vision.load_reader(tokenizer, source if vision.has_processor(source) else folder, known)
     if known:
         size = (known.get("text_config") or known).get("vocab_size")
         if isinstance(size, int):
@@ -117,8 +121,7 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
         dtype = getattr(torch, config.dtype)
         kind = vision.model_class({} if gguf else model_settings(folder))
         model = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype, **extra)
-    if device.type == "cpu":
-        matmul.route()
+    matmul.route() if device.type == "cpu" else matmul.unroute()
     tokens.check_rows(tokenizer, len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
     if config.quantize is None:
         model = model.to(device=device)  # type: ignore[call-arg]

@@ -114,5 +114,5 @@ def head_logprobs(policy: Policy, hidden_SD: Tensor, target_S: Tensor, scale_S: 
 
 
 def scale_of(batch: PackedBatch, temperature: float) -> Tensor:
-    """Factor of the logits: 1/T at sampled tokens, 1 at tokens of the data."""
-    return torch.where(batch.role_S == COMPLETION, 1.0 / temperature, 1.0)
+    """Factor of the logits, float64: 1/T at sampled tokens, 1 at tokens of the data."""
+    return torch.ones_like(batch.policy_w_S).masked_fill_(batch.role_S == COMPLETION, 1.0 / temperature)

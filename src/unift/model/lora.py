@@ -48,14 +48,15 @@ def adapt(model: Any, lora: Lora, without: Sequence[str] = ()) -> nn.Module:
     except ValueError as error:
         raise ConfigError(f"{what}: {error} Name other model.lora.targets") from error
     _untie(model, what)
-    return wrapped
+    return wrapped.eval()
 
 
 def proceed(model: Any, folder: Path, settings: Mapping[str, Any], lora: Lora | None) -> nn.Module:
     """``model`` with the adapter in ``folder``, which trains on. ``settings``: its adapter_config.json. ``lora``: what the
-    user's settings say of adapters.
+    user's settings say of adapters. Dropout that the adapter was trained with is off, as everywhere here.
 
-    Raises ConfigError where these contradict the adapter, or where it is of a kind that does not train here.
+    Raises ConfigError where these contradict the adapter, where it is of a kind that does not train here, or where its file
+    lacks layers that its settings name.
     """
     from peft import PeftModel
 
@@ -63,21 +64,25 @@ def proceed(model: Any, folder: Path, settings: Mapping[str, Any], lora: Lora | 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            # Layers without numbers of theirs would begin anew, and peft goes on.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
             wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=True, local_files_only=True)
     except Exception as error:  # peft, safetensors and torch have errors of their own
         said = " ".join(str(error).split())[:300] or repr(error)
         raise ConfigError(f"the adapter in {folder} does not fit {type(model).__name__}: {said}") from error
     _untie(model, f"the adapter in {folder}")
-    return wrapped
+    return wrapped.eval()  # peft's new modules are in training mode
+
+
+# Keys of adapter_config.json that make something else of an adapter than W + (alpha / r) B A on whole layers.
+ODD = ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "target_parameters")
+ODD += ("trainable_token_indices", "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens")
+ODD += ("arrow_config", "kasa_config", "monteclora_config", "velora_config")
 
 
 def _agree(folder: Path, settings: Mapping[str, Any], lora: Lora | None) -> None:
     """ConfigError where an adapter is not plain LoRA, or model.lora sets a value that is not its own."""
-    odd = [
-        key
-        for key in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "use_rslora")
-        if settings.get(key)
-    ]
+    odd = [key for key in ODD if settings.get(key)]
     odd += [f"bias={settings['bias']}"] if settings.get("bias", "none") != "none" else []
     if settings.get("peft_type") != "LORA" or odd:
         kind = ", ".join(odd) or f"peft_type={settings.get('peft_type')}"

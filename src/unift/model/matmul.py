@@ -50,7 +50,7 @@ def route(wanted: bool | None = None) -> str:
 
     Depends on the processor alone and never on a clock, so a continued run multiplies as the first one did. ``wanted``
     overrides the choice by vendor (the accuracy check stays). The setting is PyTorch's global one, so this is called for
-    models on the CPU only: CUDA reads it too.
+    models on the CPU only: CUDA reads it too, and takes it for a leave to round (`unroute`).
     """
     global _chosen
     use = torch.backends.mkldnn.is_available() and (_amd() if wanted is None else wanted)
@@ -60,6 +60,14 @@ def route(wanted: bool | None = None) -> str:
         use = False
     _chosen = "medium" if use else "highest"
     return "oneDNN" if use else "default"
+
+
+def unroute() -> None:
+    """Take back what `route` set for an earlier model of this process."""
+    global _chosen
+    if _chosen != "highest":
+        torch.set_float32_matmul_precision("highest")
+        _chosen = "highest"
 
 
 def expected() -> str:

@@ -154,16 +154,17 @@ def cut(items: Sequence[Item], budget: int, rules: Rules) -> list[list[int]]:
     goes alone; ``divide`` makes parts of it before.
     """
     stem = _stem(items, rules) if items else 0
-    sizes = [i.tokens_forwarded - stem for i in items]
+    sizes = [i.tokens_forwarded for i in items]
     packs: list[list[int]] = []
     used = 0
     for i in sorted(range(len(items)), key=lambda i: (-sizes[i], i)):
-        if packs and used + sizes[i] <= budget:
+        saved = stem * len(packs[-1]) if packs else 0  # by a stem of the pack, which may be too small to have one
+        if packs and used + sizes[i] - (saved if saved >= STEM_SAVES else 0) <= budget:
             packs[-1].append(i)
             used += sizes[i]
         else:
             packs.append([i])
-            used = stem + sizes[i]
+            used = sizes[i]
     return packs
 
 

@@ -36,6 +36,14 @@ def choose(policy: Policy, setting: str, longest: float) -> None:
 
     setting: model.forward (auto, shared, plain). longest: tokens of the longest sequence of the run.
     """
+    try:
+        _settle(policy, setting, longest)
+    except ConfigError:
+        _check_finite(policy)  # then no path could be told from another
+        raise
+
+
+def _settle(policy: Policy, setting: str, longest: float) -> None:
     model = policy.model
     if setting != "plain":
         try:
@@ -48,6 +56,24 @@ def choose(policy: Policy, setting: str, longest: float) -> None:
     else:
         policy.why_plain = "model.forward=plain"
     policy.cached = check_plain(model, policy.device, policy.reader)
+
+
+@torch.no_grad()
+def _check_finite(policy: Policy) -> None:
+    """ConfigError where the model's own logits are NaN, with the weight that is."""
+    group = _probe(policy.model, policy.device, policy.reader)[0]
+    try:
+        if not bool(_own(policy.model, group.prompt, group.seen).isnan().any()):
+            return
+    except Exception:  # which has been told
+        return
+    name = type(policy.model).__name__
+    bad = [n for n, p in policy.model.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
+    raise ConfigError(
+        f"the weights of {name} are damaged: {bad[0]} holds numbers that are not finite. Fetch or save the model again"
+        if bad
+        else f"the logits of {name} are NaN though its weights are finite: use model.dtype=float32"
+    ) from None
 
 
 # ---------------------------------------------------------------------------------------------- by the config

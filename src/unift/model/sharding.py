@@ -67,7 +67,7 @@ def shard(
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ConfigError(f"model.shard=full needs torch 2.8 or newer; found {torch.__version__}")
     # A group of its own: torch keeps the mesh, and so its group, in caches that outlive the run (see `processes.joined`).
-    group: Any = dist.new_group(timeout=timedelta(seconds=processes.WAIT_SECONDS))
+    group: Any = dist.new_group(timeout=timedelta(seconds=processes.wait_seconds()))
     mesh = DeviceMesh.from_group(group, device.type)
     root, half = Root(model, critic), _half(model)
     root.gathered = half if masters else None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +33,10 @@ def model_class(settings: Any) -> Any:
     return AutoModelForImageTextToText if known.get(TOWER) else AutoModelForCausalLM
 
 
-def load_reader(tokenizer: Any, folder: Any, settings: Mapping[str, Any]) -> Any:
+def load_reader(tokenizer: Any, folder: Path, settings: Mapping[str, Any]) -> Any:
     """The tokenizer of a model with a vision tower, with its processor attached; as it is where the folder has none.
     ``settings``: its config.json."""
-    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+    if not has_processor(folder):
         return tokenizer
     from transformers import AutoProcessor
 
@@ -48,6 +49,10 @@ def load_reader(tokenizer: Any, folder: Any, settings: Mapping[str, Any]) -> Any
     ids = {settings.get(f"{kind}_token_{end}") for kind in ("image", "video") for end in ("id", "index")}
     processor.attach(found.tokenizer, found, sorted(i for i in ids if isinstance(i, int)))
     return found.tokenizer
+
+
+def has_processor(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
 
 
 # ---------------------------------------------------------------------------------------------- attention

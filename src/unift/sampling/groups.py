@@ -11,7 +11,7 @@ from typing import Any
 from unift.config import needs
 from unift.config.sections import Rules
 from unift.config.stages import Moment
-from unift.credit.members import cut_short
+from unift.credit.members import cut_short, fails
 from unift.hints import schedules
 from unift.rewards import score_groups
 from unift.rewards.pool import Scorer
@@ -129,6 +129,18 @@ def judge(scorer: Scorer, rows: Sequence[Row], groups: Sequence[Group], rules: R
         views.append(replace(g, samples=[s for s in g.samples if not s.given]))
     texts = tokenizer.batch_decode([v.hint for v in views], skip_special_tokens=True)
     score_groups(scorer, rows, views, texts)
+
+
+def replaceable(group: Group, rules: Rules) -> bool:
+    """Whether ``sample.refill`` replaces the group: its scores are all equal, with the solution's 1 where that is a member, and no
+    ``likelihood.gate`` supervises it, which takes up what completions fail at."""
+    gate = rules.likelihood.gate
+    if gate is not None and group.solved and fails(group, gate):
+        return False
+    member = rules.sample.demonstration and group.solved
+    return equal_scores(group) and not (
+        member and any(s.score is not None and s.score.value != 1 for s in group.samples)
+    )
 
 
 def equal_scores(group: Group) -> bool:

@@ -22,7 +22,7 @@ from unift.model.packs import DEMO, Item, Member, PackedBatch
 from unift.rewards import count_outcomes
 from unift.rows.dataset import refill_rows, rows_of_step
 from unift.sampling.ahead import Drawing
-from unift.sampling.groups import complete, equal_scores, hinted, judge
+from unift.sampling.groups import complete, hinted, judge, replaceable
 from unift.training import annealing, update
 from unift.training.progress import Clock, Metrics, Run, State
 from unift.training.run import checkpoint
@@ -152,20 +152,20 @@ def _judged(run: Run, groups: Sequence[Group], moment: Moment, clock: Clock) -> 
 
 
 def refilled(run: Run, groups: list[Group], moment: Moment, state: State, clock: Clock) -> list[Group]:
-    """Groups whose scores are all equal are replaced by other rows, ``sample.refill`` times at most (DAPO, arXiv 2503.14476).
+    """Groups without signal (`replaceable`) are replaced by other rows, ``sample.refill`` times at most (DAPO, arXiv 2503.14476).
 
     A replaced group's tokens were sampled all the same: the one that stays in its place counts them as discarded.
     """
-    groups = list(groups)
-    for attempt in range(1, moment.rules.sample.refill + 1):
-        equal = [i for i, g in enumerate(groups) if equal_scores(g)]
+    groups, rules = list(groups), moment.rules
+    for attempt in range(1, rules.sample.refill + 1):
+        equal = [i for i, g in enumerate(groups) if replaceable(g, rules)]
         if not equal:
             break
-        others = refill_rows(moment.seed, moment.step, attempt, len(equal), run.data.train.trained(moment.rules))
+        others = refill_rows(moment.seed, moment.step, attempt, len(equal), run.data.train.trained(rules))
         drawn = _drawn(run, others, moment, state, attempt)
         clock.lap("generate")
         for i, fresh in zip(equal, _judged(run, drawn, moment, clock), strict=True):
-            chosen, dropped = (groups[i], fresh) if equal_scores(fresh) else (fresh, groups[i])
+            chosen, dropped = (groups[i], fresh) if replaceable(fresh, rules) else (fresh, groups[i])
             chosen.discarded = groups[i].discarded + sum(s.sampled for s in dropped.samples)
             groups[i] = chosen
     return groups

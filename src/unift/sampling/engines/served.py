@@ -19,8 +19,10 @@ from unift.files import publish_folder, writing
 from unift.model import lora, sharding
 from unift.model.load import save_pretrained
 from unift.model.policy import Policy
+from unift.types import ConfigError
 
 TIED = "tie_word_embeddings"
+MARK = "unift-served.txt"  # in a folder that may be replaced
 
 
 def state(policy: Policy) -> dict[str, Tensor]:
@@ -50,21 +52,36 @@ def write(weights: Mapping[str, Tensor], folder: Path) -> None:
         publish_folder(temporary, folder)
 
 
+def check_place(folder: Path) -> None:
+    """ConfigError where `write_model` would remove what it has not written."""
+    found = folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file()
+    if found or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(
+            f"{folder} holds files that are no served model, and the model for the server replaces the whole folder. Name a new "
+            "or an empty folder (unift serve --folder)"
+        )
+
+
 def write_model(policy: Policy, folder: Path) -> None:
-    """A model folder to start a server from: that of `save_pretrained`, with embeddings and head untied."""
-    with writing("the model for the server", folder):
-        save_pretrained(policy, folder)
-        path = folder / "config.json"
+    """A model folder to start a server from: that of `save_pretrained`, with embeddings and head untied. It appears whole, in
+    place of an earlier one; ConfigError where the folder holds something else."""
+    check_place(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with writing("the model for the server", folder.parent):
+        save_pretrained(policy, temporary)
+        path = temporary / "config.json"
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for part in (settings, settings.get("text_config")):
             if isinstance(part, dict):
                 part[TIED] = False
         path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        for old in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
+        for old in (*temporary.glob("*.safetensors"), *temporary.glob("*.safetensors.index.json")):
             old.unlink()
-        write(state(policy), folder / "weights")
-        (folder / "weights" / "model.safetensors").rename(folder / "model.safetensors")
-        (folder / "weights").rmdir()
+        write(state(policy), temporary / "weights")
+        (temporary / "weights" / "model.safetensors").rename(temporary / "model.safetensors")
+        (temporary / "weights").rmdir()
+        (temporary / MARK).write_text("Written by unift serve, which may replace this folder.\n", encoding="utf-8")
+        publish_folder(temporary, folder)
 
 
 def tied(folder: str) -> bool:

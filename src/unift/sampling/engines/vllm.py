@@ -12,7 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ def connect(settings: Settings, folder: Path, longest: int) -> VLLM:
         )
     # Part of every version, so that what another run left in the server is never taken for this one's.
     own = processes.lead("the engine", lambda: secrets.token_hex(4))
-    return VLLM(server, name, limit, Path(settings.folder or folder / "engine").absolute(), own, settings.transfer)
+    place = Path(settings.folder or folder / "engine").absolute()
+    return VLLM(server, name, limit, place, own, settings.transfer, private=settings.folder is None)
 
 
 @dataclass
@@ -78,6 +79,7 @@ class VLLM:
     barred: dict[int, float] = field(default_factory=dict[int, float])
     placeholders: frozenset[int] = frozenset()  # of pictures; none: a model of text
     closed: bool = False
+    private: bool = False  # nobody else has files in the folder: it lies in that of the run
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -238,10 +240,17 @@ class VLLM:
         )
 
     def close(self) -> None:
-        """The server goes on; the folder of weights does not."""
+        """The server goes on; weights that were put into the folder do not. What others have there stays."""
         self.closed = True
-        if processes.first():
+        if not processes.first():
+            return
+        if self.private:  # with what a killed attempt left
             shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for left in self.folder.glob(f"*weights-{self.own}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):  # someone's files
+            self.folder.rmdir()
 
 
 def _barred(policy: Policy) -> dict[int, float]:
