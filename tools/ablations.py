@@ -115,7 +115,7 @@ def panels_of(study: Study, results: Sequence[Result]) -> dict[str, list[vary.Li
         for a in arms
     }
     found = vary.panels(arms, configs, results)
-    return {study.titles[key]: lines for key, lines in found.items() if lines}
+    return {study.titles[key]: lines for key, lines in found.items() if lines[1:]}
 
 
 def command(study: Study, seeds: int) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unift.commands import cli
+from unift.commands import cli, display
 from unift.files import write_atomic
 from unift.model.load import locate
 from unift.rows.inspect import write_rows
@@ -510,7 +510,7 @@ def test_rewards_that_fail_sometimes_and_too_often(unift, tmp_path, capsys, func
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     failed = json.loads((tmp_path / "run" / "result.json").read_text())["scorer"]
     assert last[f"reward/{kind}"] > 0 and failed["train"][kind] == last[f"reward/{kind}"]
-    shown = cli._summary({"scorer": failed})
+    shown = display.summary({"scorer": failed})
     assert f"in training: {failed['train'][kind]} {kind.replace('_', ' ')}, of {failed['train']['total']}" in shown
     code, said = unift(*words, "reward.error_rate=0", "--run", "strict", "--quiet")
     assert code == 2 and f"mine.py:{function}' failed on 1 of the last" in said and "raise reward.error_rate" in said

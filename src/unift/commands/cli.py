@@ -101,32 +101,11 @@ def train(
     if result is None:
         raise typer.Exit(130)
     if not quiet and processes.first():
+        from unift.commands.display import summary
         from unift.commands.report import brief
 
-        typer.echo("\n".join([_summary(result), *(f"note: {text}" for text in brief(folder))]))
+        typer.echo("\n".join([summary(result), *(f"note: {text}" for text in brief(folder))]))
         typer.echo(f"run folder: {folder}  (as a page: unift report {folder})")
-
-
-def _summary(result: dict[str, Any]) -> str:
-    from unift.commands.display import failures
-
-    lines = []
-    for name in ("base", "test", "train"):
-        a = result.get(name)
-        if a:
-            label = {"base": "before, held-out", "test": "after, held-out", "train": "after, training rows"}[name]
-            lines.append(
-                f"{label}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}] of {a['n']}"
-            )
-    if not result.get("test"):
-        lines.append("held-out accuracy: not measured (set data.test)")
-    for name, where in (("train", "in training"), ("eval", "in evaluations")):
-        counts = result.get("scorer", {}).get(name, {})
-        if failed := failures(counts):
-            lines.append(f"scores that failed {where}: {failed}, of {counts['total']}; a failed score is no reward")
-    for name, a in result.get("test", {}).get("pass@k", {}).items():
-        lines.append(f"{name}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]")
-    return "\n".join(lines)
 
 
 @app.command()

@@ -57,6 +57,27 @@ def failures(counts: dict[str, Any]) -> str:
     return ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in FAILURES if counts.get(name))
 
 
+def summary(result: dict[str, Any]) -> str:
+    """What came out of a run: accuracies before and after with their intervals, scores that failed."""
+    lines = []
+    for name in ("base", "test", "train"):
+        a = result.get(name)
+        if a:
+            label = {"base": "before, held-out", "test": "after, held-out", "train": "after, training rows"}[name]
+            lines.append(
+                f"{label}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}] of {a['n']}"
+            )
+    if not result.get("test"):
+        lines.append("held-out accuracy: not measured (set data.test)")
+    for name, where in (("train", "in training"), ("eval", "in evaluations")):
+        counts = result.get("scorer", {}).get(name, {})
+        if failed := failures(counts):
+            lines.append(f"scores that failed {where}: {failed}, of {counts['total']}; a failed score is no reward")
+    for name, a in result.get("test", {}).get("pass@k", {}).items():
+        lines.append(f"{name}: {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]")
+    return "\n".join(lines)
+
+
 class Live:
     """``update(metrics, total_steps)`` after every step; a context manager.
 
