@@ -6,10 +6,12 @@ import json
 import re
 import time
 
+import pytest
 import torch
 from conftest import settings
 
 from unift.commands.doctor import speed
+from unift.types import ConfigError
 
 
 def test_checks_recommend_settings_and_leave_torch_alone(monkeypatch):
@@ -45,10 +47,17 @@ def test_a_rate_waits_for_its_device():
 
 
 def test_budget_grows_with_memory_and_shrinks_with_the_model(tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 100, "vocab_size": 10, "num_attention_heads": 4}
+    sizes = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 100,
+        "vocab_size": 10,
+        "num_attention_heads": 4,
+    }
     config = settings("uft", f"model.path={tmp_path}")
-    (tmp_path / "config.json").write_text("{}")  # a model of unknown size, as a GGUF file is
-    assert speed.budget(config, 2**30) is None
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no config could be read"):
+        speed.budget(config, 2**30)
     budgets = []
     for layers in (2, 8):
         (tmp_path / "config.json").write_text(json.dumps(sizes | {"num_hidden_layers": layers}))

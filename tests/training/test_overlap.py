@@ -385,8 +385,12 @@ def test_the_recorded_logprobs_are_the_denominator(tmp_path, loss, gap):
 @pytest.mark.parametrize(
     ("method", "items", "says"),
     [
-        ("uft", ["engine.kind=native"], "engine.kind=native draws them with this process's own weights"),
-        ("uft", ["engine.kind=auto"], "Use engine.kind=vllm"),
+        (
+            "uft",
+            ["engine.kind=native"],
+            "engine.kind=native draws them with this process's own weights",
+        ),
+        ("uft", ["engine.kind=auto", "engine.url=http://127.0.0.1:8000"], "Use engine.kind=vllm"),
         ("uft", ["train.budget=sampled=1M"], "engine.overlap=true with train.budget"),
         ("adaptive", [], "show.schedule=adaptive follows those scores"),
         ("adaback", [], "show.schedule=bisection follows those scores"),

@@ -59,7 +59,7 @@ def failures(counts: dict[str, Any]) -> str:
 
 def summary(result: dict[str, Any]) -> str:
     """What came out of a run: accuracies before and after with their intervals, scores that failed."""
-    lines = []
+    lines: list[str] = []
     for name in ("base", "test", "train"):
         a = result.get(name)
         if a:
