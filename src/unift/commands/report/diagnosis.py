@@ -190,11 +190,11 @@ def _shrunk(run: RunData) -> Cause | None:
         f"were all wrong."
     )
     penalty = (run.settings.get("credit") or {}).get("overlong", 0)
-    escape = " the penalty on length, which a short completion escapes (credit.overlong=0);" if penalty else ""
+    escape = " without the penalty on length, which a short completion escapes (credit.overlong=0)," if penalty else ""
     return Cause(
         "shrunk completions",
         text,
-        f"Begin again:{escape} a lower train.lr, a KL to the reference (reference.kl), or a likelihood beside the reward (method "
+        f"Begin again{escape} with a lower train.lr, a KL to the reference (reference.kl), or a likelihood beside the reward (method "
         "uft or uft-whole).",
     )
 
