@@ -194,8 +194,8 @@ def _shrunk(run: RunData) -> Cause | None:
     return Cause(
         "shrunk completions",
         text,
-        f"Begin again{escape} with a lower train.lr, a KL to the reference (reference.kl), or a likelihood beside the reward (method "
-        "uft or uft-whole).",
+        f"Begin again{escape} with a lower train.lr, a KL to the reference (reference.kl), or a likelihood beside the reward "
+        "(method uft or uft-whole).",
     )
 
 
