@@ -1,10 +1,11 @@
-"""Files and folders that get their name only when their bytes are on disk: written to a temporary name, synced, renamed."""
+"""Files and folders that get their name only when their bytes are on disk: written to a temporary name, synced, renamed. And
+the content of what is there, for digests."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -51,6 +52,19 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise UniftError(
             f"could not write {path}: {error.strerror or error}. Nothing written before is lost"
         ) from error
+
+
+def files_of(place: Path) -> list[Path]:
+    """The file, or all files of the folder, in a fixed order."""
+    return sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+
+
+def feed(update: Callable[[bytes], object], path: Path) -> int:
+    """Hand the content of a file of any size to a digest's ``update``, part by part; the bytes that it was."""
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            update(part)
+        return file.tell()
 
 
 def publish_folder(temporary: Path, final: Path, over: bool = True) -> None:

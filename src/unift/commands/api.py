@@ -378,8 +378,7 @@ def settings_of_split(model: Any, recipe: str | None, config: Any, over: Mapping
     evaluation of other rows does not read."""
     from unift.training.run.metrics import read_metrics
 
-    found, folder = settings_of(model, recipe, config, over), model.folder if isinstance(model, RunFolder) else model
-    own = read_metrics(Path(str(folder)) / "metrics.jsonl", 0)
+    found, own = settings_of(model, recipe, config, over), read_metrics(_folder_of(model) / "metrics.jsonl", 0)
     if found.reward.answer != "auto" or found.reward.rule != "unift" or not own or "answer" not in own[0]:
         return found
     return found.model_copy(update={"reward": found.reward.model_copy(update={"answer": own[0]["answer"]})})

@@ -37,11 +37,8 @@ def use_threads(wanted: int | None) -> None:
 # ---------------------------------------------------------------------------------------------- config.json
 
 
-POSITIONS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-)  # its names in config.json (GPT-2 and its kin, MPT)
+# Its names in config.json: of most, of GPT-2 and its kin, of MPT.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def positions(settings: Mapping[str, Any]) -> int | None:
@@ -90,16 +87,12 @@ def _evaluated(config: Config) -> float:
     return math.inf if config.eval.train_rows is None else config.eval.train_rows
 
 
-def longest_contexts(config: Config, data: Data) -> list[tuple[str, int, Lengths]]:
-    """(split, row from 1, tokens of its prompt, of its longest hint, of a completion) of every row that is looked at before
-    a run starts (`Split.looked_at`)."""
-    splits = (("data.train", data.train, _context(config, True)), ("data.test", data.test, _context(config, False)))
-    return [(name, i + 1, context(i, split.encoded[i])) for name, split, context in splits for i in split.looked_at]
-
-
 def longest_context(config: Config, data: Data) -> int:
-    """Tokens of the longest prompt with its hint and completion that a run samples."""
-    return max((sum(parts) for _, _, parts in longest_contexts(config, data)), default=0)
+    """Tokens of the longest prompt with its hint and completion that a run samples, of rows that are looked at before it starts
+    (`Split.looked_at`)."""
+    splits = ((data.train, _context(config, True)), (data.test, _context(config, False)))
+    found = (sum(context(i, split.encoded[i])) for split, context in splits for i in split.looked_at)
+    return max(found, default=0)
 
 
 def check_positions(config: Config, data: Data) -> None:

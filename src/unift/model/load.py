@@ -121,7 +121,10 @@ def load_policy(config: ModelConfig, tokenizer: Any = None, longest: float = mat
         dtype = getattr(torch, config.dtype)
         kind = vision.model_class({} if gguf else model_settings(folder))
         model = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype, **extra)
-    matmul.route() if device.type == "cpu" else matmul.unroute()
+    if device.type == "cpu":
+        matmul.route()
+    else:
+        matmul.unroute()
     tokens.check_rows(tokenizer, len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
     if config.quantize is None:
         model = model.to(device=device)  # type: ignore[call-arg]

@@ -26,7 +26,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 import numpy as np
 
-from unift.files import publish_folder, writing
+from unift.files import feed, files_of, publish_folder, writing
 from unift.rows import pictures
 from unift.rows.ids import Names
 from unift.types import DataError, Row
@@ -90,11 +90,8 @@ class StoredRows(Lazy[Row]):
         reader = cast(Any, pa).ipc.open_file(cast(Any, pa).OSFile(str(folder / "rows.arrow")))
         self._problems, self._solved = folder / "problems.npy", folder / "solved.npy"
         n = self.facts.rows
-        if n and (reader.num_record_batches, len(self.problems_N), len(np.load(self._solved))) != (
-            -(-n // BATCH),
-            n,
-            n,
-        ):
+        held = (reader.num_record_batches, len(self.problems_N), len(np.load(self._solved)))
+        if n and held != (-(-n // BATCH), n, n):
             raise ValueError(f"{folder} is not whole")
         renamed = {int(index): name for index, name in self.facts.renamed.items()}
 
@@ -153,9 +150,8 @@ def stored(source: Path, settings: Sequence[Any], parts: Callable[[], Iterable[P
     with writing("the cache of rows (UNIFT_CACHE=FOLDER moves it)", cache()):
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(
-            f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        )  # machines may share it
+        # Machines may share it.
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             if not _build(temporary, parts(), name):
                 return None
@@ -186,13 +182,8 @@ def cache() -> Path:
 def _key(source: Path, settings: Sequence[Any]) -> str:
     """Content of the source (a file, or all files of a folder), the settings, and the code that reads."""
     digest = hashlib.sha256(json.dumps(list(settings)).encode())
-    files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
-    for path in (*sorted(Path(__file__).parent.rglob("*.py")), *files):
-        part = hashlib.sha256()
-        with path.open("rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
-            digest.update(file.tell().to_bytes(8, "little"))
+    for path in (*sorted(Path(__file__).parent.rglob("*.py")), *files_of(source)):
+        digest.update(feed(digest.update, path).to_bytes(8, "little"))
     return digest.hexdigest()[:32]
 
 

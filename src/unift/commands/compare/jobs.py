@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from unift.commands.compare.table import Result
+from unift.files import feed, files_of
 from unift.processes import END_SECONDS, child_environment
 from unift.types import UniftError
 
@@ -132,7 +133,7 @@ def run_many(
             while waiting and len(running) < max(workers, 1):
                 number = waiting.pop(0)
                 asked[number] = _asked(jobs[number])  # as the inputs are now
-                finished = _finished(jobs[number])
+                finished = _finished(jobs[number], asked[number])
                 if finished is None:
                     running[number] = _start(jobs[number])
                 else:
@@ -202,24 +203,21 @@ def _asked(job: Job) -> Any:
 
 
 def _content(place: Path) -> str:
-    files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
-    facts = [(path, status.st_size, status.st_mtime_ns) for path in files if path.is_file() and (status := path.stat())]
+    facts = [(p, s.st_size, s.st_mtime_ns) for p in files_of(place) if p.is_file() and (s := p.stat())]
     return " ".join(f"{path.name}:{_digest(path, size, at)}" for path, size, at in facts)
 
 
 @lru_cache(maxsize=256)  # every run of a comparison names the same files
 def _digest(path: Path, size: int, changed: int) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
+    feed(digest.update, path)
     return digest.hexdigest()[:16]
 
 
-def _finished(job: Job) -> Result | None:
-    """The result, if this very command brought it. Otherwise ``train`` itself must judge whether the folder fits."""
+def _finished(job: Job, asked: Any) -> Result | None:
+    """The result, if what is ``asked`` brought it. Otherwise ``train`` itself must judge whether the folder fits."""
     try:
-        same = json.loads((job.folder / COMMAND).read_text()) == _asked(job)
+        same = json.loads((job.folder / COMMAND).read_text()) == asked
     except (OSError, json.JSONDecodeError):
         return None
     return _named(job, _read(job.folder)) if same else None

@@ -304,9 +304,7 @@ def try_reward(config: Config, rows: Sequence[Row]) -> tuple[Check, Any]:
     r = config.reward
     with open_scorer(r, rows) as scorer:
         meant = meant_right(rows, config.sample.label)
-        taken = isinstance(
-            config.data.solved, int
-        )  # rows that keep the ending of a solution whose steps were taken from them
+        taken = isinstance(config.data.solved, int)  # such rows keep the ending of a solution without steps
         whole = (row for row in meant if (row.steps or not taken) and row.solution.strip())
         some = list(islice(whole, DEMONSTRATIONS))
         found = scorer.check(some[0] if some else replace(rows[0], steps=(), ending=""))

@@ -12,7 +12,7 @@ from unift.config.stages import stages
 from unift.hints import schedules
 from unift.model import architecture, limits, memory
 from unift.model.load import load_tokenizer
-from unift.rows.dataset import Data, encode, load
+from unift.rows.dataset import encode, load
 from unift.types import HANDED, ConfigError
 
 
@@ -23,10 +23,9 @@ def describe(config: Config, folder: Path) -> str:
     Raises UniftError for rows, a reward or a model that are not there, cannot be read or do not fit.
     """
     _check_rewards(config)
-    data = _data(config)
-    rows = f"rows: {_elsewhere(config)[0]}, not looked at" if data is None else _rows(config, data)
-    batches = [f"run folder: {folder}", rows, *_batches(config), _memory(config, data)]
-    return "\n".join([to_yaml(config).rstrip(), *batches, *_schedule(config)])
+    rows, longest = _rows(config)
+    parts = [to_yaml(config).rstrip(), f"run folder: {folder}", rows, *_batches(config), _memory(config, longest)]
+    return "\n".join([*parts, *_schedule(config)])
 
 
 def _check_rewards(config: Config) -> None:
@@ -37,31 +36,22 @@ def _check_rewards(config: Config) -> None:
             raise ConfigError(f"reward.function={name!r}: no such file (looked in {Path.cwd()})")
 
 
-def _elsewhere(config: Config) -> list[str | None]:
-    return [name for name in (config.data.train, config.data.test) if str(name).startswith("hf:") or name == HANDED]
-
-
-def _data(config: Config) -> Data | None:
-    if _elsewhere(config) and not config.data.task:
-        return None
+def _rows(config: Config) -> tuple[str, int | None]:
+    """Text, and tokens of prompt and solution of the longest training row that a start looks at; None for rows elsewhere."""
+    places = (config.data.train, config.data.test)
+    elsewhere = [name for name in places if str(name).startswith("hf:") or name == HANDED]
+    if elsewhere and not config.data.task:
+        return f"rows: {elsewhere[0]}, not looked at", None
     found = load(config)
-    tokenizer = load_tokenizer(config.model)
-    data = encode(tokenizer, found, config)
+    data = encode(load_tokenizer(config.model), found, config)
     limits.check_positions(config, data)
-    return data
-
-
-def _rows(config: Config, data: Data) -> str:
-    train, test = len(data.train.rows), len(data.test.rows)
+    train, test, known = len(found.train), len(found.test), len(data.train.solved)
     made = f", made by the task {config.data.task}" if config.data.task else ""
-    solved = "" if len(data.train.solved) == train else f", {len(data.train.solved)} of them with a solution"
-    return f"rows: {train} for training{solved}, {test} held out{made}; at most {_longest(data)} tokens of prompt and solution"
-
-
-def _longest(data: Data) -> int:
-    """Tokens of prompt and solution of the longest training row that a start looks at."""
-    found = (data.train.encoded[i] for i in data.train.looked_at)
-    return max(max(len(e.prompt), len(e.instructed or [])) + len(e.solution) for e in found)
+    solved = "" if known == train else f", {known} of them with a solution"
+    looked = (data.train.encoded[i] for i in data.train.looked_at)
+    longest = max(max(len(e.prompt), len(e.instructed or [])) + len(e.solution) for e in looked)
+    lengths = f"at most {longest} tokens of prompt and solution"
+    return f"rows: {train} for training{solved}, {test} held out{made}; {lengths}", longest
 
 
 def _batches(config: Config) -> list[str]:
@@ -77,16 +67,15 @@ def _batches(config: Config) -> list[str]:
     return lines
 
 
-def _memory(config: Config, data: Data | None) -> str:
-    """The stage that takes most, from the model's class, the rows' lengths, and those that the settings allow where rows are not
-    known."""
+def _memory(config: Config, longest: int | None) -> str:
+    """The stage that takes most, from the model's class and the ``longest`` row, or what the settings allow."""
     built = architecture.of(config.model)
     if built is None:
         return "memory: not estimated (the model's config has no hidden_size, num_hidden_layers or vocab_size)"
     cpu = config.model.device == "cpu" or (config.model.device == "auto" and not torch.cuda.is_available())
     found: list[tuple[memory.Memory, memory.Work]] = []
     for stage in stages(config):
-        work = memory.work_of(config, stage.rules, data and _longest(data))
+        work = memory.work_of(config, stage.rules, longest)
         measured = config.log.gradients_every > 0
         found.append((memory.estimate(built, config.model, stage.rules, work, measured, cpu), work))
     most, work = max(found, key=lambda pair: pair[0].peak)

@@ -50,17 +50,15 @@ def group_metrics(groups: Sequence[Group], rules: Rules) -> dict[str, Any]:
     answers = [s.score.parts["no_answer"] for s in samples if s.score is not None and "no_answer" in s.score.parts]
     if answers:  # verifiers that look for an answer say whether there was one
         found["completions/no_answer"] = float(np.mean(answers))
-    by_solution: dict[bool, list[float]] = {True: [], False: []}
     by_hint: dict[int, list[float]] = {}
     for group, values in zip(groups, scores, strict=True):
-        by_solution[group.solved] += values
         if rules.show.unit == "cuts":
             by_hint.setdefault(group.cuts, []).extend(values)
-    bare = [g for g in groups if not g.solved]
-    if bare:
-        found["groups/without_solution"] = len(bare) / len(groups)
-        named = ((True, "with_solution"), (False, "without_solution"))
-        found |= {f"reward/{name}": float(np.mean(by_solution[has])) for has, name in named if by_solution[has]}
+    if not all(g.solved for g in groups):
+        found["groups/without_solution"] = float(np.mean([not g.solved for g in groups]))
+        for name, solved in (("with_solution", True), ("without_solution", False)):
+            values = [r for g, own in zip(groups, scores, strict=True) if g.solved == solved for r in own]
+            found |= {f"reward/{name}": float(np.mean(values))} if values else {}
     return found | {f"reward/by_hint/{k}": float(np.mean(v)) for k, v in sorted(by_hint.items()) if v}
 
 
