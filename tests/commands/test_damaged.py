@@ -58,7 +58,7 @@ def test_a_damaged_result_is_not_finished(folder, text):
         read_result(folder)
     job = jobs.Job("uft", 0, folder, ["x"])
     (folder / jobs.COMMAND).write_text('["x"]')
-    assert jobs._finished(job) is None
+    assert jobs._finished(job, jobs._asked(job)) is None
     run = read_run(folder)
     assert run.result is None and any("result.json" in remark for remark in run.remarks)
 
