@@ -50,6 +50,20 @@ def test_what_has_one():
     assert told("prefix-rft", "policy.loss=reinforce", "policy.high=0.3", "policy.dual_clip=2") == []
 
 
+def test_what_a_phase_replaces():
+    """A packaged phase's own value wins over one for the whole run: whoever sets the latter is told where it stands."""
+    (line,) = told_of_smollm2("train.lr=1.0e-5")
+    assert line.startswith("train.lr=1e-05 does not reach phase 1 (rft), which has 3e-06 of its own: set phases.1.train.lr")
+    assert told_of_smollm2("train.lr=3.0e-6") == [], "the same value"
+    assert told_of_smollm2("train.lr=1.0e-5", "phases.1.train.lr=2.0e-6") == [], "both by hand"
+    assert len(told_of_smollm2("train.prompts=4", "train.decay=linear")) == 2, "phase 0 alone has its own"
+
+
+def told_of_smollm2(*items):
+    by_hand = parse_overrides(items)
+    return unread(resolve("sft-rft", recipe="smollm2", overrides=by_hand), by_hand)
+
+
 def test_a_list_of_phases():
     phases = [
         {"method": "sft", "share": 0.5, "train": {"steps": 5}},

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from unift.config import needs
 from unift.config.identity import flat
-from unift.config.sections import Config, Rules
+from unift.config.sections import METHOD_SECTIONS, Config, Rules
 from unift.config.stages import stages
 from unift.config.words import ANNEALINGS, BASELINES, INTOS, LOSSES, NORMS, TOKENS
 
@@ -85,6 +85,7 @@ def _annealed(s: Rules) -> bool:
     return _weighed(s) and ANNEALINGS[s.likelihood.schedule].final
 
 
+WHOLE = ("train.steps", "train.budget")  # of the whole run, phases or not
 Reads = Callable[[Rules], bool]
 # Setting -> (the setting that decides, whether a stage reads it). What is not here is always read, or checked elsewhere.
 READ: Mapping[str, tuple[str, Reads]] = {
@@ -126,7 +127,8 @@ READ: Mapping[str, tuple[str, Reads]] = {
 
 
 def unread(config: Config, by_hand: Mapping[str, Any]) -> list[str]:
-    """A line for each setting, of those that were set by hand, which no stage of the run reads. ``by_hand``: as in a file.
+    """A line for each setting, of those that were set by hand, which no stage of the run reads, or which a phase replaces.
+    ``by_hand``: as in a file.
 
     A whole config, as a run writes it, is nobody's wish for each of its settings.
     """
@@ -135,18 +137,30 @@ def unread(config: Config, by_hand: Mapping[str, Any]) -> list[str]:
     every, lines = [stage.rules for stage in stages(config)], list[str]()
     listed = by_hand.get("phases")
     places = {str(n): phase for n, phase in enumerate(cast("list[Any]", listed))} if isinstance(listed, list) else {}
-    for name, value in flat({**by_hand, "phases": places} if places else by_hand).items():
+    set_by_hand = flat({**by_hand, "phases": places} if places else by_hand)
+    for name, value in set_by_hand.items():
         first, place, own = (*name.split(".", 2), "", "")[:3]
         rules = every
         if first == "phases" and place.isdecimal() and int(place) < len(config.phases):
-            if own in ("train.steps", "train.budget"):
+            if own in WHOLE:
                 lines.append(
                     f"{name}={value} has no effect: {own} is of the whole run, of which each phase has its share"
                 )
             rules = [config.phases[int(place)]]
         decides, read = READ.get(own if rules is not every else name, ("", lambda s: True))
         if not any(map(read, rules)):
-            section, key = decides.split(".")
-            found = " or ".join(dict.fromkeys(f"{getattr(getattr(s, section), key)}" for s in rules))
+            found = " or ".join(dict.fromkeys(f"{_value(s, decides)}" for s in rules))
             lines.append(f"{name}={value} has no effect with {decides}={found}")
+        elif first in METHOD_SECTIONS and name not in WHOLE:
+            lines += [
+                f"{name}={value} does not reach phase {n} ({phase.method}), which has {_value(phase, name)} of its own: "
+                f"set phases.{n}.{name}"
+                for n, phase in enumerate(config.phases)
+                if _value(phase, name) != _value(config, name) and f"phases.{n}.{name}" not in set_by_hand and read(phase)
+            ]
     return lines
+
+
+def _value(rules: Rules, name: str) -> Any:
+    section, key = name.split(".", 1)
+    return getattr(getattr(rules, section), key)
