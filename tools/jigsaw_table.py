@@ -81,7 +81,7 @@ def measured(folder: Path, config: Config, exact: Mapping[int, float]) -> list[d
             if step:
                 checkpoint.restore(folder, step, policy, None)
             pairs = [Pair(e.prompt, e.solution, e.shown) for s in sets.values() for e in s.encoded]
-            kept = {kind: evaluate.greedy(judge, split).accuracy for kind, split in sets.items()}
+            kept = {kind: evaluate.accuracy(evaluate.greedy(judge, split)).accuracy for kind, split in sets.items()}
             logp = mean_logprob(policy, pairs, config.train.token_budget)
             points.append({"step": step, "exact": exact.get(step), "older": kept, "logp": logp})
     return points

@@ -53,7 +53,9 @@ def test_what_has_one():
 def test_what_a_phase_replaces():
     """A packaged phase's own value wins over one for the whole run: whoever sets the latter is told where it stands."""
     (line,) = told_of_smollm2("train.lr=1.0e-5")
-    assert line.startswith("train.lr=1e-05 does not reach phase 1 (rft), which has 3e-06 of its own: set phases.1.train.lr")
+    assert line.startswith(
+        "train.lr=1e-05 does not reach phase 1 (rft), which has 3e-06 of its own: set phases.1.train.lr"
+    )
     assert told_of_smollm2("train.lr=3.0e-6") == [], "the same value"
     assert told_of_smollm2("train.lr=1.0e-5", "phases.1.train.lr=2.0e-6") == [], "both by hand"
     assert len(told_of_smollm2("train.prompts=4", "train.decay=linear")) == 2, "phase 0 alone has its own"

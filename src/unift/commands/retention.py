@@ -165,7 +165,7 @@ def _measured(judge: Judge, sets: Sequence[Split], budget: int) -> list[tuple[ev
     """Accuracy and mean log-prob of the solutions of every set."""
     found: list[tuple[evaluate.Accuracy, float | None]] = []
     for split in sets:
-        accuracy, pairs = evaluate.greedy(judge, split), solutions(split)
+        accuracy, pairs = evaluate.accuracy(evaluate.greedy(judge, split)), solutions(split)
         found.append((accuracy, mean_logprob(judge.policy, pairs, budget) if pairs else None))
     return found
 

@@ -214,6 +214,9 @@ class Reward(Section):
 class Eval(Section):
     every: int = Field(default=50, ge=0, description="steps; 0 = only at the end")
     rows: int | None = Field(default=None, ge=1, description="first so many rows of the test split")
+    subset: int | None = Field(
+        default=None, ge=1, description="first so many of them while training; the base and the end are judged on all"
+    )
     train_rows: int | None = Field(
         default=100, ge=0, description="first so many training rows, at the end of a run; 0 = none, null = all"
     )

@@ -156,7 +156,9 @@ def unread(config: Config, by_hand: Mapping[str, Any]) -> list[str]:
                 f"{name}={value} does not reach phase {n} ({phase.method}), which has {_value(phase, name)} of its own: "
                 f"set phases.{n}.{name}"
                 for n, phase in enumerate(config.phases)
-                if _value(phase, name) != _value(config, name) and f"phases.{n}.{name}" not in set_by_hand and read(phase)
+                if _value(phase, name) != _value(config, name)
+                and f"phases.{n}.{name}" not in set_by_hand
+                and read(phase)
             ]
     return lines
 

@@ -93,11 +93,14 @@ def _judged(judge: Judge, split: Split, requests: Sequence[Request], temperature
     return processes.interleave(processes.gather("an evaluation", judged))
 
 
-def greedy(judge: Judge, split: Split) -> Accuracy:
-    """Greedy accuracy without a hint."""
-    right = sum(v[0].right for v in _judged(judge, split, [Request(e.prompt, None, e.shown) for e in split.encoded]))
-    n = len(split.rows)
-    return Accuracy(right / max(n, 1), *wilson(right, n), n)
+def greedy(judge: Judge, split: Split) -> list[bool]:
+    """Whether the greedy answer without a hint is right, row by row."""
+    return [v[0].right for v in _judged(judge, split, [Request(e.prompt, None, e.shown) for e in split.encoded])]
+
+
+def accuracy(right: Sequence[bool]) -> Accuracy:
+    n = len(right)
+    return Accuracy(sum(right) / max(n, 1), *wilson(sum(right), n), n)
 
 
 def draws_of(row: Row, answers: Answers, max_tokens: int) -> Draws:
@@ -182,9 +185,9 @@ def _evaluate(config: Config, split: str, samples: int, given: Given, vote: bool
         place = answer_rule(solved, config.reward.answer, config.reward.rule) if vote else None
         with open_engine(config.engine, policy, Path(config.run or "runs"), longest_context(config, data)) as engine:
             judge = Judge(policy, engine, scorer, evaluation_tokens(config))
-            accuracy = greedy(judge, asked)
+            answered = accuracy(greedy(judge, asked))
             curve = pass_curve(judge, asked, Answers(samples, config.seed), place) if samples else {}
-    return Evaluation(split, accuracy, curve, policy.path)
+    return Evaluation(split, answered, curve, policy.path)
 
 
 def _percent(a: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -111,7 +111,7 @@ def run_to_end(run: Run, asked: threading.Event) -> dict[str, Any]:
             if over or due(run.config.eval.every, before, run.position):
                 if state.ahead is not None:
                     state.ahead.wait()  # the evaluation brings newer weights
-                metrics |= evaluated(run)
+                metrics |= evaluated(run, last=over and stage is run.stages[-1])
             wanted = log_step(run, step + 1, metrics, time.perf_counter() - began)
             stop = any(processes.gather("whether to stop", bool(wanted or asked.is_set())))
             saving = time.perf_counter()
@@ -193,9 +193,10 @@ def begin(run: Run) -> dict[str, Any]:
             run.report(record, run.expected())
         run.progress.judged |= earlier[0].get("judged", {})  # a checkpoint, if there is one, knows more
         return earlier[0]["base"]
-    base = asdict(announced(run, "held-out rows", run.data.test)) if run.data.test.rows else {}
+    right = announced(run, "held-out rows", run.data.test) if run.data.test.rows else []
+    base = asdict(evaluate.accuracy(right)) if right else {}
     first = {"forward": run.policy.path, "base": base, "judged": dict(run.progress.judged), "answer": run.scorer.answer}
-    log(run, 0, first | ({"eval/test/accuracy": base["accuracy"]} if base else {}))
+    log(run, 0, first | (tested(run, right) if right else {}))
     return base
 
 
@@ -248,7 +249,9 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
         "base": base,
     } | ({"completions": progress.completions} if run.budget else {})
     if run.data.test.rows:
-        result["test"] = asdict(announced(run, "held-out rows", run.data.test))
+        if not progress.tested:  # no step was left to do
+            evaluated(run, last=True)
+        result["test"] = dict(progress.tested)
         if config.eval.samples:
             answers = Answers(config.eval.samples, config.seed)
             curve = judged(
@@ -257,7 +260,7 @@ def finish(run: Run, base: dict[str, Any]) -> dict[str, Any]:
             result["test"]["pass@k"] = curve
     if config.eval.train_rows != 0:
         rows = run.data.train.first(config.eval.train_rows or len(run.data.train.rows))
-        result["train"] = asdict(announced(run, "training rows", rows))
+        result["train"] = asdict(evaluate.accuracy(announced(run, "training rows", rows)))
     run.track(
         {f"result/{k}/accuracy": result[k]["accuracy"] for k in ("test", "train") if k in result}, result["steps"]
     )
@@ -294,21 +297,32 @@ def check_path(policy: Policy, rules: Rules) -> None:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluated(run: Run) -> Metrics:
-    """Accuracy on the test rows, as a metric. Nothing without test rows."""
+def evaluated(run: Run, last: bool) -> Metrics:
+    """Accuracy on the test rows, as metrics; nothing without test rows. After the ``last`` step on all of them, for the result."""
     if not run.data.test.rows:
         return {}
-    return {"eval/test/accuracy": greedy(run, "held-out rows", run.data.test).accuracy}
+    if not last:
+        return tested(run, judged(run, "held-out rows", partial(evaluate.greedy, split=subset(run))))
+    right = announced(run, "held-out rows", run.data.test)
+    run.progress.tested = asdict(evaluate.accuracy(right))
+    return tested(run, right)
 
 
-def announced(run: Run, what: str, split: dataset.Split) -> evaluate.Accuracy:
-    """Before and after all steps, where nothing else says what the run is at."""
+def subset(run: Run) -> dataset.Split:
+    """What is evaluated while training."""
+    return run.data.test.first(run.config.eval.subset or len(run.data.test.rows))
+
+
+def tested(run: Run, right: Sequence[bool]) -> Metrics:
+    """Metrics of the subset, of verdicts on it or on all test rows."""
+    found = evaluate.accuracy(right[: run.config.eval.subset])
+    return {"eval/test/accuracy": found.accuracy, "eval/test/low": found.low, "eval/test/high": found.high}
+
+
+def announced(run: Run, what: str, split: dataset.Split) -> list[bool]:
+    """Verdicts before and after all steps, where nothing else says what the run is at."""
     run.watch(what, 0, len(split.rows))
-    return greedy(run, what, split)
-
-
-def greedy(run: Run, what: str, split: dataset.Split) -> evaluate.Accuracy:
-    return judged(run, what, lambda judge: evaluate.greedy(judge, split))
+    return judged(run, what, partial(evaluate.greedy, split=split))
 
 
 def judged(run: Run, what: str, evaluation: Callable[[Judge], T]) -> T:

@@ -49,11 +49,12 @@ class Progress:
     starts: list[int] = field(default_factory=list[int])  # steps done before each stage that has begun
     completions: int = 0
     seen: int = 0  # completions that earned the reward
+    tested: dict[str, Any] = field(default_factory=dict[str, Any])  # after the last step: Accuracy on all held-out rows
     scored: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))  # outcomes of training completions
     judged: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))  # outcomes in evaluations
 
     def counters(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if not isinstance(value, dict)}
+        return {name: value for name, value in asdict(self).items() if name not in ("scored", "judged")}
 
     def recall(self, counters: Mapping[str, Any], scored: Mapping[str, int], judged: Mapping[str, int]) -> None:
         """Go on from what a checkpoint holds."""

@@ -56,7 +56,7 @@ def latest(run: RunData) -> tuple[Mapping[str, float], int] | None:
     x, y = series(run.metrics, "eval/test/accuracy")
     if not len(x) or not run.base:
         return None
-    n = run.base["n"]
+    n = run.watched
     low, high = wilson(y[-1] * n, n)
     return {"accuracy": float(y[-1]), "low": low, "high": high, "n": n}, int(x[-1])
 
@@ -298,7 +298,7 @@ def best_evaluation(run: RunData) -> tuple[float, int] | None:
     now = latest(run)
     if not len(x) or now is None:
         return None
-    best, n = int(np.argmax(y)), int(now[0]["n"])
+    best, n = int(np.argmax(y)), run.watched
     return (float(y[best]), int(x[best])) if wilson(y[best] * n, n)[0] > now[0]["high"] else None
 
 

@@ -73,6 +73,12 @@ class RunData:
         first = self.metrics[0].get("base") if self.metrics else None
         return (self.result or {}).get("base") or first or None
 
+    @property
+    def watched(self) -> int:
+        """Held-out rows of an evaluation while training."""
+        rows = self.base["n"] if self.base else 0
+        return min(rows, (self.settings.get("eval") or {}).get("subset") or rows)
+
 
 def run_folders(source: Path) -> list[Path]:
     """The run folder itself, or the runs directly below it, in the order of compare.json, then by name."""

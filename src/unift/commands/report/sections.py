@@ -125,11 +125,13 @@ def accuracy_chart(run: RunData) -> Html | None:
     base = run.base
     if not base or not len(x):
         return None
-    bounds = np.array([wilson(v / 100 * base["n"], base["n"]) for v in y]) * 100
+    n = run.watched
+    bounds = np.array([wilson(v / 100 * n, n) for v in y]) * 100
     lines = [Line("held-out", "c1", x, y, marker=len(x) < 60, low=bounds[:, 0], high=bounds[:, 1])]
-    level = 100 * base["accuracy"]
+    level = y[0] if x[0] == 0 else 100 * base["accuracy"]
     lines.append(Line("base", "c7", np.array([0.0, run.total]), np.array([level, level]), dashed=True))
-    note = f"Greedy, {base['n']:,} held-out rows. Shaded: 95 % Wilson interval."
+    of = "" if n == base["n"] else f"the first {n:,} of "
+    note = f"Greedy, {of}{base['n']:,} held-out rows. Shaded: 95 % Wilson interval."
     return _chart(run, "Accuracy without hint", lines, unit="%", limits=(0, 100), note=note)
 
 
