@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from unift.types import UniftError
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have the bytes of a file, or the names in a folder, on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -46,7 +47,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UniftError(
@@ -71,15 +72,11 @@ def publish_folder(temporary: Path, final: Path, over: bool = True) -> None:
     """fsync every file of ``temporary``, then give it its name. over: what has that name is replaced; else OSError."""
     for path in sorted(temporary.rglob("*")):
         if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(path)
     if over and final.exists():
         shutil.rmtree(final)
     os.replace(temporary, final)  # of a folder onto one that is not empty: an error
-    _sync_folder(final.parent)
+    sync(final.parent)
 
 
 def clean_temporary(folder: Path) -> None:

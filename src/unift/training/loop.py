@@ -23,7 +23,7 @@ from unift.config import launcher, needs
 from unift.config.identity import config_hash
 from unift.config.sections import Config, Rules
 from unift.config.stages import Moment, Stage, longest, stages
-from unift.files import writing
+from unift.files import sync, writing
 from unift.model import checkpointing, critic, quantize
 from unift.model.limits import check_positions, longest_context, use_threads
 from unift.model.load import load_policy, load_tokenizer, pick_device, save_adapter, save_pretrained
@@ -382,5 +382,7 @@ def save(run: Run, finished: int, state: State, accuracy: float | None) -> None:
     if state.ahead is not None:  # its weights are gone once this process is: what they drew is part of the state
         groups = processes.interleave(processes.gather("what was drawn ahead", state.ahead.share()))
         ahead = rollouts.encoded(finished, state.ahead.weights, groups, [("", "")] * len(groups))
+    # On disk before the checkpoint that they are rewound to: what a power cut takes of them is not written again.
+    processes.lead("the metrics so far", lambda: sync(run.folder / "metrics.jsonl"))
     checkpoint.save(run.folder, finished, run.policy, state.optimizer, stored, ahead)
     processes.lead("a checkpoint", tidy)
