@@ -103,7 +103,12 @@ def test_hub_folders(tmp_path, monkeypatch, saved):
         resolve(
             "rft",
             overrides=parse_overrides(
-                ["model.path=embedded:lock", f"data.train=hf:{folder}", f"data.test=hf:{folder}"]
+                [
+                    "model.path=embedded:lock",
+                    "reward.function=math",
+                    f"data.train=hf:{folder}",
+                    f"data.test=hf:{folder}",
+                ]
             ),
         )
     )
@@ -156,6 +161,24 @@ def test_rows_may_lack_an_answer(tmp_path, record):
         with pytest.raises(DataError, match=r"rows.jsonl, row [12], column 'answer': missing; the verifier needs it"):
             check_answers(rows, function, "rows.jsonl, row")
     assert answer_rule(rows[1:]) == "tags"
+
+
+@pytest.mark.parametrize(("task", "found"), [(None, "missing"), ("algebra", "found 'algebra'")])
+def test_a_row_without_a_built_in_task(tmp_path, monkeypatch, task, found):
+    """reward.function=auto takes the verifier from the row: one row of many without it is an error by number, in memory and on
+    disk, not a failed score in the middle of a run."""
+    from unift.rows.large import open_rows
+
+    file = write(tmp_path / "rows.jsonl", GOOD | {"task": "math"}, GOOD | {"prompt": "1+1=", "task": task})
+    rows = read_rows(file)
+    with pytest.raises(DataError, match=rf"rows.jsonl, row 2, column 'task': {found}, .*reward.function=math for all"):
+        check_answers(rows, "auto", f"{file}, row")
+    for function in ("math", "mine.py:score"):
+        check_answers(rows, function, f"{file}, row")
+    monkeypatch.setattr("unift.rows.store.LARGE", 1)
+    monkeypatch.setenv("UNIFT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=rf"rows.jsonl, column 'task': {found}, "):
+        check_answers(open_rows(file, need_steps=True), "auto", f"{file}, row")
 
 
 @pytest.mark.parametrize(

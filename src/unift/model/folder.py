@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from unift.config import hub
 from unift.config.resolve import HUB_NAME
 from unift.types import ConfigError, UniftError
 
@@ -143,9 +144,10 @@ def _snapshot(name: str) -> Path:
     except Exception:  # not in the cache
         pass
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=["*/*"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*WANTED, PICKLED], ignore_patterns=["*/*"]))
+        with hub.allowed():
+            folder = Path(snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=["*/*"]))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(name, allow_patterns=[*WANTED, PICKLED], ignore_patterns=["*/*"]))
         if _whole(folder):
             return folder
         reason = f"{folder} lacks config.json or weights"

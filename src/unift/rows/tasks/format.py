@@ -129,7 +129,8 @@ def contradictions(rows: Iterable[Row]) -> list[tuple[int, Row, str]]:
 
 
 def check_answers(rows: Sequence[Row], function: object, source: str) -> None:
-    """DataError for the first row without an answer, if a built-in verifier judges the rows: it has nothing to compare with.
+    """DataError for the first row without an answer, if a built-in verifier judges the rows: it has nothing to compare with; or
+    without a built-in task, if that shall choose the verifier.
 
     function: the setting (one function, or several with weights). source: what messages put before the row's number.
     """
@@ -148,6 +149,27 @@ def check_answers(rows: Sequence[Row], function: object, source: str) -> None:
             "reward_model.ground_truth in verl's). Add it, or name a reward of your own, which may do without: "
             "reward.function=file.py:function"
         )
+    if "auto" in named:
+        _check_tasks(rows, source)
+
+
+def _check_tasks(rows: Sequence[Row], source: str) -> None:
+    from unift.rows.tasks import task_names
+
+    known = set(task_names())
+    if isinstance(rows, StoredRows):
+        strange = next(((None, task) for task in rows.facts.tasks if task not in known), None)
+    else:
+        strange = next(((number, row.task) for number, row in enumerate(rows, start=1) if row.task not in known), None)
+    if strange is None:
+        return
+    number, task = strange
+    where = source.rpartition(",")[0] if number is None else f"{source} {number}"  # rows on disk: which one is not kept
+    found = f"found {task!r}" if task else "missing"
+    raise DataError(
+        f"{where}, column 'task': {found}, and reward.function=auto takes the verifier from it. Expected one of "
+        f"{', '.join(sorted(known))}, or name a reward: reward.function=math for all rows, or reward.function=file.py:function"
+    )
 
 
 def check_format(rows: Sequence[Row], function: object = "auto", rule: str = "unift", answer: str = "tags") -> None:
