@@ -319,3 +319,23 @@ def test_what_is_named_on_the_hub_is_asked_for(tmp_path: Path, wish: str | None)
     assert "model.path='own/missing' is no folder" in done.stdout and "hf:own/rows" in done.stdout
     found = {name for name in ("own/missing", "own/rows") if any(name in path for path in asked)}
     assert found == (set() if wish else {"own/missing", "own/rows"}), (asked, done.stdout)
+
+
+def test_a_run_folder_or_a_gguf_folder_is_no_model_by_itself(tmp_path: Path) -> None:
+    """The message names what to set: the run's model, or the file."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_000002" / "model").mkdir(parents=True)
+    (run / "config.yaml").write_text("method: uft\n")
+    with pytest.raises(ConfigError, match="is a run folder, no model: the run has saved none yet. Continue it first"):
+        locate(str(run))
+    (run / "checkpoints" / "step_000002" / "model" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"it is in .*step_000002/model \(the last checkpoint's"):
+        locate(str(run))
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"it is in .*/run/model$"):
+        locate(str(run))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "own.Q4.gguf").write_text("")
+    with pytest.raises(ConfigError, match=r"holds GGUF files and no config.json: set model.gguf=own.Q4.gguf$"):
+        load_tokenizer(model(tmp_path / "weights"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -377,3 +378,30 @@ def test_doctor_names_a_row_that_contradicts_itself():
     assert not check.ok and "ends with '5', its column 'answer' has '6'" in check.text
     check, _ = try_reward(settings("uft"), [rows[0], *rows[2:]])
     assert check.ok
+
+
+def test_one_solution_without_the_mark_of_its_answer(tmp_path):
+    """One row of many takes the mark of all others for a step: inspect and doctor say so, and name the row."""
+    from unift.commands.doctor import load_rows
+    from unift.config.resolve import parse_overrides, resolve
+    from unift.rows.inspect import inspect
+
+    def rows(bare):
+        return [
+            {"prompt": f"{n}+1=", "answer": str(n + 1), "task": "math",
+             "solution": f"One more than {n}.\nThat is {n + 1}.\n" + ("" if n in bare else f"#### {n + 1}")}
+            for n in range(8)
+        ]  # fmt: skip
+
+    for bare, said in (
+        ((), ""),
+        ((5,), "7 of 8 .* row 6 does not"),
+        ((2, 5), r"2 do \(the first: row 3\) not"),
+        (range(8), ""),
+    ):
+        file = write(tmp_path / "rows.jsonl", *rows(bare))
+        settings = ["model.path=embedded:lock", f"data.train={file}"]
+        check, _ = load_rows(resolve("uft", overrides=parse_overrides(settings)))
+        found = str(inspect(read_rows(file)).get("faulty", ""))
+        assert check.ok == (not said) and bool(found) == bool(said)
+        assert re.search(said, found) and re.search(said, check.text)

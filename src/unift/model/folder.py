@@ -48,11 +48,22 @@ def locate(path: str) -> Path:
     if folder.is_file() and folder.suffix != ".gguf":
         raise ConfigError(f"model.path={path!r} is a file of an unknown kind; expected a folder or a .gguf file")
     if folder.is_dir() and not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
+        if (folder / "config.yaml").is_file():
+            raise ConfigError(f"model.path={path!r} is a run folder, no model: {_models_of_run(folder)}")
         raise ConfigError(
             f"model.path={path!r}: the folder has no config.json, so it is no Hugging Face model. Expected config.json, "
             "weights (*.safetensors) and a tokenizer (tokenizer.json), or a .gguf file"
         )
     return folder.parent if folder.is_file() else folder
+
+
+def _models_of_run(folder: Path) -> str:
+    """What to take in place of the folder of a run."""
+    saved = [folder / "model", *sorted(folder.glob("checkpoints/step_*/model"), reverse=True)]
+    whole = next((place for place in saved if (place / "config.json").is_file()), None)
+    if whole is None:
+        return "the run has saved none yet. Continue it first"
+    return f"it is in {whole}" + ("" if whole == saved[0] else " (the last checkpoint's; the run is not finished)")
 
 
 def _installed(path: str) -> Path:

@@ -17,6 +17,7 @@ from unift.rows.tasks.base import check_rule
 from unift.types import ConfigError, DataError, Row, Score
 
 TRIED = 100  # rows with a solution that are looked at
+LOOKED_AT = 1000  # rows, for a few among them that are unlike the others
 ENOUGH = 0.5  # share of them whose own solution must be right
 
 
@@ -67,6 +68,27 @@ def all_marked(rows: Iterable[tuple[int, Row]], name: str) -> bool:
             "(wrong answers with scores, or the mark is no answer), say in a column 'ending' what follows the steps, if only ''"
         )
     return tried > 0 and right >= ENOUGH * tried
+
+
+def partly_marked(rows: Iterable[Row]) -> str:
+    """A sentence where most solutions mark their answer in the steps and a few do not (of the first `LOOKED_AT` rows whose
+    ending was written for them): then `all_marked` says no for the sake of those few, and the marks of all others stay in the
+    steps, where a hint shows the answer. "" elsewhere.
+    """
+    written = [
+        (number, row)
+        for number, row in enumerate(islice(rows, LOOKED_AT), start=1)
+        if row.steps and row.ending == f"\n<answer> {row.answer} </answer>"
+    ]
+    bare = [number for number, row in written if _marked(row) is None]
+    marked = len(written) - len(bare)
+    if not bare or marked < ENOUGH * len(written):
+        return ""
+    named = f"row {bare[0]} does" if len(bare) == 1 else f"{len(bare)} do (the first: row {bare[0]})"
+    return (
+        f"{marked} of {len(written)} solutions mark their answer in the steps and {named} not, so answer tags were put behind "
+        "all of them and the marks stay in the steps, where hints show the answer: mark it in every solution, or in none"
+    )
 
 
 def with_own_ending(row: Row) -> Row:
