@@ -91,6 +91,7 @@ SMOLLM2 = (
         ),
         recipe="smollm2",
     ),
+    Study("sft-rft", "sft-rft", LOCK[3].titles, LOCK[3].varied, recipe="smollm2"),
 )
 RECIPES = {
     "lock": (LOCK, "ablations"),

@@ -341,7 +341,7 @@ def released(lock, seconds):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["compare SIGTERM", "compare SIGINT", "demo SIGTERM", "compare SIGKILL"])
-def test_a_signal_to_the_parent_ends_its_runs(tmp_path, kind):
+def test_a_signal_to_the_parent_ends_its_runs(tmp_path, at_a_terminal, kind):
     """Real runs in processes of their own, each known by the lock of its folder; only the parent gets the signal."""
     verb, name = kind.split()
     words = ["compare", "--methods=sft,rft", "--seeds=1"] if verb == "compare" else ["train", "baselines=[sft]"]
