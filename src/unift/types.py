@@ -19,8 +19,9 @@ class UniftError(Exception):
 
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The known name that a mistyped one most likely means, for messages; None where none is near."""
-    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return near[0] if near else None
+    names = {name.lower(): name for name in sorted(known)}
+    near = difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=0.5)
+    return names[near[0]] if near else None
 
 
 class DataError(UniftError):

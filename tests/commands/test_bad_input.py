@@ -342,6 +342,13 @@ CONFIGS = {
     "list.yaml": (b"- 1\n", "list.yaml: expected a mapping of settings, found list"),
     "bytes.yaml": (b"\xff\xfe\xff", "config file 'bytes.yaml' cannot be read as UTF-8 text"),
     "section.yaml": (b"train: 3\n", "setting 'train' is a section"),
+    "dots.yaml": (
+        b"train.lr: 1\n",
+        "unknown setting 'train.lr': a file or a mapping has sections in place of dots, train: {lr: 1}",
+    ),
+    "unknown_dots.yaml": (b"trian.lr: 1\n", "a file or a mapping has sections in place of dots, trian: {lr: 1}"),
+    "foreign_dots.yaml": (b"actor_rollout_ref.rollout.n: 8\n", "did you mean 'sample.completions'?"),
+    "case.yaml": (b"method: UFT\n", "unknown method 'UFT'; did you mean 'uft'?"),
     "unknown.yaml": (b"trian: {lr: 1}\n", "unknown setting 'trian'; did you mean 'train'?"),
 }
 

@@ -178,6 +178,16 @@ def test_the_others_are_shown_when_one_fails(tmp_path, monkeypatch, capsys):
     assert "Not complete" not in (tmp_path / "table.md").read_text()
 
 
+def test_sft_that_was_made_to_sample_is_noted(tmp_path, monkeypatch, capsys):
+    """One number of completions for all methods makes sft another method: said before the runs and below their table."""
+    monkeypatch.setattr(compare, "train_job", lambda m, seed, *_: fake(tmp_path, m, seed))
+    for settings, times in ((["sample.completions=2"], 1), ([], 0)):
+        compare.compare_methods(compare.Plan(["sft", "uft"], 1, "lock", tmp_path, settings, 2))
+        note = "note: sft samples nothing by its preset; with sample.completions=2 it also learns from the reward"
+        assert capsys.readouterr().out.count(note) == times
+        assert (tmp_path / "table.md").read_text().count(note) == times
+
+
 def test_nothing_to_show_when_all_fail(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "train_job", lambda m, seed, *_: fake(tmp_path, m, seed, "bad"))
     with pytest.raises(UniftError, match="2 of 2 runs failed"):

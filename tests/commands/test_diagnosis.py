@@ -81,6 +81,13 @@ def test_each_cause_is_found_where_it_is_and_not_where_it_is_not(name, bad, good
     assert name not in names(run(**good))
 
 
+def test_rows_are_not_called_solved_where_the_result_says_otherwise():
+    """The last steps of a short run hold a few groups; the accuracy on training rows is of all of them."""
+    easy = {"groups/all_right": 1.0}
+    assert names(run(change=easy)) == ["rows solved"]
+    assert names(run(change=easy, result={"train": share(0.5)})) == []
+
+
 def test_a_sound_run_has_no_cause():
     assert names(run()) == [] and names(run(hinted={})) == []
     assert "More seeds" in next_steps(run())[0] and "More steps" in next_steps(run(test=0.1))[0]

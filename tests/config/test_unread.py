@@ -13,7 +13,7 @@ from unift.config.identity import flat
 from unift.config.packaged import preset_names, preset_text
 from unift.config.resolve import parse_overrides, resolve
 from unift.config.sections import Config, Show
-from unift.config.unread import READ, SHOWN, unread
+from unift.config.unread import READ, SHOWN, sampling_by_hand, unread
 from unift.hints import schedules
 
 
@@ -40,6 +40,18 @@ def told(method, *items):
 def test_what_has_no_effect(method, item, said):
     (line,) = told(method, item)
     assert line.startswith(said)
+
+
+def test_a_supervised_method_that_is_told_to_sample():
+    """A number of completions that was meant for the methods beside it makes sft another method."""
+    (line,) = told("sft", "sample.completions=2")
+    assert line.startswith(
+        "sft samples nothing by its preset; with sample.completions=2 it also learns from the reward"
+    )
+    (line,) = told("sft-rft", "sample.completions=2")
+    assert line.startswith("sft samples nothing by its preset; with phases.0.sample.completions=2 ")
+    for method in preset_names():
+        assert sampling_by_hand(resolve(method, overrides={"data": {"task": "lock"}})) == [], method
 
 
 def test_what_has_one():

@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -267,3 +269,73 @@ def test_names(tmp_path: Path) -> None:
     for path in ("/no/where/at/all", "nowhere", "../own/model"):
         with pytest.raises(ConfigError, match="neither a folder nor embedded:NAME, nor the name of a model on the Hub"):
             locate(path)
+
+
+FETCH = """
+import sys
+from unift.commands.settings import quiet_libraries
+from unift.model.folder import locate
+from unift.rows.readers import read_rows
+from unift.types import UniftError
+quiet_libraries()  # an earlier call of the same process, on a local model
+locate("embedded:lock")
+import datasets  # which keeps what the variables say now
+for fetch in (lambda: locate("own/missing"), lambda: read_rows("hf:own/rows")):
+    try:
+        fetch()
+    except UniftError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("wish", [None, "1"], ids=["unset", "offline"])
+def test_what_is_named_on_the_hub_is_asked_for(tmp_path: Path, wish: str | None) -> None:
+    """The commands keep libraries off the Hub, but for a model or rows that the settings name there; a person's wish stays."""
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in os.environ.items() if "OFFLINE" not in k and not k.lower().endswith("_proxy")}
+    env |= {
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    env |= {"HF_HUB_OFFLINE": wish} if wish else {}
+    done = subprocess.run([sys.executable, "-c", FETCH], env=env, cwd=tmp_path, capture_output=True, text=True)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert "model.path='own/missing' is no folder" in done.stdout and "hf:own/rows" in done.stdout
+    found = {name for name in ("own/missing", "own/rows") if any(name in path for path in asked)}
+    assert found == (set() if wish else {"own/missing", "own/rows"}), (asked, done.stdout)
+
+
+def test_a_run_folder_or_a_gguf_folder_is_no_model_by_itself(tmp_path: Path) -> None:
+    """The message names what to set: the run's model, or the file."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_000002" / "model").mkdir(parents=True)
+    (run / "config.yaml").write_text("method: uft\n")
+    with pytest.raises(ConfigError, match="is a run folder, no model: the run has saved none yet. Continue it first"):
+        locate(str(run))
+    (run / "checkpoints" / "step_000002" / "model" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"it is in .*step_000002/model \(the last checkpoint's"):
+        locate(str(run))
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"it is in .*/run/model$"):
+        locate(str(run))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "own.Q4.gguf").write_text("")
+    with pytest.raises(ConfigError, match=r"holds GGUF files and no config.json: set model.gguf=own.Q4.gguf$"):
+        load_tokenizer(model(tmp_path / "weights"))

@@ -211,10 +211,16 @@ def test_check() -> None:
         (
             "reward_zoo:score",
             "spin",
-            "timeout: no result after 0.5 s of CPU time; the limits are 0.5 s of CPU time and 5 s of wall",
+            "timeout: no result after 0.5 s of CPU time; the limits are 0.5 s of CPU time and 5 s of wall clock. "
+            "Make the function faster, or raise reward.timeout",
         ),
         ("reward_zoo:score", "exit 3", "crash: the worker died"),
         ("reward_zoo:score", "nan", "bad value: returned float nan"),
+        (
+            "auto",
+            "1",
+            "row 'x' has no task, so reward 'auto' has no scorer; name a reward function. Mend the rows or reward",
+        ),
         ("nowhere:f", "1", "cannot import module 'nowhere'"),
     ],
 )

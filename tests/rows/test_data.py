@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -103,7 +104,12 @@ def test_hub_folders(tmp_path, monkeypatch, saved):
         resolve(
             "rft",
             overrides=parse_overrides(
-                ["model.path=embedded:lock", f"data.train=hf:{folder}", f"data.test=hf:{folder}"]
+                [
+                    "model.path=embedded:lock",
+                    "reward.function=math",
+                    f"data.train=hf:{folder}",
+                    f"data.test=hf:{folder}",
+                ]
             ),
         )
     )
@@ -156,6 +162,24 @@ def test_rows_may_lack_an_answer(tmp_path, record):
         with pytest.raises(DataError, match=r"rows.jsonl, row [12], column 'answer': missing; the verifier needs it"):
             check_answers(rows, function, "rows.jsonl, row")
     assert answer_rule(rows[1:]) == "tags"
+
+
+@pytest.mark.parametrize(("task", "found"), [(None, "missing"), ("algebra", "found 'algebra'")])
+def test_a_row_without_a_built_in_task(tmp_path, monkeypatch, task, found):
+    """reward.function=auto takes the verifier from the row: one row of many without it is an error by number, in memory and on
+    disk, not a failed score in the middle of a run."""
+    from unift.rows.large import open_rows
+
+    file = write(tmp_path / "rows.jsonl", GOOD | {"task": "math"}, GOOD | {"prompt": "1+1=", "task": task})
+    rows = read_rows(file)
+    with pytest.raises(DataError, match=rf"rows.jsonl, row 2, column 'task': {found}, .*reward.function=math for all"):
+        check_answers(rows, "auto", f"{file}, row")
+    for function in ("math", "mine.py:score"):
+        check_answers(rows, function, f"{file}, row")
+    monkeypatch.setattr("unift.rows.store.LARGE", 1)
+    monkeypatch.setenv("UNIFT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=rf"rows.jsonl, column 'task': {found}, "):
+        check_answers(open_rows(file, need_steps=True), "auto", f"{file}, row")
 
 
 @pytest.mark.parametrize(
@@ -354,3 +378,30 @@ def test_doctor_names_a_row_that_contradicts_itself():
     assert not check.ok and "ends with '5', its column 'answer' has '6'" in check.text
     check, _ = try_reward(settings("uft"), [rows[0], *rows[2:]])
     assert check.ok
+
+
+def test_one_solution_without_the_mark_of_its_answer(tmp_path):
+    """One row of many takes the mark of all others for a step: inspect and doctor say so, and name the row."""
+    from unift.commands.doctor import load_rows
+    from unift.config.resolve import parse_overrides, resolve
+    from unift.rows.inspect import inspect
+
+    def rows(bare):
+        return [
+            {"prompt": f"{n}+1=", "answer": str(n + 1), "task": "math",
+             "solution": f"One more than {n}.\nThat is {n + 1}.\n" + ("" if n in bare else f"#### {n + 1}")}
+            for n in range(8)
+        ]  # fmt: skip
+
+    for bare, said in (
+        ((), ""),
+        ((5,), "7 of 8 .* row 6 does not"),
+        ((2, 5), r"2 do \(the first: row 3\) not"),
+        (range(8), ""),
+    ):
+        file = write(tmp_path / "rows.jsonl", *rows(bare))
+        settings = ["model.path=embedded:lock", f"data.train={file}"]
+        check, _ = load_rows(resolve("uft", overrides=parse_overrides(settings)))
+        found = str(inspect(read_rows(file)).get("faulty", ""))
+        assert check.ok == (not said) and bool(found) == bool(said)
+        assert re.search(said, found) and re.search(said, check.text)

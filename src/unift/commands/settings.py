@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from unift import processes
+from unift.config import hub
 from unift.config.identity import config_hash, flat
 from unift.config.packaged import recipe_text
 from unift.config.resolve import beside, dotted, nested, read_yaml, resolve
@@ -91,9 +92,10 @@ def trained(folder: Path) -> dict[str, Any]:
 
 
 def quiet_libraries(config: Config | None = None) -> None:
-    """Models are local, so nothing asks the hub, unless rows (``data.train``, ``data.test``) come from it."""
+    """Nothing asks the Hub but for what the settings name there: rows (``data.train``, ``data.test``), or a model that the Hub's
+    cache lacks (`folder.locate`)."""
     if config is None or not any(str(name).startswith("hf:") for name in (config.data.train, config.data.test)):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        hub.forbid()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bar of a GGUF file's conversion

@@ -7,6 +7,7 @@ What results is written to the run folder as ``config.yaml`` and is itself a val
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -249,10 +250,24 @@ def _unknown(name: str, value: Any) -> str:
     return f"unknown setting {name!r}{hint or nearest(last, known) or nearest(name, everywhere)}"
 
 
+def _in_sections(key: str, value: Any) -> str:
+    *sections, text = key.split(".")
+    text += f": {json.dumps(value, default=str)}"
+    for section in reversed(sections):
+        text = f"{section}: {{{text}}}"
+    return text
+
+
 def _explain(name: str, items: Sequence[Any]) -> str:
     item, path = items[0], list(items[0]["loc"])
     if item["type"] == "extra_forbidden":
-        return _unknown(name, item["input"])
+        joined = next((part for part in path if isinstance(part, str) and "." in part), None)
+        if joined is None:
+            return _unknown(name, item["input"])
+        known = suggestion(name)
+        return f"unknown setting {joined!r}" + (
+            known or f": a file or a mapping has sections in place of dots, {_in_sections(joined, item['input'])}"
+        )
     if item["type"] in ("model_type", "model_attributes_type"):
         known = ", ".join(f"{name}.{field}" for field in _fields_at(path)[:3])
         return f"setting {name!r} is a section: set what is in it ({known}, ...); found {item['input']!r}"

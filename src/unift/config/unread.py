@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import yaml
+
 from unift.config import needs
 from unift.config.identity import flat
+from unift.config.packaged import preset_text
 from unift.config.sections import METHOD_SECTIONS, Config, Rules
 from unift.config.stages import stages
 from unift.config.words import ANNEALINGS, BASELINES, INTOS, LOSSES, NORMS, TOKENS
@@ -126,6 +129,21 @@ READ: Mapping[str, tuple[str, Reads]] = {
 }  # fmt: skip
 
 
+def sampling_by_hand(config: Config) -> list[str]:
+    """A line for each stage that samples although its preset does not: a sample.completions that was meant for the methods beside
+    sft makes it another method, which also learns from rewards."""
+    lines: list[str] = []
+    for number, stage in enumerate(stages(config)):
+        method, completions = stage.rules.method, stage.rules.sample.completions
+        if _pushed(stage.rules) and yaml.safe_load(preset_text(method)).get("sample", {}).get("completions") == 0:
+            name = f"phases.{number}.sample.completions" if config.phases else "sample.completions"
+            lines.append(
+                f"{method} samples nothing by its preset; with {name}={completions} it also learns from the reward of completions, "
+                f"so it is {method} no more. Leave it out, and each method samples what its preset says"
+            )
+    return lines
+
+
 def unread(config: Config, by_hand: Mapping[str, Any]) -> list[str]:
     """A line for each setting, of those that were set by hand, which no stage of the run reads, or which a phase replaces.
     ``by_hand``: as in a file.
@@ -134,7 +152,7 @@ def unread(config: Config, by_hand: Mapping[str, Any]) -> list[str]:
     """
     if by_hand.keys() >= Config.model_fields.keys():
         return []
-    every, lines = [stage.rules for stage in stages(config)], list[str]()
+    every, lines = [stage.rules for stage in stages(config)], sampling_by_hand(config)
     listed = by_hand.get("phases")
     places = {str(n): phase for n, phase in enumerate(cast("list[Any]", listed))} if isinstance(listed, list) else {}
     set_by_hand = flat({**by_hand, "phases": places} if places else by_hand)

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from unift.config import hub
 from unift.config.resolve import HUB_NAME
 from unift.types import ConfigError, UniftError
 
@@ -47,11 +48,22 @@ def locate(path: str) -> Path:
     if folder.is_file() and folder.suffix != ".gguf":
         raise ConfigError(f"model.path={path!r} is a file of an unknown kind; expected a folder or a .gguf file")
     if folder.is_dir() and not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
+        if (folder / "config.yaml").is_file():
+            raise ConfigError(f"model.path={path!r} is a run folder, no model: {_models_of_run(folder)}")
         raise ConfigError(
             f"model.path={path!r}: the folder has no config.json, so it is no Hugging Face model. Expected config.json, "
             "weights (*.safetensors) and a tokenizer (tokenizer.json), or a .gguf file"
         )
     return folder.parent if folder.is_file() else folder
+
+
+def _models_of_run(folder: Path) -> str:
+    """What to take in place of the folder of a run."""
+    saved = [folder / "model", *sorted(folder.glob("checkpoints/step_*/model"), reverse=True)]
+    whole = next((place for place in saved if (place / "config.json").is_file()), None)
+    if whole is None:
+        return "the run has saved none yet. Continue it first"
+    return f"it is in {whole}" + ("" if whole == saved[0] else " (the last checkpoint's; the run is not finished)")
 
 
 def _installed(path: str) -> Path:
@@ -143,9 +155,10 @@ def _snapshot(name: str) -> Path:
     except Exception:  # not in the cache
         pass
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=["*/*"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*WANTED, PICKLED], ignore_patterns=["*/*"]))
+        with hub.allowed():
+            folder = Path(snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=["*/*"]))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(name, allow_patterns=[*WANTED, PICKLED], ignore_patterns=["*/*"]))
         if _whole(folder):
             return folder
         reason = f"{folder} lacks config.json or weights"

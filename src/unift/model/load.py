@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 
 def _gguf(config: ModelConfig) -> str | None:
-    return Path(config.path).name if config.path.endswith(".gguf") else config.gguf
+    """Name of the GGUF file in the model's folder, None where the model is in Hugging Face's layout. ConfigError where the folder
+    holds nothing but GGUF files and none is named."""
+    if config.path.endswith(".gguf") or config.gguf:
+        return Path(config.path).name if config.path.endswith(".gguf") else config.gguf
+    folder = locate(config.path)
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if files and not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path={config.path!r} holds GGUF files and no config.json: set model.gguf={files[0]}")
+    return None
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

@@ -23,7 +23,7 @@ def open_scorer(reward: RewardSettings, rows: Sequence[Row], handed: Any = None)
     if handed is None and isinstance(reward.function, str) and reward.function.startswith(HANDED):
         raise RewardError(
             f"the reward of this run was handed over from Python ({reward.function}): pass it again with "
-            "unift.train(reward=...), or set reward.function=file.py:function"
+            "unift.train(reward=...) or unift.evaluate(..., reward=...), or set reward.function=file.py:function"
         )
     return Scorer(
         handed if handed is not None else reward.function,

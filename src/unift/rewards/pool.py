@@ -174,7 +174,7 @@ class Scorer:
             if isinstance(outcome, ScoreError):
                 raise RewardError(
                     f"reward {self.spec!r} failed on {name} of row {row.id!r}: {outcome.kind}: {outcome.message}. "
-                    "Any text can turn up in training; mend the function so that it returns a number for it"
+                    f"{_advice(outcome)}"
                 )
         scores = [outcome if isinstance(outcome, Score) else None for outcome in outcomes]
         full, empty = scores[0] if demonstrated else None, scores[-1]
@@ -381,6 +381,15 @@ class _Call:
             self.doubtful.append(index)
         else:
             self.settle(index, error)
+
+
+def _advice(failure: ScoreError) -> str:
+    """What to do about a reward that failed its check at the start."""
+    if failure.message.startswith("RewardError: "):  # unift's own word on the row, not the function's
+        return "Mend the rows or reward.function"
+    if failure.kind == "timeout":
+        return "Make the function faster, or raise reward.timeout (CPU time) or reward.wall_timeout"
+    return "Any text can turn up in training; mend the function so that it returns a number for it"
 
 
 def _exit_text(code: int) -> str:

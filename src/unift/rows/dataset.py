@@ -113,7 +113,7 @@ def _split(
     if split not in handed:
         raise DataError(
             f"the {split} rows of this run were handed over from Python and are in no file: pass them again with "
-            f"unift.train({split}=...), or set data.{split}=FILE"
+            f"unift.train({split}=...) or unift.evaluate(model, rows), or set data.{split}=FILE"
         )
     rows = handed[split][:limit]
     check_answers(rows, reward, f"{split} row")

@@ -14,7 +14,7 @@ import numpy as np
 from unift.rows import pictures
 from unift.rows.store import StoredRows, problem_hash
 from unift.rows.tasks import canonical
-from unift.rows.tasks.format import contradictions
+from unift.rows.tasks.format import contradictions, partly_marked
 from unift.types import DataError, Picture, Row, UniftError
 
 
@@ -110,6 +110,7 @@ def inspect(rows: Sequence[Row]) -> dict[str, Any]:
             if faulty
             else {}
         ),
+        **({"faulty": partly} if (partly := partly_marked(rows)) else {}),
         "ids": digest,
         "tasks": dict(Counter(r.task for r in rows)),
         "steps per row" if few else "steps per row (min, median, max)": steps,

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeGuard, cast
 
+from unift.config import hub
 from unift.rows import pictures
 from unift.rows.files import records, streamed, streams
 from unift.rows.ids import told_apart
@@ -153,9 +154,10 @@ def _hub(name: str, split: str) -> list[Any]:
 
         name = str(Path(name).expanduser()) if name.startswith("~") else name
         saved = [f for f in ("dataset_dict.json", "state.json") if (Path(name) / f).is_file()]
-        hub = cast(Any, datasets)
-        found = hub.load_from_disk(name) if saved else hub.load_dataset(name, split=split)
-        return pictures.packed_columns(found[split] if isinstance(found, hub.DatasetDict) else found).to_list()
+        library = cast(Any, datasets)
+        with hub.allowed():
+            found = library.load_from_disk(name) if saved else library.load_dataset(name, split=split)
+        return pictures.packed_columns(found[split] if isinstance(found, library.DatasetDict) else found).to_list()
     except Exception as error:  # the library raises many kinds; all mean that the rows could not be had
         raise DataError(f"hf:{name} (split {split!r}) could not be loaded: {type(error).__name__}: {error}") from error
 

@@ -48,6 +48,7 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     from unift.commands.settings import of_recipes_task
     from unift.config.packaged import preset_names
     from unift.config.resolve import parse_overrides, resolve
+    from unift.config.unread import sampling_by_hand
 
     recipe, folder, settings, workers, seeds = plan.recipe, plan.folder, plan.settings, plan.workers, plan.seeds
     limit = parse(plan.budget) if plan.budget else None
@@ -69,6 +70,9 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
         for arm in arms
     }
     arms = vary.without_copies(arms, configs)
+    changed = [
+        f"note: {line}" for line in dict.fromkeys(line for c in configs.values() for line in sampling_by_hand(c))
+    ]
     for config in configs.values():
         if not (config.data.task or config.data.test or plan.suite):
             raise ConfigError("a comparison needs held-out rows: set data.test=FILE, or name a suite (--suite uft)")
@@ -79,6 +83,8 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
     def say(text: str) -> None:
         print(text, flush=True)
 
+    for line in changed:
+        say(line)
     with on_signals(lambda number, frame: stop.set()):
         own = [f"train.budget={limit}"] if limit else []
         jobs = [
@@ -108,6 +114,7 @@ def compare_methods(plan: Plan) -> tuple[str, list[Result]]:
         else []
     )
     notes += [budgets.note(limit, results)] if limit else []
+    notes += changed
     if plan.vary:
         plot, found = write_varied(folder, vary.panels(arms, configs, results), results, notes)
     else:

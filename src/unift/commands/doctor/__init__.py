@@ -196,6 +196,7 @@ def load_rows(config: Config) -> tuple[Check, Dataset | None]:
     from unift.config.stages import stages
     from unift.rows.dataset import load
     from unift.rows.tasks import canonical
+    from unift.rows.tasks.format import partly_marked
 
     data = load(config)
     train, test = [canonical(r) for r in data.train], [canonical(r) for r in data.test]
@@ -203,7 +204,7 @@ def load_rows(config: Config) -> tuple[Check, Dataset | None]:
     steps = [len(r.steps) for r in data.train]
     bare = sum(n == 0 for n in steps)
     text = f"{len(train)} for training, {len(test)} held out; {min(steps)} to {max(steps)} steps a solution"
-    faults = []
+    faults = [said] if (said := partly_marked(data.train)) else []
     if shared:
         faults.append(f"{shared} held-out problems are also training problems: remove them from one side")
     if twice > len(train) // 10:

@@ -271,6 +271,9 @@ def _easy(run: RunData) -> Cause | None:
     flat, right = at_end(run, "frac_reward_zero_std"), at_end(run, "groups/all_right")
     if flat is None or right is None or right <= MOST or (at_end(run, "hint/fraction") or 0.0) > HINTED:
         return None
+    fit = (run.result or {}).get("train")
+    if fit and fit["high"] < MOST:  # the few groups of the last steps say otherwise
+        return None
     text = f"The rows are solved: {percent(right)} of the groups at the end were all right, so they have no advantage."
     return Cause("rows solved", text, "Harder or more rows; further steps on these teach nothing.")
 

@@ -17,6 +17,7 @@ from unift.rows.tasks.base import check_rule
 from unift.types import ConfigError, DataError, Row, Score
 
 TRIED = 100  # rows with a solution that are looked at
+LOOKED_AT = 1000  # rows, for a few among them that are unlike the others
 ENOUGH = 0.5  # share of them whose own solution must be right
 
 
@@ -67,6 +68,27 @@ def all_marked(rows: Iterable[tuple[int, Row]], name: str) -> bool:
             "(wrong answers with scores, or the mark is no answer), say in a column 'ending' what follows the steps, if only ''"
         )
     return tried > 0 and right >= ENOUGH * tried
+
+
+def partly_marked(rows: Iterable[Row]) -> str:
+    """A sentence where most solutions mark their answer in the steps and a few do not (of the first `LOOKED_AT` rows whose
+    ending was written for them): then `all_marked` says no for the sake of those few, and the marks of all others stay in the
+    steps, where a hint shows the answer. "" elsewhere.
+    """
+    written = [
+        (number, row)
+        for number, row in enumerate(islice(rows, LOOKED_AT), start=1)
+        if row.steps and row.ending == f"\n<answer> {row.answer} </answer>"
+    ]
+    bare = [number for number, row in written if _marked(row) is None]
+    marked = len(written) - len(bare)
+    if not bare or marked < ENOUGH * len(written):
+        return ""
+    named = f"row {bare[0]} does" if len(bare) == 1 else f"{len(bare)} do (the first: row {bare[0]})"
+    return (
+        f"{marked} of {len(written)} solutions mark their answer in the steps and {named} not, so answer tags were put behind "
+        "all of them and the marks stay in the steps, where hints show the answer: mark it in every solution, or in none"
+    )
 
 
 def with_own_ending(row: Row) -> Row:
@@ -129,7 +151,8 @@ def contradictions(rows: Iterable[Row]) -> list[tuple[int, Row, str]]:
 
 
 def check_answers(rows: Sequence[Row], function: object, source: str) -> None:
-    """DataError for the first row without an answer, if a built-in verifier judges the rows: it has nothing to compare with.
+    """DataError for the first row without an answer, if a built-in verifier judges the rows: it has nothing to compare with; or
+    without a built-in task, if that shall choose the verifier.
 
     function: the setting (one function, or several with weights). source: what messages put before the row's number.
     """
@@ -148,6 +171,27 @@ def check_answers(rows: Sequence[Row], function: object, source: str) -> None:
             "reward_model.ground_truth in verl's). Add it, or name a reward of your own, which may do without: "
             "reward.function=file.py:function"
         )
+    if "auto" in named:
+        _check_tasks(rows, source)
+
+
+def _check_tasks(rows: Sequence[Row], source: str) -> None:
+    from unift.rows.tasks import task_names
+
+    known = set(task_names())
+    if isinstance(rows, StoredRows):
+        strange = next(((None, task) for task in rows.facts.tasks if task not in known), None)
+    else:
+        strange = next(((number, row.task) for number, row in enumerate(rows, start=1) if row.task not in known), None)
+    if strange is None:
+        return
+    number, task = strange
+    where = source.rpartition(",")[0] if number is None else f"{source} {number}"  # rows on disk: which one is not kept
+    found = f"found {task!r}" if task else "missing"
+    raise DataError(
+        f"{where}, column 'task': {found}, and reward.function=auto takes the verifier from it. Expected one of "
+        f"{', '.join(sorted(known))}, or name a reward: reward.function=math for all rows, or reward.function=file.py:function"
+    )
 
 
 def check_format(rows: Sequence[Row], function: object = "auto", rule: str = "unift", answer: str = "tags") -> None:
