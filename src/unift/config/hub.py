@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # either forbids all requests
@@ -22,7 +22,7 @@ def forbid() -> None:
 
 
 @contextmanager
-def allowed() -> Iterator[None]:
+def allowed() -> Generator[None, None, None]:
     """Lift what `forbid` forbade while something is fetched that the settings name. Offline by a person's wish stays so."""
     if OURS not in os.environ:
         yield
