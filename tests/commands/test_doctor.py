@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from unift.commands.doctor import try_reward
+from unift.commands.doctor import find_model, try_reward
 from unift.config.resolve import parse_overrides, resolve
 from unift.rows.dataset import load
 
@@ -40,3 +40,10 @@ def test_a_wrong_demonstration_and_a_paid_empty_text_are_still_found(tmp_path):
     config = resolve("uft", overrides=parse_overrides(words))
     check, _ = try_reward(config, load(config).train)
     assert not check.ok and "does not earn full reward: 0" in check.text and "an empty completion earns 1" in check.text
+
+
+def test_numbers_of_a_gguf_file_are_the_models(smollm):
+    """Of its class, tied embeddings once: 134,515,008 as published, not what the size of the file allows."""
+    config = resolve("uft", recipe="smollm2")
+    check, found = find_model(config)
+    assert found == (smollm.parent, 134_515_008) and "134.52 M parameters" in check.text

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import islice
@@ -138,16 +139,21 @@ def parameters(folder: Path) -> int:
 
 
 def find_model(config: Config) -> tuple[Check, tuple[Path, int] | None]:
+    from unift.model import architecture
     from unift.model.load import locate
 
     folder = locate(config.model.path)
-    count = parameters(folder)
+    count, bound = parameters(folder), "" if any(folder.glob("*.safetensors")) else "at most "
     if not count:
         text = (
             f"{folder} holds no weights (*.safetensors, *.gguf, pytorch_model*.bin). Set model.path to a complete model"
         )
         return Check("model", False, text), None
-    return Check("model", True, f"{folder}, {count / 1e6:,.2f} M parameters, {config.model.dtype}"), (folder, count)
+    if bound:
+        with suppress(Exception):  # what is wrong with it, `forward_path` says
+            built = architecture.of(config.model)
+            count, bound = (built.numbers, "") if built else (count, bound)
+    return Check("model", True, f"{folder}, {bound}{count / 1e6:,.2f} M parameters, {config.model.dtype}"), (folder, count)
 
 
 def forward_path(config: Config) -> Check:
