@@ -47,7 +47,7 @@ CASES = {  # of `shown_updates.updates`: on the shared path, with positions in t
     "idefics3-bfloat16": {"family": "idefics3", "dtype": "bfloat16", "words": ["train.token_budget=1"]},
 }
 # Norms of Gemma compute in float32, whatever the model's type; gradients of bfloat16 weights are summed in float32.
-ROUNDED = {name: 1e-6 for name in ("gemma3", "paligemma", "idefics3-bfloat16")}
+ROUNDED = {name: 1e-6 for name in ("gemma3", "gemma3-lora", "paligemma", "idefics3-bfloat16")}
 
 
 @pytest.fixture(scope="module")

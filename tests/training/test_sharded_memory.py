@@ -36,8 +36,9 @@ CASES = {
 BOUNDS = {
     "checkpointing": 1e-10,
     "muon": 1e-10,
-    "lora-bfloat16": 1e-4,
-}  # AdamW's first step divides a gradient by itself
+    # AdamW's first step divides a gradient by itself: float32's 1e-10 at a gradient of 7e-8, beside an epsilon of 1e-8, is 2e-4 of it.
+    "lora-bfloat16": 1e-3,
+}
 
 
 def with_settings(root, names):
