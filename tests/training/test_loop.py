@@ -264,3 +264,14 @@ def test_one_writer_at_a_time(tmp_path):
         first.stderr.close()
     with claim(tmp_path):  # at once, although the scoring workers of the killed one may still be ending
         pass
+
+
+@pytest.mark.parametrize(
+    ("paid", "said"), [("1.0", "an empty completion earns 1, no less than"), ("float(bool(completion))", "")]
+)
+def test_a_reward_that_pays_for_nothing_is_told(tmp_path, capsys, paid, said):
+    """It would train without a word, and learn to say nothing."""
+    (tmp_path / "r.py").write_text(f"def score(completion, row):\n    return {paid}\n")
+    train(tiny("rft", "train.steps=1", f"reward.function={tmp_path / 'r.py'}:score"), tmp_path / "run")
+    err = capsys.readouterr().err
+    assert f"note: {said}" in err if said else "note:" not in err

@@ -7,6 +7,7 @@ state, and what was sampled is on disk before it trains. ``step.py`` is what hap
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +75,9 @@ def train(
             with open_scorer(config.reward, data.train.rows, given.reward) as scorer, trackers(config, folder) as track:
                 judged_rows = meant_right(data.train.rows, config.sample.label)
                 check_format(judged_rows, config.reward.function, config.reward.rule, scorer.answer)
-                scorer.check(data.train.rows[0])
+                doubts = scorer.check(data.train.rows[0]).warnings
+                if doubts and processes.first():
+                    print(f"note: {'; '.join(doubts)}. unift doctor looks at more rows", file=sys.stderr, flush=True)
                 policy = load(config, tokenizer)
                 with open_engine(config.engine, policy, folder, longest_context(config, data)) as engine:
                     with memory_told(config):

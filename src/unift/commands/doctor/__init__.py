@@ -153,7 +153,8 @@ def find_model(config: Config) -> tuple[Check, tuple[Path, int] | None]:
         with suppress(Exception):  # what is wrong with it, `forward_path` says
             built = architecture.of(config.model)
             count, bound = (built.numbers, "") if built else (count, bound)
-    return Check("model", True, f"{folder}, {bound}{count / 1e6:,.2f} M parameters, {config.model.dtype}"), (folder, count)
+    text = f"{folder}, {bound}{count / 1e6:,.2f} M parameters, {config.model.dtype}"
+    return Check("model", True, text), (folder, count)
 
 
 def forward_path(config: Config) -> Check:
