@@ -52,7 +52,7 @@ def prepared(name, phase, order=None, budget=10**6, step=3):
     """
     base = settings(name)
     more = ["train.prompts=6", "train.updates=1", "sample.max_tokens=7"]
-    more += ["train.micro_prompts=3"] if base.train.micro_prompts else []
+    more += ["train.micro_prompts=3"] if stages(base)[phase].rules.train.micro_prompts else []
     more += ["sample.completions=4"] if base.sample.completions > 1 and not base.phases else []
     s = stages(settings(name, *more))[phase].rules
     policy, _ = tiny_policy(torch.float64)
@@ -172,7 +172,7 @@ def test_runs_and_resumes_bitwise(name, tmp_path):
         f"train.steps={steps}", "train.prompts=8", "data.train_rows=12", "data.test_rows=2", "eval.every=0", "save.every=1",
         "save.keep=20", "save.rollouts=true", "log.gradients_every=2", "threads=1", f"reward.function={tmp_path}/coin.py:score",
     ]  # fmt: skip
-    if base.train.micro_prompts:
+    if any(stage.rules.train.micro_prompts for stage in stages(base)):
         tiny.append("train.micro_prompts=2")
     if base.likelihood.buffer:
         tiny.append("likelihood.buffer=2")  # small enough to be emptied in so few steps

@@ -44,7 +44,7 @@ def test_two_steps(tmp_path, folder, name):
         "train.lr=1e-5", "train.warmup=0", "train.token_budget=2048", "sample.max_tokens=12", "eval.every=0", "save.every=0",
     ]  # fmt: skip
     small += ["train.updates=2"] if any(stage.rules.train.updates > 1 for stage in stages(own)) else []
-    small += ["train.micro_prompts=2"] if own.train.micro_prompts else []
+    small += ["train.micro_prompts=2"] if any(stage.rules.train.micro_prompts for stage in stages(own)) else []
     small += ["likelihood.buffer=2"] if own.likelihood.buffer else []
     config = resolve(name, overrides=parse_overrides(small))
     result = train(config, tmp_path / "run")
