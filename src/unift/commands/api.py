@@ -15,12 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from unift.commands import settings as layers
 from unift.commands.settings import DEMO, OnStep
-from unift.config.packaged import preset_text
-from unift.config.resolve import read_yaml, resolve
+from unift.config.resolve import preset_settings, read_yaml, resolve
 from unift.config.sections import Config
 from unift.types import ConfigError, Given, Row, UniftError
 
@@ -141,7 +138,7 @@ def preset(method: str) -> dict[str, Any]:
     >>> preset("uft")["show"]["schedule"]
     'cosine'
     """
-    return yaml.safe_load(preset_text(method)) or {}
+    return preset_settings(method)
 
 
 # ---------------------------------------------------------------------------------------------- verbs

@@ -164,8 +164,13 @@ def _no_path(key: str, value: str) -> bool:
     return value.startswith(("embedded:", "package:", "hf:", f"{HANDED}:")) or value == HANDED
 
 
+def preset_settings(method: str) -> dict[str, Any]:
+    """What the preset of a method sets, as in its file."""
+    return _yaml_mapping(preset_text(method), f"preset {method}")
+
+
 def _method_layers(method: str, recipe: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
-    tree = _yaml_mapping(preset_text(method), f"preset {method}")
+    tree = preset_settings(method)
     common = {name: value for name, value in recipe.items() if name != "methods"}
     methods: Mapping[str, Mapping[str, Any]] = recipe.get("methods") or {}
     own = methods.get(method, {})

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-import yaml
-
 from unift.config import needs
 from unift.config.identity import flat
-from unift.config.packaged import preset_text
+from unift.config.resolve import preset_settings
 from unift.config.sections import METHOD_SECTIONS, Config, Rules
 from unift.config.stages import stages
 from unift.config.words import ANNEALINGS, BASELINES, INTOS, LOSSES, NORMS, TOKENS
@@ -135,7 +133,7 @@ def sampling_by_hand(config: Config) -> list[str]:
     lines: list[str] = []
     for number, stage in enumerate(stages(config)):
         method, completions = stage.rules.method, stage.rules.sample.completions
-        if _pushed(stage.rules) and yaml.safe_load(preset_text(method)).get("sample", {}).get("completions") == 0:
+        if _pushed(stage.rules) and preset_settings(method).get("sample", {}).get("completions") == 0:
             name = f"phases.{number}.sample.completions" if config.phases else "sample.completions"
             lines.append(
                 f"{method} samples nothing by its preset; with {name}={completions} it also learns from the reward of completions, "

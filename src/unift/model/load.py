@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 def _gguf(config: ModelConfig) -> str | None:
     """Name of the GGUF file in the model's folder, None where the model is in Hugging Face's layout. ConfigError where the folder
     holds nothing but GGUF files and none is named."""
-    if config.path.endswith(".gguf") or config.gguf:
-        return Path(config.path).name if config.path.endswith(".gguf") else config.gguf
+    if config.path.endswith(".gguf"):
+        return Path(config.path).name
+    if config.gguf:
+        return config.gguf
     folder = locate(config.path)
     files = sorted(file.name for file in folder.glob("*.gguf"))
     if files and not (folder / "config.json").is_file():

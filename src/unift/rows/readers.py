@@ -22,7 +22,7 @@ from unift.rows import pictures
 from unift.rows.files import records, streamed, streams
 from unift.rows.ids import told_apart
 from unift.rows.tasks.base import content_id, is_list_or_tuple, is_mapping
-from unift.rows.tasks.format import all_marked, with_own_ending
+from unift.rows.tasks.format import all_marked, ending_of, with_own_ending
 from unift.types import DataError, Row
 
 # data_source of the UFT release -> built-in task; every source whose name holds "math" is mathematics, too
@@ -316,7 +316,7 @@ def _unift(record: Mapping[str, Any], where: str) -> Row:
         raise DataError(f"{where}, column 'steps': the solution is empty")
     ending = record.get("ending")
     if ending is None:
-        ending = f"\n<answer> {answer} </answer>" if steps and isinstance(answer, (str, int, float)) else ""
+        ending = ending_of(answer) if steps and isinstance(answer, (str, int, float)) else ""
     ending = _string(ending, where, "ending")
     return _build(
         _prompt(record.get("prompt"), where),
@@ -361,7 +361,7 @@ def _trl(record: Mapping[str, Any], where: str) -> Row:
 
 def _gym(record: Mapping[str, Any], where: str) -> Row:
     answer, steps = record.get("answer"), _steps(record.get("solution"), where, "solution")
-    ending = f"\n<answer> {answer} </answer>" if steps and answer is not None else ""
+    ending = ending_of(answer) if steps and answer is not None else ""
     return _build(_prompt(record.get("question"), where), steps, ending, answer, record, ("question", "answer"))
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from unift.config.identity import flat
-from unift.config.packaged import preset_names, preset_text
-from unift.config.resolve import read_yaml, validate
+from unift.config.packaged import preset_names
+from unift.config.resolve import preset_settings, read_yaml, validate
 from unift.config.sections import Config, Credit, Phase
 from unift.config.stages import stages
 from unift.credit.advantages import advantages
@@ -183,7 +182,7 @@ def settings_of(run: RunData) -> list[Setting]:
 
 
 def _preset(method: str) -> dict[str, Any]:
-    return yaml.safe_load(preset_text(method)) or {} if method in preset_names() else {}
+    return preset_settings(method) if method in preset_names() else {}
 
 
 def _compared(

@@ -70,6 +70,11 @@ def all_marked(rows: Iterable[tuple[int, Row]], name: str) -> bool:
     return tried > 0 and right >= ENOUGH * tried
 
 
+def ending_of(answer: object) -> str:
+    """What is written behind the steps of a solution that comes without an ending."""
+    return f"\n<answer> {answer} </answer>"
+
+
 def partly_marked(rows: Iterable[Row]) -> str:
     """A sentence where most solutions mark their answer in the steps and a few do not (of the first `LOOKED_AT` rows whose
     ending was written for them): then `all_marked` says no for the sake of those few, and the marks of all others stay in the
@@ -78,7 +83,7 @@ def partly_marked(rows: Iterable[Row]) -> str:
     written = [
         (number, row)
         for number, row in enumerate(islice(rows, LOOKED_AT), start=1)
-        if row.steps and row.ending == f"\n<answer> {row.answer} </answer>"
+        if row.steps and row.ending == ending_of(row.answer)
     ]
     bare = [number for number, row in written if _marked(row) is None]
     marked = len(written) - len(bare)
